@@ -92,6 +92,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on everything but the embedding
     clip_norm: float = 1.0
+    start_step: int = -1  # the schedule counts from here; -1: step 0, or the checkpoint's step with train.init_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +208,9 @@ def validate(c: Config) -> None:
     require(o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate} must be positive")
     require(0 <= o.final_fraction <= 1, f"optimizer.final_fraction={o.final_fraction} must be in [0, 1]")
     require(o.warmup_steps >= 0, f"optimizer.warmup_steps={o.warmup_steps} must not be negative")
+    require(o.clip_norm > 0, f"optimizer.clip_norm={o.clip_norm} must be positive")
+    require(-1 <= o.start_step < t.steps, f"optimizer.start_step={o.start_step} must be -1 or a step before "
+            f"train.steps={t.steps}, the final step")
     require(t.steps > 0 and t.batch_size > 0 and t.log_every > 0,
             f"train.steps={t.steps}, train.batch_size={t.batch_size} and train.log_every={t.log_every} must be positive")
     require(t.microbatches > 0 and t.batch_size % t.microbatches == 0,

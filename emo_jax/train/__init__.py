@@ -1,0 +1,1 @@
+"""Training: optimizer, step, loop, checkpoints, metrics, evaluation, and what happens when something goes wrong."""

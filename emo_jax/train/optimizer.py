@@ -1,0 +1,61 @@
+"""AdamW and its learning-rate schedules, as published.
+
+Weight decay covers everything (norms and routers too) but the embedding. The published trainer counts a step before
+it takes it, so the first step of a warmup of W steps runs at 1/W of the peak, and the last step at the final rate.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emo_jax.config import Config
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """The rate as a function of the number of steps already taken (0 for the first step).
+
+    Steps are counted from `optimizer.start_step`: warmup, then `cosine` or `linear` down to `final_fraction` of the
+    peak at `train.steps`, or `constant`. An anneal is `linear` from the start step, without warmup.
+    """
+    o = config.optimizer
+    start = max(o.start_step, 0)
+    decay_steps = max(config.train.steps - start - o.warmup_steps, 1)
+
+    def schedule(steps_taken):
+        step = jnp.asarray(steps_taken, jnp.float32) + 1 - start
+        decayed = jnp.clip((step - o.warmup_steps) / decay_steps, 0, 1)
+        if o.schedule == "cosine":
+            fraction = o.final_fraction + (1 - o.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * decayed))
+        elif o.schedule == "linear":
+            fraction = 1 - (1 - o.final_fraction) * decayed
+        else:
+            fraction = jnp.ones_like(decayed)
+        return o.learning_rate * jnp.where(step < o.warmup_steps, step / max(o.warmup_steps, 1), fraction)
+
+    return schedule
+
+
+def decay_mask(params: dict) -> dict[str, bool]:
+    """Which top-level parameters decay, as a prefix of the parameter tree."""
+    return {name: name != "embedding" for name in params}
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales all gradients by min(1, max_norm / (norm + 1e-6)): the 1e-6 is the published one, absent in optax."""
+
+    def update(updates, state, params=None):
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    o = config.optimizer
+    return optax.chain(
+        clip_by_global_norm(o.clip_norm),
+        optax.adamw(learning_rate(config), b1=o.beta1, b2=o.beta2, eps=o.eps, weight_decay=o.weight_decay,
+                    mask=decay_mask),
+    )
