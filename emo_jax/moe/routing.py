@@ -1,0 +1,127 @@
+"""EMO routing: document pools, then top-k inside the pool (equations: EMO paper, section 3; published code's router).
+
+Shapes: B rows, T tokens, N documents of a row, R routed experts, k routed experts of a token.
+All of it runs in the global view under jit, on sharded arrays, without host round trips.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from emo_jax.config import RouterConfig
+from emo_jax.sharding import BATCH, spec
+
+
+class Semantics(NamedTuple):
+    """The switches in which the published routers differ. Selection is the same in all: top-k inside the pool."""
+
+    pool_softmax: bool  # softmax over the pool (published); else over all routed experts
+    normalize: float | None  # p: divide the k weights by their p-norm
+    restore_scale: bool  # multiply the weights by k
+    aux_per_layer: bool  # divide the weights of the auxiliary losses by the number of layers
+
+
+SEMANTICS = {
+    "emo_v1": Semantics(pool_softmax=True, normalize=None, restore_scale=False, aux_per_layer=True),
+    "emo_v2": Semantics(pool_softmax=False, normalize=1.0, restore_scale=True, aux_per_layer=False),
+}
+
+
+class Routing(NamedTuple):
+    expert_ids: Int[Array, "B T k"]  # descending by score; ties: the lowest id first
+    weights: Float[Array, "B T k"]  # fp32
+    scores: Float[Array, "B T R"]  # fp32, what the load-balancing loss sees; outside the pool 0 (emo_v1)
+    pool: Bool[Array, "B T R"]
+    logsumexp: Float[Array, "B T"]  # fp32, of the logits that the scores are made of, for the router z-loss
+
+
+def route(
+    logits: Float[Array, "B T R"],
+    segment_ids: Int[Array, "B T"],
+    pool_sizes: Int[Array, "B N"] | None,
+    top_k: int,
+    semantics: str | Semantics = "emo_v1",
+) -> Routing:
+    """Chooses `top_k` routed experts for every token, inside the pool of the token's document.
+
+    `segment_ids`: row-local documents 1..N, 0 for padding. `pool_sizes[:, n - 1]`: size of the pool of document n, in
+    routed experts; R or more is no constraint, and must not be below `top_k`. None: no pools (standard MoE).
+    """
+    rules = SEMANTICS[semantics] if isinstance(semantics, str) else semantics
+    logits = logits.astype(jnp.float32)
+    if pool_sizes is None:
+        pool = jnp.ones_like(logits, dtype=bool)
+    else:
+        pool = document_pool(jax.nn.softmax(logits), segment_ids, pool_sizes)
+    pool_logits = jnp.where(pool, logits, -jnp.inf)
+    score_logits = pool_logits if rules.pool_softmax else logits
+    logsumexp = jax.nn.logsumexp(score_logits, axis=-1)
+    scores = jnp.exp(score_logits - logsumexp[..., None])
+    # Scores rise with the logits, so both semantics select the same experts.
+    _, expert_ids = jax.lax.top_k(jax.lax.stop_gradient(pool_logits), top_k)
+    weights = select(scores, expert_ids)
+    if rules.normalize is not None:
+        weights = weights / jnp.sum(weights**rules.normalize, -1, keepdims=True) ** (1 / rules.normalize)
+    if rules.restore_scale:
+        weights = weights * top_k
+    return Routing(expert_ids, weights, scores, pool, logsumexp)
+
+
+def document_pool(
+    router_probs: Float[Array, "B T R"], segment_ids: Int[Array, "B T"], pool_sizes: Int[Array, "B N"]
+) -> Bool[Array, "B T R"]:
+    """The experts that the token's document may use: those with the largest sums of `router_probs` over the document,
+    `pool_sizes` of them (ties: the lowest id first). Everything is allowed to padding, which never votes."""
+    documents = one_hot_documents(segment_ids, pool_sizes.shape[1])
+    votes = jnp.einsum("btn,btr->bnr", documents, jax.lax.stop_gradient(router_probs),
+                       precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, None, None))
+    rank = jnp.argsort(jnp.argsort(-votes, axis=-1, stable=True), axis=-1)
+    dropped = (rank >= pool_sizes[..., None]).astype(jnp.float32)
+    # Back to the tokens as a matmul with a 0/1 matrix: exact, and it shards and runs like any other matmul.
+    return jnp.einsum("btn,bnr->btr", documents, dropped, out_sharding=spec(BATCH, "sequence", None)) < 0.5
+
+
+def one_hot_documents(segment_ids: Int[Array, "B T"], max_documents: int) -> Float[Array, "B T N"]:
+    return (segment_ids[..., None] == jnp.arange(1, max_documents + 1)).astype(jnp.float32)
+
+
+def select(scores: Float[Array, "B T R"], expert_ids: Int[Array, "B T k"]) -> Float[Array, "B T k"]:
+    """`scores` at `expert_ids`. As a masked sum, its adjoint is one too, instead of a scatter."""
+    chosen = expert_ids[..., None] == jnp.arange(scores.shape[-1])
+    return jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1)
+
+
+def router_segments(
+    segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"], eos_id: int
+) -> Int[Array, "B T"]:
+    """Documents as the published router sees them (`router.eos_owner=next`): an EOS token opens the next document,
+    except in the first position of a row; a document may be that one token. Padding stays 0."""
+    opens = (tokens == eos_id) & (jnp.arange(tokens.shape[1]) > 0)
+    return jnp.where(segment_ids > 0, 1 + jnp.cumsum(opens, axis=1), 0)
+
+
+def draw_pool_sizes(
+    config: RouterConfig, seed: int, step: Int[Array, ""], layers: int, document_ids: Int[Array, "B N"]
+) -> Int[Array, "L B N"]:
+    """Pool sizes of one optimizer step, from a stateless key of (seed, step, layer, document id): they do not change
+    with the mesh, the number of hosts, microbatching, rematerialisation or a resume.
+
+    `uniform`: integers of [pool_min, pool_max], both included, as published. `beta`: min + (max - min) u^(1/a), which is
+    Beta(a, 1) and favours large pools. `pool_scope=document` gives one size to all layers of a document.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    lo, hi = config.pool_min, config.pool_max
+
+    def size(layer, document):
+        u = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, layer), document))
+        if config.pool_distribution == "uniform":
+            return jnp.minimum(lo + jnp.floor(u * (hi - lo + 1)).astype(jnp.int32), hi)
+        return jnp.round(lo + (hi - lo) * u ** (1 / config.pool_beta)).astype(jnp.int32)
+
+    per_layer = jnp.arange(layers) if config.pool_scope == "layer" else jnp.zeros(layers, jnp.int32)
+    over_documents = jax.vmap(jax.vmap(size, in_axes=(None, 0)), in_axes=(None, 0))
+    return jax.vmap(over_documents, in_axes=(0, None))(per_layer, document_ids)

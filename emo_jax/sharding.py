@@ -1,0 +1,114 @@
+"""Mesh axes, where every array lives on them, and the start of several processes.
+
+The mesh has five axes (size 1 where unused). All of them are Explicit: the sharding of an array is part of its type, and a
+wrong layout is an error while tracing. The batch is sharded over `data`, `fsdp` and `expert` (and `sequence` along T);
+parameters over `fsdp`, experts over `expert`, hidden widths and heads over `tensor`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emo_jax import compat
+from emo_jax.config import Config, mesh_shape
+
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+BATCH = ("data", "fsdp", "expert")
+TOKENS = P(BATCH, "sequence")  # [B, T]
+ACTIVATIONS = P(BATCH, "sequence", None)  # [B, T, D]
+
+# Where a parameter lives, by the last part of its name; the leading layer axis of stacked parameters is never sharded.
+# Parameters outside the expert table are sharded over `expert` as well, which only their batch uses.
+_FSDP = ("fsdp", "expert")
+PARAMETER_SPECS = {
+    "embedding": P(None, _FSDP),  # [V, D]
+    "head": P(_FSDP, "tensor"),  # [D, V]
+    "q": P(_FSDP, "tensor", None), "k": P(_FSDP, "tensor", None), "v": P(_FSDP, "tensor", None),  # [D, H, K]
+    "o": P("tensor", None, _FSDP),  # [H, K, D]
+    "router": P(_FSDP, None),  # [D, R]
+    "attention_norm": P(None), "mlp_norm": P(None), "final_norm": P(None),  # [D]
+    "moe.gate": P("expert", "fsdp", "tensor"), "moe.up": P("expert", "fsdp", "tensor"),  # [E, D, F]
+    "moe.down": P("expert", "tensor", "fsdp"),  # [E, F, D]
+    "mlp.gate": P(_FSDP, "tensor"), "mlp.up": P(_FSDP, "tensor"), "mlp.down": P("tensor", _FSDP),  # [D, F], [F, D]
+}
+
+
+def start_distributed() -> None:
+    """Joins the processes of one run: from EMO_JAX_COORDINATOR (host:port), EMO_JAX_NUM_PROCESSES and
+    EMO_JAX_PROCESS_ID where they are set, and by JAX's own detection under Slurm, Open MPI and on TPU pods."""
+    if "EMO_JAX_COORDINATOR" in os.environ:
+        if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(os.environ["EMO_JAX_COORDINATOR"], int(os.environ["EMO_JAX_NUM_PROCESSES"]),
+                                   int(os.environ["EMO_JAX_PROCESS_ID"]))
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def make_mesh(config: Config, devices=None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all devices of all processes). Raises `InputError` if the mesh
+    does not divide the devices, the batch or the model."""
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(mesh_shape(config, len(devices))[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def single_device_mesh(device=None) -> Mesh:
+    return Mesh(np.asarray([device or jax.local_devices()[0]]).reshape((1,) * len(AXES)), AXES,
+                axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, TOKENS)
+
+
+def parameter_spec(path: tuple[str, ...]) -> P:
+    """The sharding of the parameter with this path in the tree, e.g. ("layers", "moe", "gate")."""
+    name = path[-1] if path[-1] in PARAMETER_SPECS else ".".join(path[-2:])
+    spec = PARAMETER_SPECS[name]
+    return P(None, *spec) if path[0] == "layers" else spec
+
+
+def parameter_shardings(params, mesh: Mesh):
+    """NamedShardings for a tree of parameters, or for any tree whose leaves lie under parameter names, such as the
+    optimizer's moments (leaves without a parameter name, such as its step count, are replicated)."""
+
+    def sharding(path, leaf):
+        names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        return NamedSharding(mesh, parameter_spec(names) if names and getattr(leaf, "ndim", 0) else P())
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays [B, T] from this process's rows [B / processes, T] of each field."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+
+
+# ---- inside the step ------------------------------------------------------------------------------------------------
+
+
+def spec(*axes) -> P | None:
+    """`P(*axes)` as an `out_sharding`, or None where no mesh is set (plain functions on one device)."""
+    return None if jax.sharding.get_abstract_mesh().empty else P(*axes)
+
+
+def reshard(x: jax.Array, *axes) -> jax.Array:
+    s = spec(*axes)
+    return x if s is None else compat.reshard(x, s)
+
+
+def gather_weight(w: jax.Array, dtype, *axes) -> jax.Array:
+    """The whole of a weight for its use in a layer, in the compute dtype: cast first, then gather over the FSDP axes
+    (half the bytes); `axes` is what stays sharded. The adjoint reduces the gradient back to its shards."""
+    return reshard(w.astype(dtype), *axes)

@@ -1,0 +1,8 @@
+"""Tests run on eight fake CPU devices; most use one of them."""
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+assert "jax" not in sys.modules, "jax was imported before the number of fake devices was set"
