@@ -21,24 +21,30 @@ def expert_counts(
     return _by_group(jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32), groups)
 
 
-def load_balancing_loss(
-    scores: Float[Array, "B T R"],
-    counts: Float[Array, "groups R"],
-    mask: Bool[Array, "B T"],
-    top_k: int,
-    divisor: Float[Array, "groups"] | float,
-) -> Float[Array, ""]:
-    """R/k * sum_e (counts_e / divisor) * mean_tokens(scores_e), averaged over the groups; 1 at uniform load.
+def score_sums(
+    scores: Float[Array, "B T R"], mask: Bool[Array, "B T"], groups: int = 1
+) -> Float[Array, "groups R"]:
+    """Sums of the routers' scores over the tokens, by group of rows."""
+    return _by_group(jnp.sum(jnp.where(mask[..., None], scores, 0.0), axis=1), groups)
 
-    `counts` are those of the scope over which experts are balanced (the whole optimizer step: one group) and `divisor` the
-    tokens in it. The gradient flows through `scores` only. (EMO paper eq. 5; global batch: arXiv 2501.11873.)
+
+def load_balancing_loss(
+    scores: Float[Array, "B T R"], counts: Float[Array, "R"], mask: Bool[Array, "B T"], top_k: int, divisor: float
+) -> Float[Array, ""]:
+    """R/k * sum_e (counts_e / divisor) * mean_tokens(scores_e); 1 at uniform load.
+
+    `counts` are those of the scope over which experts are balanced (all data shards and microbatches of the optimizer
+    step) and `divisor` the tokens in it. The gradient flows through `scores` only. (EMO paper, load balancing; global
+    batch: arXiv 2501.11873.)
     """
-    groups, num_routed = counts.shape
-    score_sums = _by_group(jnp.sum(jnp.where(mask[..., None], scores, 0.0), axis=1), groups)
-    tokens = _by_group(jnp.sum(mask, axis=1, dtype=jnp.float32), groups)
-    mean_scores = score_sums / jnp.maximum(tokens, 1.0)[:, None]
-    fraction = jax.lax.stop_gradient(counts) / jnp.reshape(divisor, (-1, 1))
-    return num_routed / top_k * jnp.mean(jnp.sum(fraction * mean_scores, axis=-1))
+    mean_scores = score_sums(scores, mask)[0] / jnp.sum(mask)
+    return balance(counts / divisor, mean_scores, top_k)
+
+
+def balance(fraction: Float[Array, "*layers R"], mean_scores: Float[Array, "*layers R"], top_k: int):
+    """R/k * sum_e fraction_e * mean_scores_e, with no gradient through the fractions."""
+    num_routed = fraction.shape[-1]
+    return num_routed / top_k * jnp.sum(jax.lax.stop_gradient(fraction) * mean_scores, axis=-1)
 
 
 def router_z_loss(

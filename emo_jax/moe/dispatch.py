@@ -1,0 +1,82 @@
+"""Moving tokens to their experts and back: the plan, and the two gathers that follow it.
+
+A *slot* is one of the k choices of a token; slot t * k + j is choice j of token t. A *row* is a line of the buffer that the
+experts work on, grouped by expert. Rows and slots correspond one to one, so that every movement, and the adjoint of every
+movement, is a gather: none scatters, and `gather_tokens` and `combine` are each other's transpose.
+
+Shapes: T tokens of this device (or group), k choices, S rows of the buffer, e local experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Plan(NamedTuple):
+    slot_of_row: Int[Array, "S"]  # T * k where the row is padding
+    row_of_slot: Int[Array, "T k"]  # S where the slot's expert is not here, or the token is padding
+    group_sizes: Int[Array, "e"]  # rows of each local expert, padded to the kernel's alignment
+
+
+def plan_dispatch(
+    expert_ids: Int[Array, "T k"], valid: Bool[Array, "T"], experts: range | tuple[Array, int], alignment: int
+) -> Plan:
+    """Groups the slots by local expert, in token order, without a sort. `experts`: (first id, number) of the local
+    experts. The buffer is large enough for any routing: dropless by construction."""
+    first, count = experts
+    tokens, k = expert_ids.shape
+    num_rows = buffer_rows(tokens, k, count, alignment)
+    local = expert_ids - first
+    member = jnp.any(local[..., None] == jnp.arange(count), axis=1) & valid[:, None]  # [T, e]; a token's choices differ
+    seen = jnp.cumsum(member.astype(jnp.int32), axis=0)
+    sizes = -(-seen[-1] // alignment) * alignment
+    row = jnp.cumsum(sizes) - sizes + seen - 1  # [T, e]
+    here = (local >= 0) & (local < count) & valid[:, None]
+    rows = jnp.take_along_axis(row, jnp.clip(local, 0, count - 1), axis=1)
+    row_of_slot = jnp.where(here, rows, num_rows)
+    slots = jnp.arange(tokens * k, dtype=jnp.int32)
+    slot_of_row = jnp.full(num_rows, tokens * k, jnp.int32).at[row_of_slot.reshape(-1)].set(slots, mode="drop")
+    return Plan(slot_of_row, row_of_slot, sizes)
+
+
+def buffer_rows(tokens: int, k: int, experts: int, alignment: int) -> int:
+    """Rows that hold any routing of `tokens` tokens: min(k, experts) choices each, and the padding of the groups."""
+    return -(-(tokens * min(k, experts) + experts * (alignment - 1)) // alignment) * alignment
+
+
+@jax.custom_vjp
+def gather_tokens(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "S D"]:
+    """The token of every row; zeros in padding rows."""
+    return x.at[plan.slot_of_row // plan.row_of_slot.shape[1]].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def combine(rows: Float[Array, "S D"], plan: Plan) -> Float[Array, "T D"]:
+    """The sum of every token's rows, accumulated in fp32."""
+    parts = rows.at[plan.row_of_slot].get(mode="fill", fill_value=0)  # [T, k, D]
+    return jnp.sum(parts.astype(jnp.float32), axis=1).astype(rows.dtype)
+
+
+gather_tokens.defvjp(lambda x, plan: (gather_tokens(x, plan), plan), lambda plan, d: (combine(d, plan), _zero(plan)))
+combine.defvjp(lambda rows, plan: (combine(rows, plan), plan), lambda plan, d: (gather_tokens(d, plan), _zero(plan)))
+
+
+@jax.custom_vjp
+def slots_to_rows(values: Float[Array, "T k"], plan: Plan) -> Float[Array, "S"]:
+    """A number of every slot, e.g. its router weight, by row; 0 in padding rows."""
+    return values.reshape(-1).at[plan.slot_of_row].get(mode="fill", fill_value=0)
+
+
+slots_to_rows.defvjp(
+    lambda values, plan: (slots_to_rows(values, plan), plan),
+    lambda plan, d: (d.at[plan.row_of_slot].get(mode="fill", fill_value=0), _zero(plan)),
+)
+
+
+def _zero(plan: Plan) -> Plan:
+    return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
