@@ -1,0 +1,43 @@
+"""Held-out rows by label, for evaluation: the same on every host."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from emo_jax.config import Config
+from emo_jax.data.documents import Source
+from emo_jax.data.packing import Row, pack
+from emo_jax.data.tokenizer import Tokenizer
+
+MAX_DOCUMENTS = 20_000  # held-out documents that are looked at
+
+
+def evaluation_rows(config: Config, source: Source, tokenizer: Tokenizer,
+                    eval_indices: np.ndarray) -> list[tuple[str, Row]]:
+    """[(label, rows)] in the order of the labels: fields as in training, arrays [n, T].
+
+    Each label has up to train.eval_rows / number of labels rows (at least one), concatenated and split from held-out
+    documents of that label only; the last row may be padded. Repetitive rows keep their loss.
+    """
+    by_label = {}
+    for i in eval_indices[:MAX_DOCUMENTS]:
+        by_label.setdefault(source.label(int(i)), []).append(int(i))
+    per_label = max(1, config.train.eval_rows // max(1, len(by_label)))
+    return [(label, _rows(config, source, tokenizer, by_label[label], per_label)) for label in sorted(by_label)]
+
+
+def _rows(config: Config, source: Source, tokenizer: Tokenizer, documents: list[int], limit: int) -> Row:
+    def read(count: int) -> tuple[np.ndarray, int] | None:
+        if count == len(documents):
+            return None
+        return tokenizer.encode_document(source[documents[count]].text), documents[count]
+
+    d, rows = config.data, []
+    for row, _ in pack("concat_and_split", read, d.sequence_length, d.max_documents_per_row,
+                       d.document_end_target == "counted"):
+        rows.append(row)
+        if len(rows) == limit:
+            break
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    positions = np.arange(d.sequence_length, dtype=np.int32)
+    return stacked | {"positions": np.tile(positions, (len(rows), 1))}

@@ -1,0 +1,216 @@
+"""JSON Lines (.jsonl, .json; plain, .gz or .zst): one document a line, read by line number.
+
+Every line is checked once, when a file is first opened. What is found (where each line starts, its label) is kept in
+the cache folder under the file's path, size and time of change, so that the next run opens at once and worker
+processes map the same pages. Compressed files are decompressed there, because they cannot be read from the middle.
+"""
+
+from __future__ import annotations
+
+import array
+import gzip
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from emo_jax.data.documents import Document, FileReader, Progress, Source, cache_folder, hash_text
+from emo_jax.errors import InputError
+
+MAX_LABELS = 1000  # of a file; more mean that the label field is no label
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+INDEX_VERSION = 1
+
+
+class JsonlSource(Source):
+    def __init__(self, name: str, paths: list[Path], text_field: str, label_field: str):
+        self.name, self.text_field = name, text_field
+        self._files = [_IndexedFile(p, text_field, label_field) for p in paths]
+        self._starts = np.cumsum([0] + [f.count for f in self._files])
+        self._reader = FileReader()
+        self.labels = sorted({label for f in self._files for label in f.labels})
+        self.fingerprint = hash_text(*(x for f in self._files for x in (f.path.name, f.size, f.count)))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Document:
+        file, line = self._locate(i)
+        start, length = file.lines[line]
+        record = json.loads(self._reader.read(str(file.data_path), int(start), int(length)).decode("utf-8-sig"))
+        return Document(record[self.text_field], file.labels[file.label_codes[line]], int(i))
+
+    def label(self, i: int) -> str:
+        file, line = self._locate(i)
+        return file.labels[file.label_codes[line]]
+
+    def _locate(self, i: int) -> tuple[_IndexedFile, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)} in {self.name}")
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._files[number], int(i - self._starts[number])
+
+
+class _IndexedFile:
+    """A checked file. lines [n, 2] int64: first byte and length of each document's line in `data_path`;
+    label_codes [n] int32: index into `labels`. Both are memory-mapped when first used, in each process."""
+
+    def __init__(self, path: Path, text_field: str, label_field: str):
+        self.path = path
+        stat = path.stat()
+        self.size = stat.st_size
+        key = hash_text(INDEX_VERSION, path.resolve(), stat.st_size, stat.st_mtime_ns, text_field, label_field)
+        self.folder = cache_folder() / "jsonl" / key
+        if not (self.folder / "index.json").is_file():
+            _build_index(path, self.folder, text_field, label_field)
+        meta = json.loads((self.folder / "index.json").read_text())
+        self.count, self.labels = meta["count"], meta["labels"]
+        self.data_path = self.folder / "data.jsonl" if meta["decompressed"] else path.resolve()
+
+    @property
+    def lines(self) -> np.ndarray:
+        return self._array("lines")
+
+    @property
+    def label_codes(self) -> np.ndarray:
+        return self._array("label_codes")
+
+    def _array(self, name: str) -> np.ndarray:
+        if "_arrays" not in self.__dict__:
+            self._arrays = {n: np.load(self.folder / f"{n}.npy", mmap_mode="r") for n in ("lines", "label_codes")}
+        return self._arrays[name]
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_arrays"}
+
+
+def _build_index(path: Path, folder: Path, text_field: str, label_field: str) -> None:
+    """Checks every line of `path` and writes the index to `folder`: complete, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+    try:
+        data_path = path
+        if path.suffix in (".gz", ".zst"):
+            data_path = temporary / "data.jsonl"
+            _decompress(path, data_path)
+        lines, codes, labels = _scan(data_path, path, text_field, label_field)
+        np.save(temporary / "lines.npy", lines)
+        np.save(temporary / "label_codes.npy", codes)
+        (temporary / "index.json").write_text(json.dumps(
+            {"file": str(path), "count": len(codes), "labels": labels, "decompressed": data_path != path}))
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster: the same index is there already
+            if not (folder / "index.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _scan(data_path: Path, path: Path, text_field: str, label_field: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    lines, codes, labels = array.array("q"), array.array("i"), {}
+    progress, start = Progress(f"checking {path}", data_path.stat().st_size), 0
+    stem = path.name.split(".")[0]
+    with open(data_path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.isspace():
+                try:
+                    label = _check_line(raw, text_field, label_field, stem)
+                except ValueError as e:
+                    raise InputError(f"{path}: line {number}: {e}") from None
+                lines.extend((start, len(raw)))
+                codes.append(labels.setdefault(label, len(labels)))
+                if len(labels) > MAX_LABELS:
+                    raise InputError(f"{path}: line {number}: more than {MAX_LABELS} different values of "
+                                     f"data.label_field={label_field!r}; name a field that groups documents, or one "
+                                     f"that no line has (then the file name is the label)")
+            start += len(raw)
+            if number % 1000 == 0:
+                progress.update(start)
+    if not codes:
+        raise InputError(f"{path}: no documents in it; expected one JSON object a line with the field {text_field!r}")
+    return np.array(lines, np.int64).reshape(-1, 2), np.array(codes, np.int32), list(labels)
+
+
+def _check_line(raw: bytes, text_field: str, label_field: str, default_label: str) -> str:
+    """The label of a line; `ValueError` saying what is wrong with it."""
+    expected = f"expected a JSON object with a string field {text_field!r} (data.text_field)"
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"not UTF-8 text{' (binary data?)' if bytes([0]) in raw else ''}; {expected}") from None
+    except (ValueError, RecursionError) as e:
+        reason = getattr(e, "msg", "nested too deeply")
+        raise ValueError(f"not JSON ({reason}) at {_excerpt(raw)}; {expected}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, at {_excerpt(raw)}; {expected}")
+    if text_field not in record:
+        raise ValueError(f"no field {text_field!r} among {sorted(record)[:10]}; {expected}")
+    text, label = record[text_field], record.get(label_field)
+    if not isinstance(text, str):
+        raise ValueError(f"field {text_field!r} is a {type(text).__name__}; {expected}")
+    if not text:
+        raise ValueError(f"field {text_field!r} is empty; {expected} that is not empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"field {text_field!r} holds half of a surrogate pair, which is no character") from None
+    if label is None:
+        return default_label
+    if isinstance(label, (dict, list)):
+        raise ValueError(f"field {label_field!r} (data.label_field) is a {type(label).__name__}; expected a string")
+    return str(label)
+
+
+def _excerpt(raw: bytes) -> str:
+    return repr(raw[:40].decode("utf-8", "replace")) + ("..." if len(raw) > 40 else "")
+
+
+def _decompress(path: Path, target: Path) -> None:
+    progress, total = Progress(f"decompressing {path} into {target.parent.parent}", path.stat().st_size), 0
+    blocks = _gzip_blocks if path.suffix == ".gz" else _zstd_blocks
+    try:
+        with open(path, "rb") as source, open(target, "wb") as out:
+            for block in blocks(source):
+                out.write(block)
+                total += len(block)
+                progress.update(source.tell())
+    except (EOFError, zlib.error, gzip.BadGzipFile, _Damaged) as e:
+        raise InputError(f"{path}: damaged {path.suffix} file after {total:,} bytes of text ({e})") from None
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _gzip_blocks(source) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=source) as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _zstd_blocks(source) -> Iterator[bytes]:
+    """All frames of a file. A stream reader would take a truncated file for a complete one."""
+    import zstandard
+
+    frame = None
+    while data := source.read(1 << 20):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as e:
+                raise _Damaged(e) from None
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise _Damaged("the file ends within a frame")
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+

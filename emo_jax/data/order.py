@@ -1,0 +1,91 @@
+"""Which documents are held out, and the order of the others. Stateless: nothing is stored, any position is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from emo_jax.data.documents import Source
+from emo_jax.errors import InputError
+
+SMALL = 20_000  # documents of a source whose labels are looked at by `split`
+_MASK = (1 << 64) - 1
+
+
+class TrainIndices:
+    """The document numbers of 0..total-1 that are not in `held_out` (sorted): a sequence that is not stored."""
+
+    def __init__(self, total: int, held_out: np.ndarray):
+        self._count = total - len(held_out)
+        self._smaller = held_out - np.arange(len(held_out))  # training documents below each held-out one
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> int:
+        if not 0 <= i < self._count:
+            raise IndexError(i)
+        return int(i + np.searchsorted(self._smaller, i, side="right"))
+
+
+def split(source: Source, fraction: float, seed: int) -> tuple[TrainIndices, np.ndarray]:
+    """(training documents, held-out documents [n] int64 sorted). A document is held out by a hash of the seed and its
+    number, so whether it is does not depend on the others; in a small source, every label of two documents or more that
+    the hash missed gives one."""
+    total = len(source)
+    held_out = _hashed(total, fraction, seed)
+    if fraction > 0 and (total <= SMALL or not len(held_out)):
+        held_out = np.union1d(held_out, _missed_labels(source, seed, held_out))
+    if len(held_out) == total:
+        held_out = held_out[:-1]
+    if total == len(held_out):
+        raise InputError(f"{source.name}: no documents to train on")
+    return TrainIndices(total, held_out), held_out
+
+
+def _hashed(total: int, fraction: float, seed: int, block: int = 1 << 22) -> np.ndarray:
+    limit, chosen = np.uint64(min(int(fraction * 2.0**64), _MASK)), [np.zeros(0, np.int64)]
+    for start in range(0, total, block):
+        numbers = np.arange(start, min(start + block, total), dtype=np.uint64)
+        chosen.append(start + np.flatnonzero(mix(seed, numbers) < limit))
+    return np.concatenate(chosen)
+
+
+def _missed_labels(source: Source, seed: int, held_out: np.ndarray) -> np.ndarray:
+    """One document of each label that has two or more, none of them in `held_out`; looks at SMALL documents."""
+    by_label, missed = {}, []
+    for i in range(min(len(source), SMALL)):
+        by_label.setdefault(source.label(i), []).append(i)
+    for numbers in by_label.values():
+        if len(numbers) > 1 and not np.isin(numbers, held_out).any():
+            missed.append(numbers[int(np.argmin(mix(seed, np.array(numbers, np.uint64))))])
+    return np.array(missed, np.int64)
+
+
+def mix(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """[n] uint64 -> [n] uint64 that look random: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = numbers + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & _MASK)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+class DocumentOrder:
+    """The endless stream of training documents, dealt out to the rows of a batch: row b of B reads the positions
+    b, B + b, 2B + b, ... of the concatenated epochs, each epoch shuffled anew."""
+
+    def __init__(self, indices: TrainIndices, batch_size: int, seed: int, shuffle: bool):
+        self.indices, self.batch_size, self.seed, self.shuffle = indices, batch_size, seed, shuffle
+
+    def document(self, row: int, count: int) -> int:
+        """Number of the `count`-th document of a row."""
+        epoch, position = divmod(count * self.batch_size + row, len(self.indices))
+        if self.shuffle:
+            seed = int(mix(self.seed, np.uint64([epoch]))[0]) & 0xFFFFFFFF
+            position = index_shuffle(position, max_index=len(self.indices) - 1, seed=seed, rounds=4)
+        return self.indices[position]
+
+    def epochs(self, counts: list[int]) -> float:
+        """How often the documents have been read, when the rows have read `counts` documents."""
+        return sum(counts) / len(counts) * self.batch_size / len(self.indices)

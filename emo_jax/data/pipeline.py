@@ -1,0 +1,216 @@
+"""The batches of one host, in worker processes, resumable at any batch on any number of hosts and workers.
+
+A global batch has B rows. Row b of every batch comes from its own stream b, which reads every B-th document of the
+shuffled documents (`order.DocumentOrder`), tokenizes and packs them. So batch k does not depend on who computes the
+streams: host h of H has the B/H streams from h*B/H on, and deals them out to its workers. The position of a stream is
+the packer's state after the row, and it travels with each row; the data part of a checkpoint is the B states.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from absl import flags
+
+from emo_jax.config import Config, DataConfig
+from emo_jax.data.documents import Source
+from emo_jax.data.filters import is_repetitive
+from emo_jax.data.order import DocumentOrder, TrainIndices, split
+from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
+from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.errors import InputError, RunError
+
+FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "document_ids")
+_SIGTERM_GRACE_S = 60
+
+
+@dataclass(frozen=True)
+class RowStreams:
+    """All that a worker needs to compute the rows of any stream. Picklable."""
+
+    data: DataConfig
+    source: Source
+    tokenizer: Tokenizer
+    order: DocumentOrder
+
+    def rows(self, stream: int, state: State | None) -> Iterator[tuple[Row, State]]:
+        def read(count: int) -> tuple[np.ndarray, int]:
+            document = self.source[self.order.document(stream, count)]
+            return self.tokenizer.encode_document(document.text), document.id
+
+        d = self.data
+        for row, state in pack(d.packing, read, d.sequence_length, d.max_documents_per_row,
+                               d.document_end_target == "counted", state):
+            if d.repetition_filter and is_repetitive(row["tokens"][row["segment_ids"] > 0]):
+                row["loss_weights"][:] = 0
+            yield row, state
+
+
+class TrainIterator:
+    """Yields dicts of numpy arrays [B_host, T]: `FIELDS`, int32 but loss_weights float32. Prefetches in the
+    background. `state()` belongs to the batch returned last, whatever has been prefetched; close it after use."""
+
+    def __init__(self, streams: RowStreams, numbers: list[int], states: list[State], workers: int):
+        self._streams, self._states = streams, states
+        self._counts = {"rows": 0, "padding_tokens": 0, "filtered_rows": 0, "rows_at_document_limit": 0}
+        self.workers = _usable_workers(workers, len(numbers))
+        rows = _RowDataset(streams, numbers, states)
+        if self.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, which only an absl app would parse
+            options = grain.MultiprocessingOptions(
+                num_workers=self.workers, per_worker_buffer_size=min(256, max(2, 2 * len(numbers) // self.workers)))
+            # Rows are small: sent through a pipe, they need no shared memory (which containers have little of).
+            rows = grain.experimental.WithOptionsIterDataset(
+                rows, grain.experimental.DatasetOptions(min_shm_size=1 << 40))
+            rows = rows.mp_prefetch(options, worker_init_fn=_start_worker)
+        batches = rows.batch(len(numbers), drop_remainder=True, batch_fn=_stack)
+        self._iterator = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))]
+        self.close = weakref.finalize(self, _close, self._iterator)  # also called when the process ends
+
+    def __iter__(self) -> TrainIterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            batch, self._states = next(self._iterator[0])
+        except InputError:
+            raise
+        except (RuntimeError, OSError, EOFError) as e:  # a worker that died, a file that went away
+            raise RunError(f"reading the data of {self._streams.source.name} failed: {e}") from e
+        self._count(batch)
+        return batch
+
+    def state(self) -> list[State]:
+        """The state of each stream of this host after the batch returned last: a list of lists of ints."""
+        return [list(state) for state in self._states]
+
+    @property
+    def epochs(self) -> float:
+        """How often this host's share of the documents has been read."""
+        return self._streams.order.epochs([documents_read(state) for state in self._states])
+
+    def statistics(self) -> dict[str, int]:
+        """Sums over the batches returned so far: rows; padding_tokens; filtered_rows (without any loss);
+        rows_at_document_limit (padded because they hold data.max_documents_per_row documents)."""
+        return dict(self._counts)
+
+    def _count(self, batch: dict[str, np.ndarray]) -> None:
+        padding = (batch["segment_ids"] == 0).sum(axis=1)
+        full = batch["segment_ids"].max(axis=1) == self._streams.data.max_documents_per_row
+        self._counts["rows"] += len(padding)
+        self._counts["padding_tokens"] += int(padding.sum())
+        self._counts["filtered_rows"] += int((batch["loss_weights"].max(axis=1) == 0).sum())
+        self._counts["rows_at_document_limit"] += int((full & (padding > 0)).sum())
+
+
+def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, process_index: int = 0,
+                        process_count: int = 1, states: list[State] | None = None,
+                        train_indices: TrainIndices | None = None) -> TrainIterator:
+    """The training batches of host `process_index` of `process_count`, from the start or after `states` (of all
+    B = train.batch_size streams in order). train_indices: those of `split`, to save computing them again."""
+    batch_size = config.train.batch_size
+    if batch_size % process_count:
+        raise InputError(f"train.batch_size={batch_size} must be a multiple of the {process_count} processes")
+    if states is None:
+        states = [initial_state() for _ in range(batch_size)]
+    if len(states) != batch_size:
+        raise InputError(f"train.batch_size={batch_size}: the checkpoint's data position is for a batch of "
+                         f"{len(states)} rows; keep the batch size, or start from the parameters only")
+    if train_indices is None:
+        train_indices, _ = split(source, config.data.eval_fraction, config.seed)
+    order = DocumentOrder(train_indices, batch_size, config.seed, config.data.shuffle)
+    per_host = batch_size // process_count
+    numbers = list(range(process_index * per_host, (process_index + 1) * per_host))
+    states = [[int(x) for x in states[number]] for number in numbers]
+    return TrainIterator(RowStreams(config.data, source, tokenizer, order), numbers, states, config.data.workers)
+
+
+def states_to_array(states: list[State], data: DataConfig) -> np.ndarray:
+    """[b, W] int64, padded with -1; W depends on the config only, so that hosts can gather them."""
+    array = np.full((len(states), state_width(data.packing, data.max_documents_per_row)), -1, np.int64)
+    for row, state in zip(array, states):
+        row[:len(state)] = state
+    return array
+
+
+def array_to_states(array: np.ndarray) -> list[State]:
+    return [row[row >= 0].tolist() for row in np.asarray(array)]
+
+
+def _close(iterator: list) -> None:
+    """Ends the background thread and the worker processes. Grain's objects are collected here, because those that
+    live until the interpreter is torn down complain."""
+    iterator.pop().close()
+    gc.collect()
+
+
+def _usable_workers(wanted: int, streams: int) -> int:
+    """The most workers up to `wanted` that share the streams evenly: Grain takes their rows in turn."""
+    return next((n for n in range(min(wanted, streams), 0, -1) if streams % n == 0), 0)
+
+
+def _stack(rows: list[tuple[Row, State]]) -> tuple[dict[str, np.ndarray], list[State]]:
+    batch = {name: np.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
+    positions = np.arange(batch["tokens"].shape[1], dtype=np.int32)  # absolute in the row, as published
+    batch["positions"] = np.tile(positions, (len(rows), 1))
+    return {name: batch[name] for name in FIELDS}, [state for _, state in rows]
+
+
+# ---- the Grain side --------------------------------------------------------------------------------------------------
+
+
+class _RowDataset(grain.IterDataset):
+    """(row, state) of the streams in turn, without end. A worker takes its slice of the streams."""
+
+    def __init__(self, streams: RowStreams, numbers: list[int], states: list[State]):
+        super().__init__()
+        self._streams, self._numbers, self._states = streams, numbers, states
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        self._numbers, self._states = self._numbers[sl], self._states[sl]
+
+    def __iter__(self) -> _RowIterator:
+        return _RowIterator([self._streams.rows(n, s) for n, s in zip(self._numbers, self._states)])
+
+
+class _RowIterator(grain.DatasetIterator):
+    def __init__(self, streams: list[Iterator[tuple[Row, State]]]):
+        super().__init__()
+        self._generators, self._turn = streams, 0
+
+    def __next__(self) -> tuple[Row, State]:
+        row = next(self._generators[self._turn])
+        self._turn = (self._turn + 1) % len(self._generators)
+        return row
+
+    def get_state(self) -> dict:
+        return {}  # each row carries the state of its stream
+
+    def set_state(self, state: dict) -> None:
+        raise NotImplementedError("a TrainIterator starts at its states")
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In a worker: survives the signals that a terminal or scheduler sends to the whole process group, because the
+    training process still needs batches while it saves, and ends when the training process is gone."""
+    parent = os.getppid()
+    terminated = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(time.monotonic()))
+
+    def watch() -> None:
+        while os.getppid() == parent and not (terminated and time.monotonic() > terminated[0] + _SIGTERM_GRACE_S):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,142 @@
+"""Text -> token ids: any `tokenizer.json` of the Hugging Face tokenizers library, or a BPE trained on the documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from emo_jax.config import Config
+from emo_jax.data.documents import Source
+from emo_jax.data.order import mix
+from emo_jax.errors import InputError
+
+TRAINING_BYTES = 10_000_000  # of text that a new BPE is trained on
+
+
+class Tokenizer:
+    """path: a tokenizer.json or a folder that holds one. Special tokens written out in a text are plain text to it,
+    so that no document can forge the end of a document. Picklable by its path."""
+
+    def __init__(self, path: str | Path, eos_token: str):
+        path = Path(path).expanduser().absolute()
+        self.path, self.eos_token = path / "tokenizer.json" if path.is_dir() else path, eos_token
+        if not self.path.is_file():
+            raise InputError(f"data.tokenizer={str(self.path)!r}: no such file; expected a tokenizer.json")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as e:  # the library raises plain Exception
+            raise InputError(f"data.tokenizer={str(self.path)!r}: not a tokenizer.json ({e})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        eos_id = self._tokenizer.token_to_id(eos_token)
+        if eos_id is None:
+            special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+            raise InputError(f"data.eos_token={eos_token!r} is no token of {self.path}; its special tokens are {special}")
+        self.eos_id = eos_id
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        """[n] int32, without an end-of-document token."""
+        return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """[n + 1] int32: the text and the end-of-document token."""
+        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids.append(self.eos_id)
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
+        """[V] int32: UTF-8 bytes of text that each id stands for; 0 for special tokens and ids without a token."""
+        sizes = np.zeros(vocab_size or self.vocab_size, np.int32)
+        size_of = _byte_counter(json.loads(self._tokenizer.to_str()))
+        added = self._tokenizer.get_added_tokens_decoder()
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                sizes[i] = 0 if added[i].special else len(added[i].content.encode())
+            else:
+                sizes[i] = size_of(token)
+        return sizes
+
+    def __reduce__(self):
+        return Tokenizer, (self.path, self.eos_token)
+
+
+def load_tokenizer(config: Config, source: Source, train_indices, cache_dir: str | Path) -> Tokenizer:
+    """The tokenizer of a run: data.tokenizer, else the one in `cache_dir`, else one trained on the documents and kept
+    there. `InputError` if it has more tokens than the model."""
+    if config.data.tokenizer:
+        tokenizer = Tokenizer(config.data.tokenizer, config.data.eos_token)
+    else:
+        tokenizer = train_bpe(source, train_indices, config.model.vocab_size, cache_dir, config.data.eos_token)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+                         f"{tokenizer.path}")
+    return tokenizer
+
+
+def train_bpe(source: Source, indices, vocab_size: int, cache_dir: str | Path, eos_token: str) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens from a sample of the documents `indices`, saved as
+    `cache_dir`/tokenizer.json; if that is there, it is used."""
+    path = Path(cache_dir) / "tokenizer.json"
+    if path.is_file():
+        return Tokenizer(path, eos_token)
+    if vocab_size < 257:
+        raise InputError(f"model.vocab_size={vocab_size}: a byte-level BPE has at least 257 tokens (bytes and end)")
+    sample = _sample(source, indices)
+    print(f"training a tokenizer of {vocab_size:,} tokens on {len(sample):,} documents "
+          f"({sum(map(len, sample)) / 1e6:.1f} million characters)", file=sys.stderr, flush=True)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[eos_token], show_progress=False, max_token_length=32,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(sample, trainer, length=len(sample))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".tokenizer-", dir=path.parent)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(tokenizer.to_str())
+    os.replace(temporary, path)
+    return Tokenizer(path, eos_token)
+
+
+def _sample(source: Source, indices) -> list[str]:
+    """Texts of up to TRAINING_BYTES characters from documents all over the source; the same at every call."""
+    total, texts, size = len(indices), [], 0
+    order = np.arange(total)
+    if total > 100_000:
+        order = np.unique(mix(0, np.arange(100_000, dtype=np.uint64)) % np.uint64(total))
+    for i in order[np.argsort(mix(1, order.astype(np.uint64)), kind="stable")]:
+        texts.append(source[indices[int(i)]].text[:100_000])
+        size += len(texts[-1])
+        if size >= TRAINING_BYTES:
+            break
+    return texts
+
+
+def _byte_counter(spec: dict):
+    """A function token -> number of UTF-8 bytes, from how the tokenizer writes bytes in its tokens."""
+    parts = [spec.get("pre_tokenizer") or {}, spec.get("decoder") or {}]
+    parts += [p for part in parts for p in part.get("pretokenizers", []) + part.get("decoders", [])]
+    kinds = {part.get("type") for part in parts}
+    if "ByteLevel" in kinds:
+        return len  # one character for each byte
+    prefix = (spec.get("model") or {}).get("continuing_subword_prefix") or ""
+
+    def size_of(token: str) -> int:
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return 1  # a byte that has no token of its own
+        text = token.removeprefix(prefix) if prefix else token
+        return len(text.replace("▁", " ").encode())
+
+    return size_of
