@@ -69,6 +69,7 @@ class DataConfig:
     format: Literal["auto", "embedded", "jsonl", "text", "tfds"] = "auto"
     text_field: str = "text"
     label_field: str = "source"  # label of a document, for evaluation by label
+    tfds_split: str = "train"  # split of a TFDS dataset; slices such as train[:10%] are allowed
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
     sequence_length: int = 4096
@@ -194,9 +195,10 @@ def validate(c: Config) -> None:
         require(r.pool_beta > 0, f"router.pool_beta={r.pool_beta} must be positive")
     require(r.load_balance_weight >= 0 and r.router_z_weight >= 0 and t.output_z_weight >= 0,
             "router.load_balance_weight, router.router_z_weight and train.output_z_weight must not be negative")
-    require(r.balance_shards == 0 or (r.balance_scope == "shard" and t.batch_size % r.balance_shards == 0),
+    rows = t.batch_size // t.microbatches if t.microbatches > 0 else 0
+    require(r.balance_shards == 0 or (r.balance_scope == "shard" and rows % r.balance_shards == 0),
             f"router.balance_shards={r.balance_shards} needs router.balance_scope=shard (is {r.balance_scope}) and must "
-            f"divide train.batch_size={t.batch_size}")
+            f"divide train.batch_size / train.microbatches={rows}")
 
     require(d.sequence_length >= 2, f"data.sequence_length={d.sequence_length} must be at least 2")
     require(1 <= d.max_documents_per_row <= d.sequence_length,
