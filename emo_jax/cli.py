@@ -1,0 +1,167 @@
+"""`emo-jax COMMAND`: parses, calls one function per command, prints its result. No logic, no heavy imports.
+
+Each command has an `add_X(commands)` that declares its arguments, and a function of the parsed arguments that returns
+(result, text): the JSON object that `--json` prints on the last line of standard output, and what it prints without.
+Progress goes to standard error. Exit status: 0 done, 1 the run failed, 2 wrong usage or bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import Any, Callable
+
+import emo_jax
+from emo_jax.errors import InputError, RunError
+
+Result = tuple[dict[str, Any], str]
+_OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
+    args = _parser().parse_args(argv)
+    try:
+        if overrides and not args.takes_overrides:
+            raise InputError(f"emo-jax {args.command} has no config to override: {' '.join(overrides)}")
+        args.overrides = overrides + ([f"--seed={args.seed}"] if getattr(args, "seed", None) is not None else [])
+        result, text = args.run(args)
+        _print(args, result, text)
+        return 0
+    except InputError as e:
+        return _fail(args, 2, str(e))
+    except RunError as e:
+        return _fail(args, 1, str(e))
+    except KeyboardInterrupt:
+        return _fail(args, 1, "interrupted")
+    except MemoryError as e:
+        return _fail(args, 1, f"out of memory: {e}")
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return _fail(args, 1, f"out of device memory: {str(e).splitlines()[0]}\nmore devices, a larger "
+                     f"train.microbatches, train.remat=full or a smaller train.batch_size need less")
+
+
+def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits off `--a.b=c` and `--a.b c`, wherever they stand."""
+    rest, overrides = [], []
+    while argv:
+        item = argv.pop(0)
+        if not _OVERRIDE.fullmatch(item):
+            rest.append(item)
+        elif "=" not in item and argv and not argv[0].startswith("--"):
+            overrides.append(f"{item}={argv.pop(0)}")
+        else:
+            overrides.append(item)
+    return rest, overrides
+
+
+def _print(args, result: dict[str, Any], text: str) -> None:
+    if _is_primary():
+        print(json.dumps(result) if args.json else text, flush=True)
+
+
+def _fail(args, status: int, message: str) -> int:
+    print(f"emo-jax {args.command}: {message}", file=sys.stderr, flush=True)
+    if args.json and _is_primary():
+        print(json.dumps({"error": message, "exit_status": status}), flush=True)
+    return status
+
+
+def _is_primary() -> bool:
+    """Of several processes one prints. Without JAX loaded there is only one."""
+    return "jax" not in sys.modules or sys.modules["jax"].process_index() == 0
+
+
+# ---- declaring ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="emo-jax", description=emo_jax.__doc__)
+    parser.add_argument("--version", action="version", version=f"emo-jax {emo_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run: Callable[[argparse.Namespace], Result], summary: str,
+             config: bool = False) -> argparse.ArgumentParser:
+    """A command with `--json`; with `config`, one that also takes `--seed N` and `--a.b=c`."""
+    usage = "  --a.b=c overrides a field of the config, see `emo-jax config`." if config else ""
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{usage}")
+    parser.set_defaults(run=run, takes_overrides=config, command=name)
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on the last line")
+    if config:
+        parser.add_argument("--seed", type=int, help="of parameters, data order and pools")
+    return parser
+
+
+def add_train(commands) -> None:
+    parser = _command(commands, "train", train, "train a config into a folder, or go on with what is there", config=True)
+    parser.add_argument("config", metavar="CONFIG", help="a file of configs/, or its name")
+    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the resolved config")
+
+
+def add_eval(commands) -> None:
+    parser = _command(commands, "eval", evaluate, "held-out loss of a checkpoint by source label", config=True)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run's folder, its checkpoints/, or one step folder")
+    parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+
+
+def add_config(commands) -> None:
+    parser = _command(commands, "config", config, "the resolved config and how it differs from the default", config=True)
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a file of configs/, or its name; without: the names")
+
+
+COMMANDS = [add_train, add_eval, add_config]
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def train(args) -> Result:
+    from emo_jax.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from emo_jax import sharding
+
+    sharding.start_distributed()
+    from emo_jax.train import loop
+
+    result = loop.train(config, args.out)
+    lines = [f"{'stopped at' if result['stopped'] else 'trained to'} step {result['step']} of {result['steps']}, "
+             f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
+    if result["held_out"]:
+        from emo_jax.train.evaluate import table
+
+        lines.append(table(result["held_out"]))
+    return result, "\n".join(lines)
+
+
+def evaluate(args) -> Result:
+    from emo_jax import sharding
+
+    sharding.start_distributed()
+    from emo_jax.train.evaluate import evaluate_checkpoint, table
+
+    result = evaluate_checkpoint(args.checkpoint, args.data, args.step, args.overrides)
+    return result, f"{result['checkpoint']} on {result['data']}\n{table(result)}"
+
+
+def config(args) -> Result:
+    from emo_jax import config as lib
+
+    if args.config is None:
+        names = lib.config_names()
+        return {"configs": names}, "\n".join(names)
+    resolved = lib.load_config(args.config, args.overrides)
+    changed = lib.difference(resolved)
+    text = lib.dumps(resolved) + "\ndiffers from the default in:\n" + "\n".join(
+        f"  {key} = {new!r} (default {old!r})" for key, (old, new) in changed.items())
+    return {"config": lib.to_dict(resolved), "difference": {k: {"default": a, "value": b}
+                                                            for k, (a, b) in changed.items()}}, text

@@ -1,0 +1,114 @@
+"""Held-out loss by source label: nats per token, and per byte, which compares models with other tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from emo_jax import compat, sharding
+from emo_jax.config import Config, MeshConfig, override
+from emo_jax.data.evaluation import evaluation_rows
+from emo_jax.data.order import split
+from emo_jax.data.sources import open_source
+from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.errors import InputError
+from emo_jax.train.checkpoint import open_checkpoint
+from emo_jax.train.compatibility import require_same_model
+from emo_jax.train.hosts import gather_global
+from emo_jax.train.step import make_eval_step
+
+LabelledRows = list[tuple[str, dict[str, np.ndarray]]]  # label, fields [n, T]
+
+
+class Evaluation:
+    """The same held-out rows, evaluated as often as wanted; rows of all labels share batches.
+
+    The bytes of a row are the UTF-8 bytes of the targets that count.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, rows: LabelledRows, tokenizer: Tokenizer):
+        self.labels = np.array([label for label, fields in rows for _ in fields["tokens"]])
+        fields = {name: np.concatenate([f[name] for _, f in rows]) for name in rows[0][1]}
+        token_bytes = tokenizer.token_bytes(config.model.vocab_size)
+        self._bytes = (token_bytes[fields["targets"]] * fields["loss_weights"]).sum(axis=1)
+        shards = sharding.batch_shards(mesh)
+        wanted = min(config.train.batch_size // config.train.microbatches, len(self.labels))
+        self._batch_size = math.ceil(wanted / shards) * shards
+        padding = -len(self.labels) % self._batch_size  # rows of nothing: segment 0, loss weight 0
+        self._fields = {name: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)])
+                        for name, x in fields.items()}
+        self._mesh, self._sharding = mesh, sharding.batch_sharding(mesh)
+        self._step = make_eval_step(config, mesh, tokenizer.eos_id)
+
+    def __call__(self, params: dict) -> dict[str, Any]:
+        """{"loss", "loss_per_byte", "bits_per_byte", "tokens", "bytes", "labels": {label: the same}}, summed over all
+        tokens of the rows (of the label)."""
+        loss, tokens = [], []
+        with compat.set_mesh(self._mesh):
+            for start in range(0, len(self._fields["tokens"]), self._batch_size):
+                rows = slice(start, start + self._batch_size)
+                out = self._step(params, {name: self._place(x[rows]) for name, x in self._fields.items()})
+                loss.append(out["loss_sum"])
+                tokens.append(out["loss_tokens"])
+            loss, tokens = (np.concatenate([gather_global(x) for x in xs]).astype(np.float64)[:len(self.labels)]
+                            for xs in (loss, tokens))
+
+        def total(where) -> dict[str, Any]:
+            nats, count, size = loss[where].sum(), tokens[where].sum(), self._bytes[where].sum()
+            per_byte = nats / max(size, 1)
+            return {"loss": nats / max(count, 1), "loss_per_byte": per_byte, "bits_per_byte": per_byte / math.log(2),
+                    "tokens": int(count), "bytes": int(size)}
+
+        return total(slice(None)) | {"labels": {label: total(self.labels == label)
+                                                for label in sorted(set(self.labels.tolist()))}}
+
+    def _place(self, x: np.ndarray) -> jax.Array:
+        """Every process has all rows and places those of its devices."""
+        return jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index])
+
+
+def evaluate_checkpoint(path: str, data_path: str = "", step: int | None = None,
+                        overrides: list[str] = ()) -> dict[str, Any]:
+    """The loss of a checkpoint on all documents of `data_path`, or on its run's held-out documents.
+
+    Of each label as many rows as `train.eval_rows` allows. overrides: of the checkpoint's config, such as
+    `train.eval_rows=1000`, `data.text_field=body` or `mesh.data=4`; the mesh is one of fsdp by default.
+    """
+    found = open_checkpoint(path, step)
+    config = dataclasses.replace(found.config, mesh=MeshConfig())
+    if data_path:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path, format="auto"))
+    config = override(config, list(overrides))
+    require_same_model(found.config, config, str(found.path), anneal=True)
+    source = open_source(config.data)
+    tokenizer = Tokenizer(found.run / "tokenizer.json", config.data.eos_token)
+    chosen = np.arange(len(source)) if data_path else split(source, config.data.eval_fraction, config.seed)[1]
+    if not len(chosen):
+        raise InputError(f"{found.run} held out no documents (data.eval_fraction={config.data.eval_fraction}); give "
+                         f"--data")
+    rows = evaluation_rows(config, source, tokenizer, chosen)
+    mesh = sharding.make_mesh(_fit_batch(config))
+    with compat.set_mesh(mesh):
+        params = found.restore_params(mesh, config)
+        result = Evaluation(config, mesh, rows, tokenizer)(params)
+    return {"checkpoint": str(found.path), "step": found.step, "data": source.name, **result}
+
+
+def _fit_batch(config: Config) -> Config:
+    """The config with a batch that any mesh of these devices divides, for there is no training step to run."""
+    rows = math.lcm(config.train.batch_size, jax.device_count())
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows, microbatches=1))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of an evaluation for people."""
+    lines = [f"{'label':24} {'tokens':>10} {'nats/token':>11} {'nats/byte':>10} {'bits/byte':>10}"]
+    for label, r in [*result["labels"].items(), ("all", result)]:
+        lines.append(f"{label[:24]:24} {r['tokens']:10,} {r['loss']:11.4f} {r['loss_per_byte']:10.4f} "
+                     f"{r['bits_per_byte']:10.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""The training loop: batches in, steps dispatched ahead of the devices, and everything that happens between steps.
+
+The hot path never waits for a step: metrics are read one step late, and only evaluation, saving and a stop look at
+the state. Whatever the mesh, workers or restarts, step k sees the same rows; on the same mesh it is bit-identical.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from emo_jax import compat, sharding
+from emo_jax.config import Config
+from emo_jax.data.pipeline import array_to_states, make_train_iterator, states_to_array
+from emo_jax.errors import RunError
+from emo_jax.train import hosts, start
+from emo_jax.train.checkpoint import FOLDER, CheckpointWriter, describe
+from emo_jax.train.metrics import Log
+from emo_jax.train.signals import StopSignals
+from emo_jax.train.step import make_train_step
+
+AGREEMENT_EVERY = 10  # steps, at most, after which several processes agree on whether to stop
+
+
+def train(config: Config, out: str | Path) -> dict[str, Any]:
+    """Trains `config` into the folder `out`, going on from what is there; returns what `emo-jax train` reports.
+
+    Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
+    `RunError` when the run fails.
+    """
+    out = Path(out).absolute()
+    mesh = sharding.make_mesh(config)
+    start.open_folder(config, out)
+    start.cache_compilation(out)
+    config, origin = start.find_start(config, out)
+    documents = start.open_documents(config, out)
+    evaluate = start.evaluation_of(config, mesh, documents)
+    with compat.set_mesh(mesh):
+        position = start.resume(config, mesh, out, documents)
+        position = position or start.initial_position(config, mesh, origin, documents)
+        start.write_config(config, out)
+        _describe(config, mesh, documents, position)
+        return _Run(config, mesh, out, documents, evaluate, position).run()
+
+
+def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
+    count = sum(x.size for x in jax.tree.leaves(position.state.params))
+    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
+    start.say(f"{config.name}: {count:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); "
+              f"{len(documents.train):,} documents to train on, {len(documents.held_out):,} held out; "
+              f"{config.train.batch_size} rows of {config.data.sequence_length} tokens a step")
+
+
+class _Run:
+    """One start of a run, from its position to its last step, a stop, or a failure."""
+
+    def __init__(self, config: Config, mesh: Mesh, out: Path, documents: start.Documents, evaluate,
+                 position: start.Position):
+        self.config, self.mesh, self.out, self.evaluate = config, mesh, out, evaluate
+        self.state, self.step, self.first_step = position.state, position.step, position.step
+        self.fingerprint = documents.fingerprint
+        self.train_step = make_train_step(config, mesh, documents.tokenizer.eos_id)
+        self.group = hosts.row_group(mesh, config.train.batch_size)
+        self.log = Log(config, out, position.step, position.tokens, hosts.is_primary())
+        self.writer = CheckpointWriter(out, config.checkpoint)
+        self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
+        self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
+        self.batches = make_train_iterator(config, documents.source, documents.tokenizer, *self.group,
+                                           states=position.rows, train_indices=documents.train)
+
+    def run(self) -> dict[str, Any]:
+        began, stopped = time.monotonic(), None
+        try:
+            with StopSignals() as stop:
+                while self.step < self.config.train.steps:
+                    self._one_step()
+                    if self._agreed_to_stop(stop):
+                        stopped = stop.requested or "a signal to another process"
+                        break
+                    self._between_steps()
+                self._finish(stopped)
+        except BaseException as e:
+            kept = self._last_good()
+            if isinstance(e, RunError):
+                raise RunError(f"{e}; {kept}") from e
+            raise
+        finally:
+            self.batches.close()
+            self.log.close()
+        return self._result(stopped, time.monotonic() - began)
+
+    def _one_step(self) -> None:
+        batch = sharding.global_batch(self.mesh, next(self.batches))
+        self.state, metrics = self.train_step(self.state, batch)
+        self.step += 1
+        self.log.add(self.step, metrics)
+        if self.log.is_logged(self.step - 1):
+            self.log.flush(until=self.step - 1)
+
+    def _agreed_to_stop(self, stop: StopSignals) -> bool:
+        """Every process leaves after the same step: alone at once, with others at the next agreement."""
+        if jax.process_count() == 1:
+            return stop.requested is not None
+        every = min(self.config.train.log_every, AGREEMENT_EVERY)
+        return self.step % every == 0 and hosts.any_process(stop.requested is not None)
+
+    def _between_steps(self) -> None:
+        t, every = self.config.train, self.config.checkpoint.every
+        last = self.step == t.steps
+        evaluate = self.evaluate is not None and (last or (t.eval_every > 0 and self.step % t.eval_every == 0))
+        if evaluate:
+            self._evaluate()
+        if last or self.step % every == 0 or (evaluate and self._is_best()):
+            self._save()
+
+    def _evaluate(self) -> None:
+        self.log.flush()
+        result = self.evaluate(self.state.params)
+        if not math.isfinite(result["loss"]):
+            raise RunError(f"the held-out loss is {result['loss']} after step {self.step}")
+        self.evaluated = {self.step: result}
+        self.log.evaluation(self.step, "held_out", result)
+        self.log.restart_clock(self.step)
+
+    def _is_best(self) -> bool:
+        """Whether the evaluation just made ranks among those that retention keeps."""
+        keep, losses = self.config.checkpoint.keep_best, sorted(self.writer.best_losses().values())
+        return keep > 0 and (len(losses) < keep or self.evaluated[self.step]["loss"] < losses[keep - 1])
+
+    def _save(self) -> None:
+        """Only a state after finite steps is saved: the log is read up to here first."""
+        self.log.flush()
+        local = states_to_array(self.batches.state(), self.config.data)
+        rows = array_to_states(hosts.gather_groups(local, self.group))
+        evaluation = self.evaluated.get(self.step)
+        self.writer.save(self.state, describe(self.config, self.log.tokens, self.fingerprint), {"rows": rows},
+                         loss=evaluation and evaluation["loss"])
+        self.saved_step = self.step
+        self.log.restart_clock(self.step)
+
+    def _finish(self, stopped: str | None) -> None:
+        if stopped:
+            self.log.say(f"stopping after step {self.step} ({stopped}): saving")
+        if self.saved_step != self.step:
+            self._save()
+        self.log.flush()
+        self.writer.close()
+
+    def _last_good(self) -> str:
+        """Lets the last save finish and says where the run can go on."""
+        try:
+            self.writer.close()
+        except RunError as failed:
+            return str(failed)
+        return (f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there; if it fails "
+                f"again, lower optimizer.learning_rate or look at the documents of the next steps")
+
+    def _result(self, stopped: str | None, seconds: float) -> dict[str, Any]:
+        return {
+            "out": str(self.out), "step": self.step, "steps": self.config.train.steps, "stopped": stopped,
+            "resumed_from": self.first_step or None, "tokens": self.log.tokens, "loss": self.log.last.get("loss"),
+            "tokens_per_second": self.log.last.get("tokens_per_second"),
+            "held_out": self.evaluated.get(self.step), "seconds": seconds,
+            "checkpoint": str(self.out / FOLDER / str(self.saved_step)),
+        }

@@ -1,0 +1,223 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress line on standard error.
+
+Metrics stay on the devices until a logged step is over, and are read while the next step runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from emo_jax.config import Config
+from emo_jax.errors import RunError
+from emo_jax.train.flops import flops_per_token, peak_flops
+
+SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
+           "experts_max_load", "dropped_tokens", "loss_tokens")
+PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean", "experts_per_document")
+MAX_STEPS_IN_FLIGHT = 4
+
+
+class MetricsFile:
+    """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened."""
+
+    def __init__(self, path: Path, resumed_at: int):
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= resumed_at:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # a line torn by a kill
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(kept))
+        os.replace(replacement, path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in `folder`; nothing if tensorboardX is not installed."""
+
+    def __init__(self, folder: Path, resumed_at: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            print("no TensorBoard events: tensorboardX is not installed", file=sys.stderr)
+            self._writer = None
+        else:
+            self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1)
+
+    def write(self, step: int, record: dict[str, Any], prefix: str = "") -> None:
+        for name, value in record.items() if self._writer else ():
+            if isinstance(value, dict):
+                self.write(step, value, f"{prefix}{name}/")
+            elif isinstance(value, list):
+                for layer, v in enumerate(value):
+                    self._writer.add_scalar(f"{prefix}{name}/layer_{layer:02d}", v, step)
+            elif isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(prefix + name, value, step)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+class Progress:
+    """One line on standard error: redrawn on a terminal, printed anew elsewhere."""
+
+    def __init__(self, steps: int):
+        self._steps, self._live = steps, None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live("", console=Console(stderr=True), auto_refresh=False)
+            self._live.start()
+
+    def update(self, record: dict[str, Any], eta: float | None) -> None:
+        parts = [f"step {record['step']}/{self._steps}", f"loss {record['loss']:.4f}",
+                 f"grad norm {record['grad_norm']:.3f}", f"lr {record['learning_rate']:.2e}",
+                 f"{record['tokens_per_second']:,.0f} tokens/s"]
+        if "mfu" in record:
+            parts.append(f"mfu {record['mfu']:.1%}")
+        parts.append(f"eta {_duration(eta)}")
+        line = "  ".join(parts)
+        if self._live:
+            self._live.update(line, refresh=True)
+        else:
+            self.say(line)
+
+    def say(self, message: str) -> None:
+        if self._live:
+            self._live.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+class Rate:
+    """Tokens and steps a second between two marks. The first interval holds compilation: it predicts nothing."""
+
+    def __init__(self, step: int, tokens: int):
+        self.tokens_per_second = 0.0
+        self.seconds_per_step: float | None = None
+        self.dispatched = step
+        self._marks = 0
+        self.restart(step, tokens)
+
+    def restart(self, step: int, tokens: int) -> None:
+        self._time, self._step, self._tokens = time.monotonic(), step, tokens
+        self._dispatched = self.dispatched
+
+    def mark(self, step: int, tokens: int) -> None:
+        """`step` is over. If no step was dispatched since the last mark, this one ran before it: the rate stays."""
+        if self.dispatched > self._dispatched:
+            seconds = max(time.monotonic() - self._time, 1e-9)
+            self.tokens_per_second = (tokens - self._tokens) / seconds
+            self.seconds_per_step = seconds / (step - self._step) if self._marks else None
+            self._marks += 1
+        self.restart(step, tokens)
+
+
+class NoLog:
+    """In place of the writers in processes that write nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+class Log:
+    """Collects the metrics of every step, checks that they are finite, and writes those of logged steps.
+
+    `add` never waits for the step it is given; `flush` does. Only the primary process writes, all of them check.
+    """
+
+    def __init__(self, config: Config, out: Path, step: int, tokens: int, primary: bool):
+        self.tokens = tokens  # tokens seen up to the last flushed step
+        self.last: dict[str, Any] = {}  # the last written record
+        self._config, self._pending = config, deque()
+        self._rate = Rate(step, tokens)
+        self._file = MetricsFile(out / "metrics.jsonl", step) if primary else NoLog()
+        self._events = TensorBoard(out / "tensorboard", step) if primary else NoLog()
+        self._progress = Progress(config.train.steps) if primary else NoLog()
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak_tokens_per_second = peak * jax.device_count() / flops_per_token(config) if peak else None
+        self.say = self._progress.say
+
+    def is_logged(self, step: int) -> bool:
+        return step % self._config.train.log_every == 0 or step == self._config.train.steps
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        names = list(metrics) if self.is_logged(step) else ["loss", "grad_norm", "tokens"]
+        self._pending.append((step, {name: metrics[name] for name in names}))
+        self._rate.dispatched = step
+        if len(self._pending) > MAX_STEPS_IN_FLIGHT:
+            self._pending[-1 - MAX_STEPS_IN_FLIGHT][1]["loss"].block_until_ready()
+
+    def flush(self, until: int | None = None) -> None:
+        """Reads the steps up to `until` (default: all). Raises `RunError` at the first that is not finite."""
+        while self._pending and (until is None or self._pending[0][0] <= until):
+            step, metrics = self._pending.popleft()
+            metrics = jax.device_get(metrics)
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics[name]):
+                    self._pending.clear()
+                    raise RunError(f"{name} is {float(metrics[name])} at step {step}")
+            self.tokens += int(metrics["tokens"])
+            if self.is_logged(step):
+                self._write(step, metrics)
+
+    def _write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        self._rate.mark(step, self.tokens)
+        record = {"step": step, "tokens": self.tokens}
+        record |= {name: float(metrics[name]) for name in SCALARS if name in metrics}
+        record["tokens_per_second"] = self._rate.tokens_per_second
+        if self._peak_tokens_per_second:
+            record["mfu"] = self._rate.tokens_per_second / self._peak_tokens_per_second
+        record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
+        self.last = record
+        self._file.write(record)
+        self._events.write(step, record)
+        pace = self._rate.seconds_per_step
+        self._progress.update(record, pace and pace * (self._config.train.steps - step))
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what happened since the last record (evaluation, saving) out of the next rate."""
+        self._rate.restart(step, self.tokens)
+
+    def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
+        self._file.write({"eval": name, "step": step} | result)
+        self._events.write(step, {name: {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"],
+                                         "labels": {k: v["loss"] for k, v in result["labels"].items()}}})
+        self.say(f"step {step}  held-out loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte  ("
+                 + ", ".join(f"{k} {v['loss']:.3f}" for k, v in result["labels"].items()) + ")")
+
+    def close(self) -> None:
+        for part in (self._progress, self._events, self._file):
+            part.close()

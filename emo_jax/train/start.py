@@ -1,0 +1,215 @@
+"""What a run stands on before its first step: its folder, documents and tokenizer, and the state it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from emo_jax import config as config_lib
+from emo_jax.config import Config
+from emo_jax.data.evaluation import evaluation_rows
+from emo_jax.data.order import TrainIndices, split
+from emo_jax.data.sources import Source, open_source
+from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from emo_jax.errors import InputError
+from emo_jax.train import checkpoint, hosts
+from emo_jax.train.checkpoint import Checkpoint, DamagedCheckpoint
+from emo_jax.train.compatibility import require_same_data, require_same_model, same_stream
+from emo_jax.train.evaluate import Evaluation
+from emo_jax.train.step import TrainState, abstract_state, init_state
+
+
+def say(message: str) -> None:
+    if hosts.is_primary():
+        print(message, file=sys.stderr, flush=True)
+
+
+# ---- folder ---------------------------------------------------------------------------------------------------------
+
+
+def open_folder(config: Config, out: Path) -> None:
+    """Makes the run's folder, or checks that what is there belongs to the same model. Raises `InputError`."""
+    if "://" in str(out):
+        raise InputError(f"--out {out} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; expected a folder")
+    saved = out / "config.json"
+    if saved.exists():
+        try:
+            before = config_lib.from_dict(json.loads(saved.read_text()))
+        except (ValueError, TypeError) as e:
+            raise InputError(f"{saved} cannot be read ({e}); it belongs to the run in --out") from None
+        require_same_model(before, config, str(saved))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out} cannot be written: {e.strerror}") from None
+
+
+def write_config(config: Config, out: Path) -> None:
+    if hosts.is_primary():
+        temporary = out / "config.json.tmp"
+        temporary.write_text(config_lib.dumps(config))
+        temporary.replace(out / "config.json")
+
+
+def cache_compilation(out: Path) -> None:
+    """Keeps compiled programs in the run's folder, so that a restart begins at once and with the same kernels.
+
+    Not on CPU: XLA specialises its code for the host's processor, and the next host may be another.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(out / "compilation_cache"))
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Documents:
+    """The documents of a run: everything that its batches and its evaluation are made of."""
+
+    source: Source
+    train: TrainIndices
+    held_out: np.ndarray
+    tokenizer: Tokenizer
+    fingerprint: dict[str, Any]
+
+
+def open_documents(config: Config, out: Path) -> Documents:
+    """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
+    source = open_source(config.data)
+    train, held_out = split(source, config.data.eval_fraction, config.seed)
+    if not hosts.is_primary():
+        multihost_utils.sync_global_devices("tokenizer")
+    tokenizer = load_tokenizer(config, source, train, out)
+    if hosts.is_primary():
+        if Path(tokenizer.path).resolve() != (out / "tokenizer.json").resolve():
+            shutil.copyfile(tokenizer.path, out / "tokenizer.json")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("tokenizer")
+    return Documents(source, train, held_out, tokenizer, fingerprint(source, tokenizer))
+
+
+def fingerprint(source, tokenizer) -> dict[str, Any]:
+    """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes."""
+    sample = hashlib.sha256()
+    for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
+        sample.update(source[int(i)].text.encode())
+    return {"documents": len(source), "sample": sample.hexdigest()[:16],
+            "tokenizer": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()[:16]}
+
+
+def evaluation_of(config: Config, mesh: Mesh, documents: Documents) -> Evaluation | None:
+    """The `Evaluation` on the held-out documents, or None if there are none."""
+    if not len(documents.held_out):
+        return None
+    rows = evaluation_rows(config, documents.source, documents.tokenizer, documents.held_out)
+    return Evaluation(config, mesh, rows, documents.tokenizer) if rows else None
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run goes on: its state, the tokens it has seen, and every batch row's place in its documents."""
+
+    state: TrainState
+    step: int
+    tokens: int
+    rows: list | None  # None: at the first document
+
+
+def find_start(config: Config, out: Path) -> tuple[Config, Checkpoint | None]:
+    """The config with `optimizer.start_step` filled in, and the checkpoint of `train.init_from` if the run starts
+    there (not if it goes on from a checkpoint of its own). Raises `InputError`."""
+    own = checkpoint.steps(out / checkpoint.FOLDER)
+    counts = hosts.gather(np.array(own[-1] if own else -1))
+    if len(set(counts.tolist())) > 1:
+        raise InputError(f"the processes see different checkpoints in --out {out} (newest steps "
+                         f"{', '.join(map(str, counts))}); it must be on storage that all of them share")
+    saved = out / "config.json"
+    if own and saved.exists():
+        start = config_lib.from_dict(json.loads(saved.read_text())).optimizer.start_step
+        return _with_start(config, start), None
+    if not config.train.init_from:
+        return _with_start(config, 0), None
+    origin = checkpoint.open_checkpoint(config.train.init_from)
+    require_same_model(origin.config, config, f"train.init_from={config.train.init_from}", anneal=True)
+    if origin.step >= config.train.steps:
+        raise InputError(f"train.steps={config.train.steps} is the final step and must be more than the "
+                         f"{origin.step} steps of train.init_from={config.train.init_from}")
+    return _with_start(config, origin.step), origin
+
+
+def _with_start(config: Config, start: int) -> Config:
+    if config.optimizer.start_step >= 0:
+        return config
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, start_step=start))
+
+
+def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None, documents: Documents) -> Position:
+    """A new run's: fresh parameters, or those of `origin`, with its place in the documents if they are the same."""
+    if origin is None:
+        return Position(init_state(config, mesh), 0, 0, None)
+    state = origin.restore(abstract_state(config, mesh))
+    same = same_stream(origin.config, config) and origin.meta["source"] == documents.fingerprint
+    say(f"starting from step {origin.step} of {origin.path}: parameters and optimizer, and "
+        + ("its place in the documents" if same else "the first document, as the documents are others"))
+    return Position(state, origin.step, origin.meta["tokens"], origin.data()["rows"] if same else None)
+
+
+def resume(config: Config, mesh: Mesh, out: Path, documents: Documents) -> Position | None:
+    """The position of the newest checkpoint that can be read; damaged ones are moved to `damaged/`, not deleted.
+
+    None if there is no checkpoint. Raises `InputError` if there are but none can be read, or if they are of another
+    model or other documents.
+    """
+    folder, damaged = out / checkpoint.FOLDER, []
+    target = abstract_state(config, mesh)
+    for step in reversed(checkpoint.steps(folder)):
+        try:
+            found = checkpoint.read_step(folder / str(step))
+            require_same_model(found.config, config, str(found.path))
+            require_same_data(found.config, config, str(found.path))
+            if found.meta["source"] != documents.fingerprint:
+                raise InputError(f"{found.path} was trained on other documents or another tokenizer than config "
+                                 f"{config.name} names: {found.meta['source']} there, {documents.fingerprint} given; "
+                                 f"give the same data.path and data.tokenizer, or another --out")
+            rows = found.data()["rows"]
+            state = found.restore(target)
+        except DamagedCheckpoint as e:
+            say(f"damaged: {e}")
+            damaged.append(step)
+            continue
+        _set_aside(out, damaged)
+        say(f"resuming from step {step} of {folder}")
+        return Position(state, step, found.meta["tokens"], rows)
+    if damaged:
+        raise InputError(f"none of the checkpoints in {folder} can be read (steps {', '.join(map(str, damaged))}, "
+                         f"messages above); nothing was changed. To start anew, give another --out")
+    return None
+
+
+def _set_aside(out: Path, damaged: list[int]) -> None:
+    for step in damaged if hosts.is_primary() else ():
+        target = out / "damaged" / str(step)
+        n = 1
+        while target.exists():
+            n, target = n + 1, out / "damaged" / f"{step}-{n}"
+        target.parent.mkdir(exist_ok=True)
+        (out / checkpoint.FOLDER / str(step)).rename(target)
+        say(f"moved the damaged checkpoint of step {step} to {target}")
+    if damaged and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
