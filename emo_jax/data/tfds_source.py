@@ -38,7 +38,7 @@ class TfdsSource(Source):
                              f"file_format='array_record' ({_first_line(e)})") from None
         if not len(self._records):
             raise InputError(f"data.path={path!r}: the split {split!r} holds no documents")
-        self._label_names = getattr(features.get(self.label_field), "names", None)
+        self._label_names = getattr(features[label_field], "names", None) if self.label_field else None
         self.fingerprint = hash_text(builder.info.full_name, split, len(self._records))
         if not isinstance(self._records[0][text_field], (bytes, str)):
             raise InputError(f"data.text_field={text_field!r} of {path} is {features[text_field]!r}; expected text")
