@@ -234,12 +234,16 @@ def forward(
 
 def row_context(batch: dict[str, Array], c: Config, eos_id: int) -> RowContext:
     segments = batch["segment_ids"]
-    for_router = segments
-    if c.router.eos_owner == "next":
-        for_router = routing.router_segments(segments, batch["tokens"], eos_id)
     causal = c.model.attention_scope == "causal"
-    return RowContext(jnp.ones_like(segments) if causal else segments, for_router,
+    return RowContext(jnp.ones_like(segments) if causal else segments, router_segments(batch, c, eos_id),
                       rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta))
+
+
+def router_segments(batch: dict[str, Array], c: Config, eos_id: int) -> Int[Array, "B T"]:
+    """The documents of a row as the router sees them; `eos_id` matters for `router.eos_owner=next` only."""
+    if c.router.eos_owner == "next":
+        return routing.router_segments(batch["segment_ids"], batch["tokens"], eos_id)
+    return batch["segment_ids"]
 
 
 def embed(embedding, tokens, dtype):

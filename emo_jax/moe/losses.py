@@ -18,14 +18,14 @@ def expert_counts(
 ) -> Float[Array, "groups R"]:
     """Tokens sent to each routed expert, by group of rows; `mask` is False for padding. No gradient."""
     chosen = (expert_ids[..., None] == jnp.arange(num_routed)) & mask[..., None, None]
-    return _by_group(jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32), groups)
+    return group_rows(jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32), groups)
 
 
 def score_sums(
     scores: Float[Array, "B T R"], mask: Bool[Array, "B T"], groups: int = 1
 ) -> Float[Array, "groups R"]:
     """Sums of the routers' scores over the tokens, by group of rows."""
-    return _by_group(jnp.sum(jnp.where(mask[..., None], scores, 0.0), axis=1), groups)
+    return group_rows(jnp.sum(jnp.where(mask[..., None], scores, 0.0), axis=1), groups)
 
 
 def load_balancing_loss(
@@ -54,7 +54,7 @@ def router_z_loss(
     return jnp.sum(jnp.where(mask, jnp.square(logsumexp), 0.0)) / divisor
 
 
-def _by_group(per_row: jax.Array, groups: int) -> jax.Array:
+def group_rows(per_row: jax.Array, groups: int) -> jax.Array:
     """[B, ...] -> [groups, ...]: sums over consecutive rows."""
     if groups == 1:
         return jnp.sum(per_row, axis=0, keepdims=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emo_jax.config import RouterConfig
-from emo_jax.sharding import BATCH, spec
+from emo_jax.sharding import BATCH, reshard, spec
 
 
 class Semantics(NamedTuple):
@@ -101,7 +101,8 @@ def router_segments(
     """Documents as the published router sees them (`router.eos_owner=next`): an EOS token opens the next document,
     except in the first position of a row; a document may be that one token. Padding stays 0."""
     opens = (tokens == eos_id) & (jnp.arange(tokens.shape[1]) > 0)
-    return jnp.where(segment_ids > 0, 1 + jnp.cumsum(opens, axis=1), 0)
+    opened = reshard(jnp.cumsum(reshard(opens, BATCH, None), axis=1), BATCH, "sequence")  # needs the whole row
+    return jnp.where(segment_ids > 0, 1 + opened, 0)
 
 
 def draw_pool_sizes(

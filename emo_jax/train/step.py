@@ -1,0 +1,277 @@
+"""One optimizer step: losses over all microbatches, gradients, AdamW; and one evaluation step.
+
+Every loss is a sum over tokens divided by the tokens of the whole step, so that the gradient does not depend on how the
+step is cut into microbatches and shards. With `router.balance_scope=step` the load-balancing loss needs the experts'
+counts of all microbatches before the first gradient: a forward pass without gradients collects them (with one
+microbatch nothing is added).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from emo_jax import model
+from emo_jax.config import Config
+from emo_jax.moe import losses, routing
+from emo_jax.sharding import BATCH, batch_shards, parameter_shardings, reshard
+from emo_jax.train.optimizer import learning_rate, make_optimizer
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    params: model.Params
+    opt_state: Any
+    step: Int[Array, ""]  # optimizer steps taken
+
+
+def init_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """A new state, made in place on the mesh; its values do not depend on the mesh."""
+    params = model.init_params(config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)()
+    return TrainState(params, opt_state, step)
+
+
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without allocating any of it."""
+    params = model.abstract_params(config)
+    opt_state = jax.eval_shape(make_optimizer(config).init, params)
+    state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        state, parameter_shardings(state, mesh))
+
+
+def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
+    """A jitted `(state, batch) -> (state, metrics)` that donates the state. Metrics are fp32: scalars `loss` (nats a
+    token), `total_loss`, the auxiliary losses (unweighted), `grad_norm`, `learning_rate`, `tokens`, `loss_tokens`, and
+    arrays [L] of what the routers did (see `RouterStats`)."""
+    run = model.static_choices(config, mesh)
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+    M = config.train.microbatches
+    if M > 1 and config.model.num_experts and config.router.balance_scope == "step":
+        log.warning("router.balance_scope=step with train.microbatches=%d: every step runs one more forward pass to count "
+                    "the experts of all microbatches", M)
+
+    def train_step(state: TrainState, batch: Batch):
+        totals = Totals(tokens=jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+                        loss_tokens=jnp.sum(batch["loss_weights"]))
+        objective = Objective(config, run, batch_shards(mesh), totals, state.step, eos_id)
+        (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = sums.metrics(config, totals) | {
+            "total_loss": total, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step),
+            "tokens": totals.tokens, "loss_tokens": totals.loss_tokens}
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return _with_mesh(jax.jit(train_step, donate_argnums=0), mesh)
+
+
+def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
+    """A jitted `(params, batch, allowed=None) -> sums of every row [B]`: `loss_sum` (nats), `loss_tokens`, and `loss_bytes`
+    where the batch has `target_bytes` [B, T]. Pools have the size `router.pool_eval` (0: none). `allowed` bool [L, R]
+    restricts the routed experts."""
+    run = model.static_choices(config, mesh)
+
+    def eval_step(params, batch: Batch, allowed=None):
+        sizes = None
+        if config.uses_pools and config.router.pool_eval:
+            shape = (config.model.num_layers, batch["tokens"].shape[0], documents_per_row(config))
+            sizes = reshard(jnp.full(shape, config.router.pool_eval, jnp.int32), None, BATCH, None)
+        x, _ = model.forward(params, batch, run, pool_sizes=sizes, allowed=allowed, eos_id=eos_id)
+        nll, _ = model.token_losses(params, x, batch["targets"], run)
+        weights = batch["loss_weights"]
+        sums = {"loss_sum": jnp.sum(nll * weights, axis=1), "loss_tokens": jnp.sum(weights, axis=1)}
+        if "target_bytes" in batch:
+            sums["loss_bytes"] = jnp.sum(batch["target_bytes"] * weights, axis=1)
+        return sums
+
+    return _with_mesh(jax.jit(eval_step), mesh)
+
+
+def documents_per_row(config: Config) -> int:
+    """The static bound N; the document that a row's last EOS token opens (`eos_owner=next`) comes on top."""
+    return config.data.max_documents_per_row + (config.router.eos_owner == "next")
+
+
+# ---- the objective of one microbatch --------------------------------------------------------------------------------
+
+
+class Totals(NamedTuple):
+    tokens: Float[Array, ""]  # tokens of the step that are not padding
+    loss_tokens: Float[Array, ""]  # sum of the loss weights
+
+
+class RouterStats(NamedTuple):
+    """Sums over the tokens or documents of a microbatch, of every layer [L] (after the scan)."""
+
+    counts: Float[Array, "groups R"]
+    score_sums: Float[Array, "groups R"]
+    group_tokens: Float[Array, "groups"]
+    z: Float[Array, ""]  # logsumexp^2
+    entropy: Float[Array, ""]  # of the scores, nats
+    pool_size: Float[Array, ""]  # routed experts in the pool of a token
+    documents: Float[Array, ""]
+    experts_of_documents: Float[Array, ""]  # distinct routed experts that a document used
+
+
+class Sums(NamedTuple):
+    loss: Float[Array, ""]
+    output_z: Float[Array, ""]
+    load_balancing: Float[Array, "L"]  # already divided
+    router: RouterStats | None
+
+    def metrics(self, config: Config, totals: Totals) -> dict[str, Array]:
+        out = {"loss": self.loss / totals.loss_tokens, "output_z_loss": self.output_z / totals.loss_tokens}
+        if self.router is None:
+            return out
+        r, m = self.router, config.model
+        load = jnp.sum(r.counts, axis=1) * (m.num_routed_experts / (m.routed_top_k * totals.tokens))
+        return out | {
+            "load_balancing_loss": jnp.mean(self.load_balancing),
+            "router_z_loss": jnp.mean(r.z) / totals.tokens,
+            "experts_max_load": jnp.max(load),
+            "dropped_tokens": jnp.zeros(()),  # every dispatch strategy is dropless
+            "expert_load_max": jnp.max(load, axis=1),
+            "expert_load_min": jnp.min(load, axis=1),
+            "router_entropy": r.entropy / totals.tokens,
+            "pool_size_mean": r.pool_size / totals.tokens,
+            "experts_per_document": r.experts_of_documents / jnp.maximum(r.documents, 1),
+        }
+
+
+class Objective(NamedTuple):
+    config: Config
+    run: model.Run
+    shards: int
+    totals: Totals
+    step: Int[Array, ""]
+    eos_id: int
+
+    def counts(self, params, batch: Batch) -> Float[Array, "L groups R"]:
+        """The experts' counts of one microbatch, without losses."""
+        _, stats = self._forward(params, batch)
+        return stats.counts
+
+    def __call__(self, params, batch: Batch, step_counts: Float[Array, "L R"] | None):
+        """(the microbatch's part of the step's total loss, `Sums`)."""
+        c, totals = self.config, self.totals
+        x, stats = self._forward(params, batch)
+        nll, lse = model.token_losses(params, x, batch["targets"], self.run)
+        loss = jnp.sum(nll * batch["loss_weights"])
+        output_z = jnp.sum(jnp.square(lse) * batch["loss_weights"])
+        total = (loss + c.train.output_z_weight * output_z) / totals.loss_tokens
+        if stats is None:
+            return total, Sums(loss, output_z, jnp.zeros(()), None)
+        balance = self._load_balancing(stats, step_counts)
+        scale = 1 / c.model.num_layers if routing.SEMANTICS[c.router.semantics].aux_per_layer else 1.0
+        total += scale * c.router.load_balance_weight * jnp.sum(balance)
+        total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
+        return total, Sums(loss, output_z, balance, stats)
+
+    def _load_balancing(self, stats: RouterStats, step_counts) -> Float[Array, "L"]:
+        """This microbatch's share of the loss, by layer; the shares of a step add up to it."""
+        k, scope = self.config.model.routed_top_k, self.config.router.balance_scope
+        if scope == "step":
+            counts = stats.counts[:, 0] if step_counts is None else step_counts
+            return losses.balance(counts / self.totals.tokens, stats.score_sums[:, 0] / self.totals.tokens, k)
+        tokens = jnp.maximum(stats.group_tokens, 1.0)[..., None]  # [L, groups, 1]
+        share = jnp.sum(stats.group_tokens, axis=1) / self.totals.tokens  # [L], 1 / microbatches for full rows
+        return share * jnp.mean(losses.balance(stats.counts / tokens, stats.score_sums / tokens, k), axis=1)
+
+    def _forward(self, params, batch: Batch):
+        c = self.config
+        sizes = None
+        if c.uses_pools:
+            documents = first_document_ids(batch, c, self.eos_id)
+            sizes = routing.draw_pool_sizes(c.router, c.seed, self.step, c.model.num_layers, documents)
+        groups = 1
+        if c.router.balance_scope == "shard":
+            groups = c.router.balance_shards or self.shards
+        stats = (lambda x, route, rows: None) if not c.model.num_experts else (
+            lambda x, route, rows: router_stats(route, rows.router_segments, c, groups))
+        return model.forward(params, batch, self.run, pool_sizes=sizes, eos_id=self.eos_id, per_layer=stats)
+
+
+def router_stats(route: routing.Routing, segments: Int[Array, "B T"], c: Config, groups: int) -> RouterStats:
+    mask, num_routed = segments > 0, c.model.num_routed_experts
+    frozen = jax.tree.map(jax.lax.stop_gradient, route)
+    entropy = -jnp.sum(jnp.where(frozen.scores > 0, frozen.scores * jnp.log(frozen.scores), 0.0), axis=-1)
+    one_hot = routing.one_hot_documents(segments, documents_per_row(c))
+    chosen = jnp.any(frozen.expert_ids[..., None] == jnp.arange(num_routed), axis=2).astype(jnp.float32)
+    used = jnp.einsum("btn,btr->bnr", one_hot, chosen, out_sharding=routing.spec(BATCH, None, None)) > 0.5
+    return RouterStats(
+        counts=losses.group_rows(jnp.sum(jnp.where(mask[..., None], chosen, 0.0), axis=1), groups),
+        score_sums=losses.score_sums(route.scores, mask, groups),
+        group_tokens=losses.group_rows(jnp.sum(mask, axis=1, dtype=jnp.float32), groups),
+        z=losses.router_z_loss(route.logsumexp, mask, 1.0),
+        entropy=jnp.sum(jnp.where(mask, entropy, 0.0)),
+        pool_size=jnp.sum(jnp.where(mask, jnp.sum(frozen.pool, axis=-1), 0), dtype=jnp.float32),
+        documents=jnp.sum(jnp.any(one_hot > 0, axis=1), dtype=jnp.float32),
+        experts_of_documents=jnp.sum(used, dtype=jnp.float32),
+    )
+
+
+def first_document_ids(batch: Batch, c: Config, eos_id: int) -> Int[Array, "B N"]:
+    """The id, in the data source, of each document of a row: that of its last token (with `eos_owner=next` the first one
+    belongs to the document before)."""
+    segments = model.router_segments(batch, c, eos_id)
+    position = jnp.arange(segments.shape[1])[:, None]
+    member = segments[..., None] == jnp.arange(1, documents_per_row(c) + 1)  # [B, T, N]
+    last = jnp.max(jnp.where(member, position, -1), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(position == last, batch["document_ids"][..., None], 0), axis=1)
+
+
+# ---- microbatches ---------------------------------------------------------------------------------------------------
+
+
+def _over_microbatches(objective: Objective, params, batch: Batch, M: int):
+    """((total loss, Sums), gradients) of the whole step."""
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    if M == 1:
+        return value_and_grad(params, batch, None)
+    parts = {name: _split_rows(a, M) for name, a in batch.items()}
+    step_counts = None
+    c = objective.config
+    if c.model.num_experts and c.router.balance_scope == "step":
+        counts = jax.lax.map(lambda part: objective.counts(params, part), parts)
+        step_counts = jnp.sum(counts, axis=(0, 2))
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, value_and_grad(params, part, step_counts)), None
+
+    first = jax.eval_shape(value_and_grad, params, {name: a[0] for name, a in parts.items()}, step_counts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), first)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _split_rows(a: Float[Array, "B T"], M: int) -> Float[Array, "M B/M T"]:
+    """Microbatch m holds rows m, M + m, ...: a device's rows stay on it."""
+    parts = jnp.moveaxis(a.reshape(a.shape[0] // M, M, a.shape[1]), 1, 0)
+    return reshard(parts, None, BATCH, "sequence")
+
+
+def _with_mesh(jitted, mesh):
+    """`jitted` under `mesh`, with `lower` for ahead-of-time compilation."""
+
+    def call(*args, **kwargs):
+        with jax.set_mesh(mesh):
+            return jitted(*args, **kwargs)
+
+    def lower(*args, **kwargs):
+        with jax.set_mesh(mesh):
+            return jitted.lower(*args, **kwargs)
+
+    call.lower = lower
+    return call
