@@ -91,7 +91,7 @@ def test_resume_is_exact_on_another_number_of_hosts_and_workers(setup, packing):
     data = change(setup[0], packing=packing).data
     gathered = np.concatenate([states_to_array(states[:4], data), states_to_array(states[4:], data)])
     assert array_to_states(gathered) == states
-    for run in (dict(hosts=1), dict(hosts=2), dict(workers=1)):
+    for run in (dict(hosts=1), dict(hosts=2), dict(workers=2)):
         assert_equal(batches(setup, 4, packing=packing, states=array_to_states(gathered), **run)[0], expected[3:])
 
 

@@ -128,7 +128,8 @@ def test_text_folder(tmp_path):
     write(tmp_path / "2.txt", "two")
     write(tmp_path / "notes.md", "not a document")
     source = open_source(DataConfig(path=str(tmp_path)))
-    assert [(d.text, d.label, d.id) for d in (source[0], source[1])] == [("two", tmp_path.name, 0), ("one é", "poems", 1)]
+    documents = [(d.text, d.label, d.id) for d in (source[0], source[1])]
+    assert documents == [("two", tmp_path.name, 0), ("one é", "poems", 1)]
     for data, expected in ((b"a\0b", "a binary file"), (b"\xff\xfe", "not UTF-8"), (b"", "an empty file")):
         bad = write(tmp_path / "poems" / "bad.txt", data)
         with pytest.raises(InputError) as e:
@@ -172,7 +173,8 @@ source = pickle.loads(pickle.dumps(open_source(DataConfig(path=path))))
 documents = [source[i] for i in range(len(source))]
 assert sorted(d.text for d in documents) == sorted(f"document {{i}} é" for i in range(40))
 assert all(d.label == "xy"[int(d.text.split()[1]) % 2] and documents[d.id] == d for d in documents)
-for fields, expected in ((dict(tfds_split="dev"), "has the splits ['train']"), (dict(text_field="body"), "has the fields")):
+for fields, expected in ((dict(tfds_split="dev"), "has the splits ['train']"),
+                         (dict(text_field="body"), "has the fields")):
     try:
         open_source(DataConfig(path=path, **fields))
     except InputError as e:

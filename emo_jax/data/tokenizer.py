@@ -38,7 +38,8 @@ class Tokenizer:
         eos_id = self._tokenizer.token_to_id(eos_token)
         if eos_id is None:
             special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-            raise InputError(f"data.eos_token={eos_token!r} is no token of {self.path}; its special tokens are {special}")
+            raise InputError(f"data.eos_token={eos_token!r} is no token of {self.path}; its special tokens "
+                             f"are {special}")
         self.eos_id = eos_id
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -79,8 +80,8 @@ def load_tokenizer(config: Config, source: Source, train_indices, cache_dir: str
     else:
         tokenizer = train_bpe(source, train_indices, config.model.vocab_size, cache_dir, config.data.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-                         f"{tokenizer.path}")
+        raise InputError(f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens "
+                         f"of {tokenizer.path}")
     return tokenizer
 
 
