@@ -8,9 +8,11 @@ Progress goes to standard error. Exit status: 0 done, 1 the run failed, 2 wrong 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
+import tempfile
 from typing import Any, Callable
 
 import emo_jax
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         if overrides and not args.takes_overrides:
             raise InputError(f"emo-jax {args.command} has no config to override: {' '.join(overrides)}")
         args.overrides = overrides + ([f"--seed={args.seed}"] if getattr(args, "seed", None) is not None else [])
-        result, text = args.run(args)
+        result, text = args.function(args)
         _print(args, result, text)
         return 0
     except InputError as e:
@@ -93,7 +95,7 @@ def _command(commands, name: str, run: Callable[[argparse.Namespace], Result], s
     """A command with `--json`; with `config`, one that also takes `--seed N` and `--a.b=c`."""
     usage = "  --a.b=c overrides a field of the config, see `emo-jax config`." if config else ""
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{usage}")
-    parser.set_defaults(run=run, takes_overrides=config, command=name)
+    parser.set_defaults(function=run, takes_overrides=config, command=name)
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on the last line")
     if config:
         parser.add_argument("--seed", type=int, help="of parameters, data order and pools")
@@ -118,7 +120,37 @@ def add_config(commands) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a file of configs/, or its name; without: the names")
 
 
-COMMANDS = [add_train, add_eval, add_config]
+def add_data(commands) -> None:
+    group = commands.add_parser("data", help="tokenize, inspect or time the documents of a config")
+    group = group.add_subparsers(required=True, metavar="tokenize|inspect|bench")
+    tokenize = _command(group, "tokenize", data_tokenize, "write all documents as token ids", config=True)
+    tokenize.add_argument("--out", required=True, metavar="DIR", help="tokens.npy, offsets.npy, documents.json")
+    inspect = _command(group, "inspect", data_inspect, "what the documents are and how they look in a row", config=True)
+    bench = _command(group, "bench", data_bench, "rows and tokens a second by worker processes", config=True)
+    bench.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    for parser in (tokenize, inspect, bench):
+        parser.set_defaults(command=f"data {parser.prog.split()[-1]}")
+        parser.add_argument("config", metavar="CONFIG", nargs="?", default="emo_tiny",
+                            help="a file of configs/, or its name (default: emo_tiny)")
+    for parser in (inspect, bench):
+        parser.add_argument("--run", metavar="DIR", help="use (or keep) the trained tokenizer of this run folder")
+
+
+def add_bench(commands) -> None:
+    group = commands.add_parser("bench", help="speed against the ideal of this machine")
+    group = group.add_subparsers(required=True, metavar="step|moe")
+    step = _command(group, "step", bench_step, "the training step, and EMO against the standard MoE", config=True)
+    step.add_argument("config", metavar="CONFIG", nargs="?", help="default: a small step for CPUs")
+    moe = _command(group, "moe", bench_moe, "the experts' grouped matmul against a dense one of equal FLOPs")
+    for flag, default in (("tokens", 4096), ("top-k", 3), ("experts", 32), ("d-model", 256), ("d-ff", 256)):
+        moe.add_argument(f"--{flag}", type=int, default=default)
+    moe.add_argument("--kernel", default="auto")
+    for parser in (step, moe):
+        parser.add_argument("--rounds", type=int, default=10)
+        parser.set_defaults(command=f"bench {parser.prog.split()[-1]}")
+
+
+COMMANDS = [add_train, add_eval, add_config, add_data, add_bench]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -165,3 +197,52 @@ def config(args) -> Result:
         f"  {key} = {new!r} (default {old!r})" for key, (old, new) in changed.items())
     return {"config": lib.to_dict(resolved), "difference": {k: {"default": a, "value": b}
                                                             for k, (a, b) in changed.items()}}, text
+
+
+def data_tokenize(args) -> Result:
+    from emo_jax.config import load_config
+    from emo_jax.data import commands
+
+    result = commands.tokenize(load_config(args.config, args.overrides), args.out)
+    return result, f"{result['documents']:,} documents, {result['tokens']:,} tokens in {result['out']}"
+
+
+def data_inspect(args) -> Result:
+    from emo_jax.config import load_config
+    from emo_jax.data import commands
+
+    with _folder(args.run) as folder:
+        result = commands.inspect(load_config(args.config, args.overrides), folder)
+    return result, commands.inspect_report(result)
+
+
+def data_bench(args) -> Result:
+    from emo_jax.config import load_config
+    from emo_jax.data import commands
+
+    with _folder(args.run) as folder:
+        results = commands.bench(load_config(args.config, args.overrides), folder, args.workers)
+    return {"results": results}, "\n".join(
+        f"{r['workers']} workers: {r['rows_per_second']:,.1f} rows/s, {r['tokens_per_second']:,.0f} tokens/s, "
+        f"{r['padding']:.1%} padding, {r['startup_seconds']:.1f} s to start" for r in results)
+
+
+def bench_step(args) -> Result:
+    from emo_jax.bench import step
+    from emo_jax.config import load_config, override
+
+    config = load_config(args.config, args.overrides) if args.config else override(step.standard(), args.overrides)
+    result = step.step(config, args.rounds)
+    return result, step.report(result)
+
+
+def bench_moe(args) -> Result:
+    from emo_jax.bench import moe
+
+    result = moe.moe(args.tokens, args.top_k, args.experts, args.d_model, args.d_ff, args.rounds, args.kernel)
+    return result, moe.report(result)
+
+
+def _folder(path: str | None):
+    """`path` as a context, or a folder that is deleted afterwards."""
+    return contextlib.nullcontext(path) if path else tempfile.TemporaryDirectory()

@@ -314,6 +314,13 @@ def override(config: Config, overrides: list[str]) -> Config:
     return from_dict(tree)
 
 
+def derive(base: str, name: str, **changes: Any) -> Config:
+    """The config `base` of `configs/` under a new name, with `section=dict(field=value)` changes."""
+    config = load_config(base)
+    sections = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return dataclasses.replace(config, name=name, **sections)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 

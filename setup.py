@@ -1,0 +1,37 @@
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval,test]` for figures, evaluation tasks, tests."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
+report = ["matplotlib", "scikit-learn"]
+evaluation = ["lm-eval", "torch", "transformers", "safetensors"]
+
+setup(
+    name="emo-jax",
+    version=version,
+    description="Pretrain and use EMO mixture-of-experts language models, in JAX",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # configs/ is installed inside the package, so that `emo-jax train NAME` works outside a checkout.
+    packages=[*find_packages(include=["emo_jax", "emo_jax.*"]), "emo_jax.configs"],
+    package_dir={"emo_jax": "emo_jax", "emo_jax.configs": "configs"},
+    install_requires=[
+        "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich", "tensorboardX",
+        "safetensors", "numpy",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "report": report,
+        "eval": evaluation,
+        "test": ["pytest", *report],
+    },
+    entry_points={"console_scripts": ["emo-jax=emo_jax.cli:main"]},
+)
