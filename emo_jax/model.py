@@ -108,17 +108,20 @@ class MoE(nnx.Module):
         self.gate, self.up = init.weight("gate", E, D, F), init.weight("up", E, D, F)
         self.down = init.weight("down", E, F, D)
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
+    def route(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run) -> routing.Routing:
         c = run.config
         router = gather_weight(self.router[...], jnp.float32, None, None)
         logits = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
         if allowed is not None:
             logits = jnp.where(allowed, logits, -1e30)
-        route = routing.route(logits, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics)
+        return routing.route(logits, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics)
+
+    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
+        route = self.route(x_BTD, rows, pool_sizes, allowed, run)
         route = jax.tree.map(lambda a: checkpoint_name(a, "routing"), route)
         valid = rows.router_segments > 0
         y = moe_experts({"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}, x_BTD, route.expert_ids,
-                        route.weights, valid, num_shared=c.model.num_shared_experts, strategy=run.dispatch,
+                        route.weights, valid, num_shared=run.config.model.num_shared_experts, strategy=run.dispatch,
                         kernel=run.grouped_matmul)
         return checkpoint_name(y, "moe_out"), route
 
@@ -146,10 +149,14 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(c, init.within("mlp"))
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
+    def attend(self, x_BTD, rows: RowContext, run: Run):
+        """(h, the normed input of the experts)."""
         eps = run.config.model.norm_eps
         h_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rows, run)
-        normed = rms_norm(h_BTD, self.mlp_norm[...], eps)
+        return h_BTD, rms_norm(h_BTD, self.mlp_norm[...], eps)
+
+    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
+        h_BTD, normed = self.attend(x_BTD, rows, run)
         if run.config.model.num_experts:
             y_BTD, route = self.moe(normed, rows, pool_sizes, allowed, run)
         else:
@@ -213,7 +220,7 @@ def forward(
     """The final normed activations, and what `per_layer(x [B, T, D], routing, rows)` returned in every layer (stacked).
 
     `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: of every layer and document of the row, None for
-    no pools. `allowed` bool [L, R]: routed experts that may be used at all (expert subsets), None for all.
+    no pools. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
     """
     c = run.config
     rows = row_context(batch, c, eos_id)
