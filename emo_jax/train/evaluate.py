@@ -35,7 +35,7 @@ class Evaluation:
         self.labels = np.array([label for label, fields in rows for _ in fields["tokens"]])
         fields = {name: np.concatenate([f[name] for _, f in rows]) for name in rows[0][1]}
         token_bytes = tokenizer.token_bytes(config.model.vocab_size)
-        self._bytes = (token_bytes[fields["targets"]] * fields["loss_weights"]).sum(axis=1)
+        self.bytes = (token_bytes[fields["targets"]] * fields["loss_weights"]).sum(axis=1)
         shards = sharding.batch_shards(mesh)
         wanted = min(config.train.batch_size // config.train.microbatches, len(self.labels))
         self._batch_size = math.ceil(wanted / shards) * shards
@@ -48,24 +48,46 @@ class Evaluation:
     def __call__(self, params: dict) -> dict[str, Any]:
         """{"loss", "loss_per_byte", "bits_per_byte", "tokens", "bytes", "labels": {label: the same}}, summed over all
         tokens of the rows (of the label)."""
+        return self.summary(*self.losses(params))
+
+    def losses(self, params: dict, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(nats, counted tokens) of every row [n], float64. `allowed`: routed experts that may be used, bool [L, R] for
+        all rows or [L, n, R] for each; changing it compiles nothing anew."""
         loss, tokens = [], []
         with compat.set_mesh(self._mesh):
             for start in range(0, len(self._fields["tokens"]), self._batch_size):
                 rows = slice(start, start + self._batch_size)
-                out = self._step(params, {name: self._place(x[rows]) for name, x in self._fields.items()})
+                batch = {name: self._place(x[rows]) for name, x in self._fields.items()}
+                out = self._step(params, batch, self._mask(allowed, rows))
                 loss.append(out["loss_sum"])
                 tokens.append(out["loss_tokens"])
-            loss, tokens = (np.concatenate([gather_global(x) for x in xs]).astype(np.float64)[:len(self.labels)]
-                            for xs in (loss, tokens))
+            return tuple(np.concatenate([gather_global(x) for x in xs]).astype(np.float64)[:len(self.labels)]
+                         for xs in (loss, tokens))
+
+    def summary(self, loss: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+        """What `__call__` returns, from the rows' losses."""
 
         def total(where) -> dict[str, Any]:
-            nats, count, size = loss[where].sum(), tokens[where].sum(), self._bytes[where].sum()
+            nats, count, size = loss[where].sum(), tokens[where].sum(), self.bytes[where].sum()
             per_byte = nats / max(size, 1)
             return {"loss": nats / max(count, 1), "loss_per_byte": per_byte, "bits_per_byte": per_byte / math.log(2),
                     "tokens": int(count), "bytes": int(size)}
 
         return total(slice(None)) | {"labels": {label: total(self.labels == label)
                                                 for label in sorted(set(self.labels.tolist()))}}
+
+    def _mask(self, allowed: np.ndarray | None, rows: slice):
+        """The mask of a batch: None, or [L, B, 1, R] (padding rows may use everything)."""
+        if allowed is None:
+            return None
+        allowed = np.asarray(allowed, bool)
+        if allowed.ndim == 2:
+            allowed = np.broadcast_to(allowed[:, None], (len(allowed), len(self.labels), allowed.shape[1]))
+        part = allowed[:, rows]
+        mask = np.ones((len(part), self._batch_size, 1, part.shape[2]), bool)
+        mask[:, :part.shape[1], 0] = part
+        sharded = jax.sharding.NamedSharding(self._mesh, sharding.P(None, sharding.BATCH))
+        return jax.make_array_from_callback(mask.shape, sharded, lambda index: mask[index])
 
     def _place(self, x: np.ndarray) -> jax.Array:
         """Every process has all rows and places those of its devices."""
@@ -92,14 +114,14 @@ def evaluate_checkpoint(path: str, data_path: str = "", step: int | None = None,
         raise InputError(f"{found.run} held out no documents (data.eval_fraction={config.data.eval_fraction}); give "
                          f"--data")
     rows = evaluation_rows(config, source, tokenizer, chosen)
-    mesh = sharding.make_mesh(_fit_batch(config))
+    mesh = sharding.make_mesh(fit_batch(config))
     with compat.set_mesh(mesh):
         params = found.restore_params(mesh, config)
         result = Evaluation(config, mesh, rows, tokenizer)(params)
     return {"checkpoint": str(found.path), "step": found.step, "data": source.name, **result}
 
 
-def _fit_batch(config: Config) -> Config:
+def fit_batch(config: Config) -> Config:
     """The config with a batch that any mesh of these devices divides, for there is no training step to run."""
     rows = math.lcm(config.train.batch_size, jax.device_count())
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows, microbatches=1))
