@@ -31,6 +31,7 @@ class ModelConfig:
     d_ff: int = 1024  # hidden width of one expert; of the whole MLP when num_experts is 0
     num_experts: int = 128  # routed + shared; 0: a dense MLP
     num_shared_experts: int = 1  # always active, weight 1; the last rows of the expert table
+    experts_per_layer: tuple[int, ...] = ()  # of a pruned model: how many of num_experts each layer has; (): all
     top_k: int = 8  # active experts of a token, shared ones included
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
@@ -185,6 +186,11 @@ def validate(c: Config) -> None:
         require(m.num_shared_experts < m.top_k <= m.num_experts,
                 f"model.top_k={m.top_k} must be more than model.num_shared_experts={m.num_shared_experts} and at most "
                 f"model.num_experts={m.num_experts}: it counts the active experts, shared ones included")
+    if m.experts_per_layer:
+        require(len(m.experts_per_layer) == m.num_layers and
+                all(m.num_shared_experts < n <= m.num_experts for n in m.experts_per_layer),
+                f"model.experts_per_layer={m.experts_per_layer} must be model.num_layers={m.num_layers} numbers in "
+                f"{m.num_shared_experts + 1}..{m.num_experts}, the shared experts included")
     if c.uses_pools:
         require(m.routed_top_k <= r.pool_min <= r.pool_max,
                 f"router.pool_min={r.pool_min} must be between the {m.routed_top_k} routed experts of a token "
@@ -273,6 +279,8 @@ def _check_types(name: str, part: Any) -> None:
             raise InputError(f"{where} must be a finite number")
         elif hint in (int, bool, str) and type(value) is not hint:
             raise InputError(f"{where} must be {hint.__name__}, not {type(value).__name__}")
+        elif hint == tuple[int, ...] and not (type(value) is tuple and all(type(n) is int for n in value)):
+            raise InputError(f"{where} must be a tuple of integers")
 
 
 _PREFIX = {t: n + "." for n, t in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
@@ -335,8 +343,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
         if unknown:
             key = sorted(unknown)[0]
             raise InputError(f"unknown config key {prefix + key!r}; {_did_you_mean(key, list(hints))}")
-        return cls(**{k: build(hints[k], v, f"{prefix}{k}.") if dataclasses.is_dataclass(hints[k]) else v
-                      for k, v in node.items()})
+        return cls(**{k: build(hints[k], v, f"{prefix}{k}.") if dataclasses.is_dataclass(hints[k])
+                      else tuple(v) if isinstance(v, list) else v for k, v in node.items()})
 
     return build(Config, tree, "")
 
@@ -377,9 +385,11 @@ def _parse(key: str, text: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            return tuple(int(n) for n in text.split(",") if n)
         return kind(text)
     except (KeyError, ValueError):
-        allowed = "true or false" if kind is bool else {int: "an integer", float: "a number"}[kind]
+        allowed = {bool: "true or false", int: "an integer", float: "a number", tuple: "integers such as 8,16,8"}[kind]
         raise InputError(f"{key}={text!r} must be {allowed}") from None
 
 
