@@ -39,20 +39,37 @@ class DamagedCheckpoint(InputError):
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
+class Best:
+    """Orbax preservation policy: the `count` steps of lowest evaluation loss. The losses are kept in `meta`, because
+    Orbax writes metrics of its own only for its older `best_fn`, and would forget the best step at a restart."""
+
+    def __init__(self, count: int, folder: Path):
+        self.count, self.losses = count, {}
+        for step in steps(folder) if count else ():
+            try:
+                loss = read_step(folder / str(step)).meta["held_out_loss"]
+            except (DamagedCheckpoint, KeyError):
+                continue
+            if loss is not None:
+                self.losses[step] = loss
+
+    def should_preserve(self, checkpoints, *, context):
+        ranked = sorted((c.step for c in checkpoints if c.step in self.losses), key=self.losses.get)
+        return [c.step in ranked[:self.count] for c in checkpoints]
+
+
 class CheckpointWriter:
     """Saves in the background and deletes what retention no longer asks for."""
 
     def __init__(self, out: Path, options: CheckpointConfig):
-        keep = [policies.LatestN(options.keep_last)]
+        folder = out.absolute() / FOLDER
+        self._best = Best(options.keep_best, folder)
+        keep = [policies.LatestN(options.keep_last), self._best]
         if options.keep_every:
             keep.append(policies.EveryNSteps(options.keep_every))
-        if options.keep_best:
-            keep.append(policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=options.keep_best,
-                                       keep_checkpoints_without_metrics=False))
         self._manager = ocp.CheckpointManager(
-            out.absolute() / FOLDER,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(keep),
-                                                 cleanup_tmp_directories=True))
+            folder, options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(keep),
+                                                         cleanup_tmp_directories=True))
 
     def save(self, state: TrainState, meta: dict[str, Any], data: dict[str, Any], loss: float | None = None) -> None:
         """Returns when the arrays have left the devices; `loss` is the evaluation loss that `keep_best` ranks by.
@@ -65,10 +82,12 @@ class CheckpointWriter:
             raise RunError(f"the state after step {step} is not finite and was not saved")
         if step in self._manager.all_steps():
             return
-        meta = meta | {"step": step, "checksums": sums}
+        meta = meta | {"step": step, "checksums": sums, "held_out_loss": loss}
+        if loss is not None:
+            self._best.losses[step] = loss
         try:
             self._manager.save(
-                step, force=True, metrics=None if loss is None else {"loss": loss},
+                step, force=True,
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave(state.params, save_args=_save_args(state.params)),
                     opt_state=ocp.args.PyTreeSave(state.opt_state, save_args=_save_args(state.opt_state)),
@@ -80,10 +99,10 @@ class CheckpointWriter:
         steps = self._manager.all_steps()
         return f"the last good checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
 
-    def best_losses(self) -> dict[int, float]:
-        """{step: evaluation loss} of the kept checkpoints that were evaluated."""
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        return {step: m["loss"] for step, m in metrics.items() if m}
+    def ranks_as_best(self, loss: float) -> bool:
+        """Whether a checkpoint of this evaluation loss would be kept for it."""
+        kept = sorted(self._best.losses[step] for step in self._manager.all_steps() if step in self._best.losses)
+        return self._best.count > 0 and (len(kept) < self._best.count or loss < kept[self._best.count - 1])
 
     def close(self) -> None:
         """Waits for the last save; raises `RunError` if it failed."""

@@ -115,7 +115,7 @@ class _Run:
         evaluate = self.evaluate is not None and (last or (t.eval_every > 0 and self.step % t.eval_every == 0))
         if evaluate:
             self._evaluate()
-        if last or self.step % every == 0 or (evaluate and self._is_best()):
+        if last or self.step % every == 0 or (evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])):
             self._save()
 
     def _evaluate(self) -> None:
@@ -126,11 +126,6 @@ class _Run:
         self.evaluated = {self.step: result}
         self.log.evaluation(self.step, "held_out", result)
         self.log.restart_clock(self.step)
-
-    def _is_best(self) -> bool:
-        """Whether the evaluation just made ranks among those that retention keeps."""
-        keep, losses = self.config.checkpoint.keep_best, sorted(self.writer.best_losses().values())
-        return keep > 0 and (len(losses) < keep or self.evaluated[self.step]["loss"] < losses[keep - 1])
 
     def _save(self) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
