@@ -1,0 +1,1 @@
+"""Using few experts: choose them for a task, check what is lost, extract or load them alone, compose, train, put back."""

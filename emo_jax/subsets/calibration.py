@@ -1,0 +1,147 @@
+"""The text that experts are chosen by: documents packed into rows, in groups that each get a subset of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from emo_jax import sharding
+from emo_jax.config import Config, DataConfig
+from emo_jax.data.documents import Source
+from emo_jax.data.order import mix
+from emo_jax.data.packing import pack
+from emo_jax.data.sources import open_source
+from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.errors import InputError
+
+MAX_DOCUMENTS = 1000  # of a group, unless asked for more
+FIELDS = ("tokens", "segment_ids", "positions")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows [n, T] of whole documents (only those longer than a row are cut), each row of one group."""
+
+    fields: dict[str, np.ndarray]  # of FIELDS
+    groups: np.ndarray  # [n] the group of every row
+    names: tuple[str, ...]  # of the groups
+    about: tuple[dict[str, Any], ...]  # of every group: path, hash, documents, tokens, document_hashes
+
+    def batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+        """(fields on the mesh [B, T], the group of every row [B]); the last batch is filled up with rows of padding,
+        whose group is -1."""
+        shards = sharding.batch_shards(mesh)
+        size = -(-min(batch_size, len(self.groups)) // shards) * shards
+        for start in range(0, len(self.groups), size):
+            count = len(self.groups[start:start + size])
+            rows = {k: np.zeros((size, *x.shape[1:]), x.dtype) for k, x in self.fields.items()}
+            for name, x in self.fields.items():
+                rows[name][:count] = x[start:start + size]
+            groups = np.full(size, -1)
+            groups[:count] = self.groups[start:start + size]
+            yield {name: place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
+
+
+def place(x: np.ndarray, mesh: jax.sharding.Mesh, spec) -> jax.Array:
+    """A global array of what every process holds whole."""
+    return jax.make_array_from_callback(x.shape, jax.sharding.NamedSharding(mesh, spec), lambda index: x[index])
+
+
+def from_tokens(documents: Sequence[np.ndarray], length: int | None = None) -> Calibration:
+    """One group of token arrays, each in a row of its own (as long as the longest unless `length` is given)."""
+    length = length or max(map(len, documents))
+    tokens, segments = np.zeros((2, len(documents), length), np.int32)
+    for i, document in enumerate(documents):
+        tokens[i, :len(document)], segments[i, :len(document)] = document, 1
+    about = {"path": "", "documents": len(documents), "tokens": int(segments.sum())}
+    return Calibration(_fields(tokens, segments), np.zeros(len(documents), int), ("",), (about,))
+
+
+def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: dict[str, Sequence[int]]) -> Calibration:
+    """The documents of every group by their numbers in `source`."""
+    rows, owners, about = [], [], []
+    for number, (name, documents) in enumerate(groups.items()):
+        if not len(documents):
+            raise InputError(f"{source.name}: no documents {f'of label {name!r} ' if name else ''}to choose experts by")
+        texts = [source[int(i)].text for i in documents]
+        packed = _pack(config.data, [tokenizer.encode_document(text) for text in texts])
+        rows += packed
+        owners += [number] * len(packed)
+        hashes = [document_hash(text) for text in texts]
+        about.append({"path": source.name, "hash": hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:16],
+                      "documents": len(texts), "tokens": int(sum((r["segment_ids"] > 0).sum() for r in packed)),
+                      "document_hashes": hashes})
+    fields = _fields(*(np.stack([r[name] for r in rows]) for name in ("tokens", "segment_ids")))
+    return Calibration(fields, np.array(owners), tuple(groups), tuple(about))
+
+
+def open_calibration(config: Config, tokenizer: Tokenizer, path: str, label: str = "", documents: int = 0) -> Calibration:
+    """One group of the documents of a file or folder, or of those with a label: the first `documents` of a fixed random
+    order (0: at most MAX_DOCUMENTS). Raises `InputError`."""
+    source = open_source(calibration_data(config, path))
+    numbers = np.arange(len(source))
+    if label:
+        numbers = np.array([i for i in numbers if source.label(int(i)) == label], int)
+        if not len(numbers):
+            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(labels_of(source))}")
+    return from_source(config, source, tokenizer, {label: sample(numbers, documents or MAX_DOCUMENTS, config.seed)})
+
+
+def calibration_data(config: Config, path: str) -> DataConfig:
+    if not Path(path).expanduser().exists() and "*" not in path:
+        raise InputError(f"--calibration {path}: no such file or folder")
+    return dataclasses.replace(config.data, path=path, format="auto")
+
+
+def sample(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` of the numbers, chosen by a hash of the seed and each of them, ascending."""
+    numbers = np.asarray(numbers)
+    return np.sort(numbers[np.argsort(mix(seed, numbers.astype(np.uint64)), kind="stable")[:count]])
+
+
+def by_label(source: Source, numbers: Sequence[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for i in numbers:
+        found.setdefault(source.label(int(i)), []).append(int(i))
+    return dict(sorted(found.items()))
+
+
+def labels_of(source: Source) -> list[str]:
+    return source.labels or list(by_label(source, range(min(len(source), 10_000))))
+
+
+def halves(groups: dict[str, list[int]], seed: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """(documents to choose by, documents to score on) of every label that has two or more."""
+    chosen, scored = {}, {}
+    for label, numbers in groups.items():
+        if len(numbers) > 1:
+            chosen[label] = sample(np.array(numbers), (len(numbers) + 1) // 2, seed).tolist()
+            scored[label] = sorted(set(numbers) - set(chosen[label]))
+    return chosen, scored
+
+
+def document_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def without(source: Source, numbers: Sequence[int], hashes: set[str]) -> np.ndarray:
+    """The documents whose text is none of those that were used to choose."""
+    return np.array([i for i in numbers if document_hash(source[int(i)].text) not in hashes], int)
+
+
+def _pack(data: DataConfig, documents: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    def read(count: int):
+        return (documents[count], count) if count < len(documents) else None
+
+    return [row for row, _ in pack("first_fit", read, data.sequence_length, data.max_documents_per_row, True)]
+
+
+def _fields(tokens: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return {"tokens": tokens, "segment_ids": segments, "positions": np.ascontiguousarray(positions)}

@@ -1,0 +1,149 @@
+"""A subset: which routed experts of every layer are kept. A small JSON file, made by `emo-jax select`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable
+
+import numpy as np
+
+from emo_jax.config import Config
+from emo_jax.errors import InputError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Shared experts are always kept and have no ids here; `keep` counts them, as in the published pipeline."""
+
+    kept: tuple[tuple[int, ...], ...]  # routed expert ids of every layer, ascending
+    num_routed: int  # of the whole model
+    num_shared: int
+    method: str
+    calibration: dict[str, Any] = field(default_factory=dict)  # path, hash, documents, tokens, document_hashes
+    scores: tuple[tuple[float, ...], ...] | None = None  # [L, R], what the experts were ranked by
+    model: dict[str, Any] = field(default_factory=dict)  # name, step, hash: the checkpoint it was chosen for
+
+    @property
+    def keep(self) -> list[int]:
+        """Experts of every layer, shared ones included."""
+        return [len(ids) + self.num_shared for ids in self.kept]
+
+    @property
+    def share(self) -> float:
+        """The kept part of all experts."""
+        return sum(self.keep) / (len(self.kept) * (self.num_routed + self.num_shared))
+
+    def mask(self) -> np.ndarray:
+        """bool [L, R], the `allowed` of `model.forward`."""
+        mask = np.zeros((len(self.kept), self.num_routed), bool)
+        for layer, ids in enumerate(self.kept):
+            mask[layer, list(ids)] = True
+        return mask
+
+    def score_array(self) -> np.ndarray:
+        """float [L, R]. Raises `InputError` if the file has none."""
+        if self.scores is None:
+            raise InputError(f"a subset of method {self.method} holds no scores of the experts; choose it by another "
+                             f"method (emo-jax select --method router)")
+        return np.asarray(self.scores, np.float64)
+
+    def with_mask(self, mask: np.ndarray, **changes: Any) -> Subset:
+        return dataclasses.replace(self, kept=kept_of(mask), **changes)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file in one step. Raises `InputError` if it cannot be written."""
+        path = Path(path)
+        content = {"version": VERSION, "keep": self.keep} | dataclasses.asdict(self)
+        if self.scores is not None:
+            content["scores"] = [[float(f"{s:.7g}") for s in row] for row in self.scores]
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content) + "\n")
+            temporary.replace(path)
+        except OSError as e:
+            raise InputError(f"--out {path} cannot be written: {e.strerror}") from None
+
+
+def kept_of(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(np.flatnonzero(row).tolist()) for row in mask)
+
+
+def full(config: Config) -> Subset:
+    m = config.model
+    everything = tuple(tuple(range(m.num_routed_experts)) for _ in range(m.num_layers))
+    return Subset(everything, m.num_routed_experts, m.num_shared_experts, "full")
+
+
+def load(path: str | Path, config: Config | None = None) -> Subset:
+    """Reads a subset file and checks it, against the model of `config` where given. Raises `InputError`."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"subset {path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    except ValueError as e:
+        raise InputError(f"subset {path}: not JSON ({e}); expected a file of `emo-jax select --out`") from None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        version = content.get("version") if isinstance(content, dict) else None
+        raise InputError(f"subset {path}: version={version!r} must be {VERSION}; expected a file of `emo-jax select --out`")
+    names = {f.name: f for f in dataclasses.fields(Subset)}
+    missing = [n for n in ("kept", "num_routed", "num_shared", "method") if n not in content]
+    if missing:
+        raise InputError(f"subset {path}: field {missing[0]!r} is missing")
+    values = {name: content[name] for name in names if name in content}
+    routed = values["num_routed"]
+    for layer, ids in enumerate(values["kept"]):
+        if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < routed for i in ids)
+                and ids == sorted(set(ids))):
+            raise InputError(f"subset {path}: kept[{layer}]={ids} must be ascending expert ids in 0..{routed - 1}")
+    values["kept"] = tuple(map(tuple, values["kept"]))
+    if values.get("scores") is not None:
+        values["scores"] = tuple(map(tuple, values["scores"]))
+    subset = Subset(**values)
+    if config is not None:
+        require_fits(subset, config, str(path))
+    return subset
+
+
+def require_fits(subset: Subset, config: Config, where: str) -> None:
+    """Raises `InputError` unless the subset is one of this shape of model."""
+    m = config.model
+    require_experts(config)
+    have = (len(subset.kept), subset.num_routed, subset.num_shared)
+    want = (m.num_layers, m.num_routed_experts, m.num_shared_experts)
+    if have != want:
+        raise InputError(f"subset {where} is of a model with {have[0]} layers, {have[1]} routed and {have[2]} shared "
+                         f"experts; {config.name} has {want[0]}, {want[1]} and {want[2]}")
+    require_enough([len(ids) for ids in subset.kept], config, where)
+
+
+def require_enough(routed: Iterable[int], config: Config, where: str) -> None:
+    """Raises `InputError` for a layer with too few or too many kept routed experts.
+
+    Below the experts of a token, `emo_v1` gives the missing ones weight 0 (keep-8 of the published models has 7);
+    the weights of `emo_v2` would be scaled for experts that are not there.
+    """
+    m = config.model
+    least = 1 if config.router.semantics == "emo_v1" else m.routed_top_k
+    for layer, n in enumerate(routed):
+        if not least <= n <= m.num_routed_experts:
+            raise InputError(f"{where}: layer {layer} keeps {n + m.num_shared_experts} experts; it must be between "
+                             f"{least + m.num_shared_experts} and {m.num_experts} "
+                             f"({m.num_shared_experts} shared included)")
+
+
+def require_experts(config: Config) -> None:
+    if not config.model.num_experts:
+        raise InputError(f"{config.name} is a dense model (model.num_experts=0): it has no experts to choose from")
+
+
+def model_hash(config: Config, parameter_sum: int) -> str:
+    """Identifies the parameters that a subset was chosen for."""
+    text = json.dumps([dataclasses.asdict(config.model), config.router.semantics, parameter_sum], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
