@@ -260,13 +260,13 @@ def embed(embedding, tokens, dtype):
 
 def token_losses(params: Params, x_BTD, targets, run: Run) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(cross entropy of every target in nats, logsumexp of its logits), fp32."""
-    head = gather_weight(params["head"], run.dtype, None, "tensor")
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
-    chunks = 1
-    if mesh.empty or mesh.shape["sequence"] == 1:
-        chunks = ce.num_chunks(targets.size // shards, targets.shape[1], run.config.kernels.loss_chunk_tokens)
-    return ce.cross_entropy(x_BTD, head, targets, chunks)
+    return ce.cross_entropy(x_BTD, params["head"], targets, run.config.kernels.loss_chunk_tokens)
+
+
+def loss_sums(params: Params, x_BTD, targets, weights: Float[Array, "B T"], run: Run) -> ce.LossSums:
+    """Sums over all tokens, of weights * nll and of weights * logsumexp^2, and the two added with the config's weight."""
+    c = run.config
+    return ce.training_loss(x_BTD, params["head"], targets, weights, c.train.output_z_weight, c.kernels.loss_chunk_tokens)
 
 
 def logits(params: Params, x_BTD, run: Run) -> Float[Array, "B T V"]:

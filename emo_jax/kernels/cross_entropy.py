@@ -1,39 +1,151 @@
-"""Cross entropy of the next token over a large vocabulary, without all logits in memory at once."""
+"""Cross entropy of the next token over a large vocabulary, without all logits in memory at once.
+
+Tokens are taken in chunks; the logits of one chunk exist at a time. `cross_entropy` gives the losses of every token (for
+evaluation). `training_loss` gives their weighted sum, and since that is linear in its cotangent, the gradients are made
+in the forward pass from the same logits: three matmuls of the vocabulary's size instead of four.
+
+On a mesh every device works on its own tokens with the gathered head; over `tensor` the vocabulary is sharded.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from emo_jax.sharding import BATCH, spec
+from emo_jax import compat
+from emo_jax.sharding import ACTIVATIONS, AXES, BATCH, TOKENS, parameter_spec
+
+
+class LossSums(NamedTuple):
+    objective: Float[Array, ""]  # sum of weights * (nll + z_weight * logsumexp^2); the only differentiable one
+    nll: Float[Array, ""]  # sum of weights * nll, nats
+    z: Float[Array, ""]  # sum of weights * logsumexp^2
+
+
+def training_loss(
+    x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"],
+    z_weight: float, chunk_tokens: int,
+) -> LossSums:
+    """Weighted sums over all tokens of the mesh. `head` is the fp32 master, multiplied in the dtype of `x`."""
+
+    def device(x, head, targets, weights):
+        x, head, targets, weights = (_vary(a) for a in (x, _whole_head(head, x), targets, weights))
+        sums = _objective(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), z_weight,
+                          chunk_tokens, _vocabulary_axis())
+        return sums if jax.sharding.get_abstract_mesh().empty else LossSums(*lax.psum(jnp.stack(sums), AXES))
+
+    return _on_mesh(device, (ACTIVATIONS, parameter_spec(("head",)), TOKENS, TOKENS), LossSums(P(), P(), P()))(
+        x, head, targets, weights)
 
 
 def cross_entropy(
-    x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], chunks: int
+    x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], chunk_tokens: int
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(negative log-likelihood of the target in nats, logsumexp of the logits), fp32. The logits of one of `chunks` parts
-    of every row exist at a time; the backward pass recomputes them. `chunks` must divide T."""
-    if chunks == 1:
-        return _whole(x, head, targets)
-    B, T = targets.shape
-    x_chunks = jnp.moveaxis(x.reshape(B, chunks, T // chunks, -1), 1, 0)
-    target_chunks = jnp.moveaxis(targets.reshape(B, chunks, T // chunks), 1, 0)
-    part = jax.checkpoint(lambda chunk: _whole(chunk[0], head, chunk[1]), prevent_cse=False)
-    nll, lse = jax.lax.map(part, (x_chunks, target_chunks))
-    return tuple(jnp.moveaxis(a, 0, 1).reshape(B, T) for a in (nll, lse))
+    """(negative log-likelihood of the target in nats, logsumexp of the logits) of every token, fp32."""
+
+    def device(x, head, targets):
+        head, axis = _whole_head(head, x), _vocabulary_axis()
+        part = jax.checkpoint(lambda chunk: _losses(chunk[0], head, chunk[1], axis)[1:], prevent_cse=False)
+        nll, lse = lax.map(part, (_chunks(x.reshape(-1, x.shape[-1]), chunk_tokens),
+                                  _chunks(targets.reshape(-1), chunk_tokens)))
+        nll, lse = (a.reshape(targets.shape) for a in (nll, lse))
+        return nll, lse
+
+    return _on_mesh(device, (ACTIVATIONS, parameter_spec(("head",)), TOKENS), (TOKENS, TOKENS))(x, head, targets)
 
 
-def num_chunks(tokens_per_device: int, row: int, chunk_tokens: int) -> int:
-    """The smallest divisor of the row length that keeps a device's chunk at or below `chunk_tokens` tokens."""
-    wanted = max(1, -(-tokens_per_device // chunk_tokens))
-    return next(n for n in range(min(wanted, row), row + 1) if row % n == 0)
+# ---- one device -----------------------------------------------------------------------------------------------------
 
 
-def _whole(x, head, targets):
-    logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32,
-                        out_sharding=spec(BATCH, "sequence", "tensor"))
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum instead of a gather: it works on a vocabulary sharded over `tensor`, and its adjoint is no scatter.
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return lse - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1), lse
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _objective(x, head, targets, weights, z_weight, chunk_tokens, axis):
+    """`LossSums` of tokens x [N, D]. With a sharded vocabulary every device of `axis` returns its share of the sums."""
+    return _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, axis)[0]
+
+
+def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, axis):
+    share = 1 if axis is None else lax.axis_size(axis)
+
+    def chunk(carry, inputs):
+        sums, d_head = carry
+        x, targets, weights = inputs
+        logits, nll, lse = _losses(x, head, targets, axis)
+        # d objective / d logits = weights * ((1 + 2 z lse) softmax - one_hot)
+        probs = jnp.exp(logits - lse[:, None]) * (weights * (1 + 2 * z_weight * lse))[:, None]
+        d_logits = jnp.where(_is_target(logits, targets, axis), probs - weights[:, None], probs).astype(x.dtype)
+        d_x = lax.dot_general(d_logits, head, (((1,), (1,)), ((), ()))).astype(x.dtype)
+        d_head += lax.dot_general(x, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        nll_sum, z_sum = jnp.sum(weights * nll) / share, jnp.sum(weights * jnp.square(lse)) / share
+        return (sums + jnp.stack([nll_sum + z_weight * z_sum, nll_sum, z_sum]), d_head), d_x
+
+    start = tuple(compat.vary_like(jnp.zeros(s, jnp.float32), x, head, targets, weights) for s in ((3,), head.shape))
+    inputs = tuple(_chunks(a, chunk_tokens) for a in (x, targets, weights))
+    (sums, d_head), d_x = lax.scan(chunk, start, inputs)
+    return LossSums(*sums), (d_x.reshape(x.shape), d_head.astype(head.dtype))
+
+
+def _objective_backward(z_weight, chunk_tokens, axis, saved, d_sums):
+    d_x, d_head = saved
+    return (*((d * d_sums.objective).astype(d.dtype) for d in (d_x, d_head)), None, None)
+
+
+_objective.defvjp(_objective_forward, _objective_backward)
+
+
+def _losses(x, head, targets, axis):
+    """(logits [n, V], nll [n], logsumexp [n]), fp32, of one chunk."""
+    logits = lax.dot_general(x, head, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    top = lax.stop_gradient(jnp.max(logits, axis=-1))
+    if axis is not None:
+        top = lax.pmax(top, axis)
+    # A masked sum instead of a gather of the target's logit: its adjoint is no scatter.
+    sums = jnp.stack([jnp.sum(jnp.exp(logits - top[:, None]), axis=-1),
+                      jnp.sum(jnp.where(_is_target(logits, targets, axis), logits, 0.0), axis=-1)])
+    if axis is not None:
+        sums = lax.psum(sums, axis)
+    lse = top + jnp.log(sums[0])
+    return logits, lse - sums[1], lse
+
+
+def _is_target(logits, targets, axis):
+    first = 0 if axis is None else lax.axis_index(axis) * logits.shape[1]
+    return first + jnp.arange(logits.shape[1]) == targets[:, None]
+
+
+def _chunks(a, chunk_tokens):
+    """[N, ...] -> [n, N / n, ...] with the smallest n that keeps a chunk at or below `chunk_tokens`."""
+    N = a.shape[0]
+    n = next(n for n in range(max(1, -(-N // chunk_tokens)), N + 1) if N % n == 0)
+    return a.reshape(n, N // n, *a.shape[1:])
+
+
+# ---- mesh -----------------------------------------------------------------------------------------------------------
+
+
+def _on_mesh(device, in_specs, out_specs):
+    if jax.sharding.get_abstract_mesh().empty:
+        return device
+    return compat.shard_map(device, in_specs=in_specs, out_specs=out_specs)
+
+
+def _vocabulary_axis():
+    return None if jax.sharding.get_abstract_mesh().empty else "tensor"
+
+
+def _whole_head(head, x):
+    """Cast first, then gathered over the FSDP axes; the adjoint reduces the gradient back to its shards."""
+    head = head.astype(x.dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return head
+    return lax.all_gather(head, ("fsdp", "expert"), axis=0, tiled=True)
+
+
+def _vary(a):
+    """As varying over every axis: the adjoint sums the cotangents of devices that share it."""
+    return a if jax.sharding.get_abstract_mesh().empty else compat.vary(a, AXES)

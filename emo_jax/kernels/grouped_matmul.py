@@ -22,20 +22,24 @@ from emo_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("blocked", "ragged_dot", "reference")
-ROW_ALIGNMENT = {"blocked": 64, "ragged_dot": 1, "reference": 1}
+KERNELS = ("blocked", "megablox", "ragged_dot", "reference")
+ROW_ALIGNMENT = {"blocked": 64, "megablox": 1, "megablox_interpret": 1, "ragged_dot": 1, "reference": 1}
+BUFFER_ALIGNMENT = {"megablox": 512, "megablox_interpret": 8}  # of the number of rows S; else that of a group
+# Pallas kernels do not say over which mesh axes their results vary, so `shard_map` cannot check it around them.
+UNCHECKED = ("megablox", "megablox_interpret")
 
 
 @functools.cache
 def choose(kernel: str, platform: str) -> str:
-    """The kernel for "auto"; logged once."""
-    if kernel != "auto":
-        if kernel not in KERNELS:
-            raise InputError(f"kernels.grouped_matmul={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-        return kernel
-    chosen = "blocked" if platform == "cpu" else "ragged_dot"
-    slow = "" if platform == "cpu" else f" (slow: computes every expert for every row in the weight gradient on {platform})"
-    log.warning("grouped matmul: %s%s", chosen, slow) if slow else log.info("grouped matmul: %s", chosen)
+    """The kernel for "auto"; logged once. Pallas kernels of another platform run interpreted (slow, for tests)."""
+    if kernel not in ("auto", *KERNELS):
+        raise InputError(f"kernels.grouped_matmul={kernel!r} must be auto or one of {', '.join(KERNELS)}")
+    chosen = {"tpu": "megablox", "cpu": "blocked"}.get(platform, "ragged_dot") if kernel == "auto" else kernel
+    if chosen == "megablox" and platform != "tpu":
+        chosen = "megablox_interpret"
+    log.info("grouped matmul: %s", chosen)
+    if chosen == "ragged_dot":
+        log.warning("grouped matmul: ragged_dot computes every expert for every row in the weight gradient on %s", platform)
     return chosen
 
 
@@ -44,6 +48,10 @@ def grouped_matmul(
 ) -> Float[Array, "S F"]:
     if kernel == "blocked":
         return _blocked(rows, weights, group_sizes)
+    if kernel.startswith("megablox"):
+        from emo_jax.kernels.grouped_matmul_tpu import megablox
+
+        return megablox(rows, weights, group_sizes, kernel.endswith("interpret"))
     if kernel == "ragged_dot":
         return jax.lax.ragged_dot(rows, weights, group_sizes)
     return reference(rows, weights, group_sizes)

@@ -24,13 +24,14 @@ class Plan(NamedTuple):
 
 
 def plan_dispatch(
-    expert_ids: Int[Array, "T k"], valid: Bool[Array, "T"], experts: range | tuple[Array, int], alignment: int
+    expert_ids: Int[Array, "T k"], valid: Bool[Array, "T"], experts: tuple[Array | int, int], alignment: int,
+    buffer_alignment: int = 1,
 ) -> Plan:
     """Groups the slots by local expert, in token order, without a sort. `experts`: (first id, number) of the local
     experts. The buffer is large enough for any routing: dropless by construction."""
     first, count = experts
     tokens, k = expert_ids.shape
-    num_rows = buffer_rows(tokens, k, count, alignment)
+    num_rows = buffer_rows(tokens, k, count, alignment, buffer_alignment)
     local = expert_ids - first
     member = jnp.any(local[..., None] == jnp.arange(count), axis=1) & valid[:, None]  # [T, e]; a token's choices differ
     seen = jnp.cumsum(member.astype(jnp.int32), axis=0)
@@ -44,9 +45,11 @@ def plan_dispatch(
     return Plan(slot_of_row, row_of_slot, sizes)
 
 
-def buffer_rows(tokens: int, k: int, experts: int, alignment: int) -> int:
-    """Rows that hold any routing of `tokens` tokens: min(k, experts) choices each, and the padding of the groups."""
-    return -(-(tokens * min(k, experts) + experts * (alignment - 1)) // alignment) * alignment
+def buffer_rows(tokens: int, k: int, experts: int, alignment: int, buffer_alignment: int = 1) -> int:
+    """Rows that hold any routing of `tokens` tokens: min(k, experts) choices each, and the padding of the groups. A multiple
+    of both alignments."""
+    multiple = max(alignment, buffer_alignment)
+    return -(-(tokens * min(k, experts) + experts * (alignment - 1)) // multiple) * multiple
 
 
 @jax.custom_vjp

@@ -53,6 +53,7 @@ def moe_experts(
     return compat.shard_map(
         functools.partial(local, axes=dict(mesh.shape)),
         in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS), out_specs=ACTIVATIONS,
+        check_vma=kernel not in gmm.UNCHECKED,
     )(table, x, expert_ids, weights, valid)
 
 
@@ -94,7 +95,8 @@ def _gather_table(table, dtype, axes):
 
 
 def _grouped_experts(x, expert_ids, weights, valid, gate_up, down, first, kernel):
-    plan = dispatch.plan_dispatch(expert_ids, valid, (first, gate_up.shape[0]), gmm.ROW_ALIGNMENT[kernel])
+    plan = dispatch.plan_dispatch(expert_ids, valid, (first, gate_up.shape[0]), gmm.ROW_ALIGNMENT[kernel],
+                                  gmm.BUFFER_ALIGNMENT.get(kernel, 1))
     rows = checkpoint_name(dispatch.gather_tokens(x, plan), "moe_rows")
     hidden = gmm.grouped_matmul(rows, gate_up, plan.group_sizes, kernel)
     # The router weight is applied before the down projection: one multiplication of width F instead of D, and the

@@ -81,7 +81,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
 def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
     """A jitted `(params, batch, allowed=None) -> sums of every row [B]`: `loss_sum` (nats), `loss_tokens`, and `loss_bytes`
     where the batch has `target_bytes` [B, T]. Pools have the size `router.pool_eval` (0: none). `allowed` bool [L, R]
-    restricts the routed experts."""
+    restricts the routed experts; [L, B, 1, R] those of every row."""
     run = model.static_choices(config, mesh)
 
     def eval_step(params, batch: Batch, allowed=None):
@@ -168,10 +168,8 @@ class Objective(NamedTuple):
         """(the microbatch's part of the step's total loss, `Sums`)."""
         c, totals = self.config, self.totals
         x, stats = self._forward(params, batch)
-        nll, lse = model.token_losses(params, x, batch["targets"], self.run)
-        loss = jnp.sum(nll * batch["loss_weights"])
-        output_z = jnp.sum(jnp.square(lse) * batch["loss_weights"])
-        total = (loss + c.train.output_z_weight * output_z) / totals.loss_tokens
+        objective, loss, output_z = model.loss_sums(params, x, batch["targets"], batch["loss_weights"], self.run)
+        total = objective / totals.loss_tokens
         if stats is None:
             return total, Sums(loss, output_z, jnp.zeros(()), None)
         balance = self._load_balancing(stats, step_counts)

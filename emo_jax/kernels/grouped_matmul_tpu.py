@@ -1,0 +1,53 @@
+"""Grouped matmul on TPU: the megablox Pallas kernels that ship with JAX, with our own adjoint.
+
+The adjoint is two kernels: d_rows = d_out @ weights^T per group (`gmm`, transposed), d_weights = rows^T @ d_out per group
+(`tgmm`, which zeroes the gradients of empty groups). Rows past the last group are never written by `gmm`; the dispatch plan
+never reads them.
+
+Off TPU the kernels run in interpret mode, for the parity tests.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+TILE_ROWS = 512
+TILE_WIDTH = 1024  # of both matrix dimensions: 2 MB a bf16 tile, several of which fit the vector memory
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def megablox(rows, weights, group_sizes, interpret: bool):
+    """rows [S, D], weights [E, D, F], group_sizes [E] -> [S, F]."""
+    return _gmm(rows, weights, group_sizes, interpret, transpose=False)
+
+
+def _forward(rows, weights, group_sizes, interpret):
+    return megablox(rows, weights, group_sizes, interpret), (rows, weights, group_sizes)
+
+
+def _backward(interpret, saved, d_out):
+    rows, weights, group_sizes = saved
+    d_rows = _gmm(d_out, weights, group_sizes, interpret, transpose=True)
+    S, D = rows.shape
+    d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, tiles(S, D, d_out.shape[1]), interpret=interpret)
+    return d_rows, d_weights, None
+
+
+megablox.defvjp(_forward, _backward)
+
+
+def _gmm(rows, weights, group_sizes, interpret, *, transpose):
+    S, contract = rows.shape
+    width = weights.shape[1] if transpose else weights.shape[2]
+    return gmm(rows, weights, group_sizes, rows.dtype, tiles(S, contract, width), transpose_rhs=transpose,
+               interpret=interpret)
+
+
+def tiles(rows: int, contract: int, width: int) -> tuple[int, int, int]:
+    """(rows, contracted, output) sizes of a tile. The kernel needs a row tile that divides the rows."""
+    row_tile = next(t for t in (TILE_ROWS, 256, 128, 64, 32, 16, 8, 1) if rows % t == 0)
+    return row_tile, min(contract, TILE_WIDTH), min(width, TILE_WIDTH)
