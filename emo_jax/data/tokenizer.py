@@ -53,6 +53,9 @@ class Tokenizer:
         ids.append(self.eos_id)
         return np.array(ids, np.int32)
 
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
     def decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 

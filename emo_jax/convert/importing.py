@@ -1,0 +1,215 @@
+"""`emo-jax import`: a published checkpoint -> a run folder with one checkpoint (step 0, parameters only).
+
+Nothing is written before names and shapes of all tensors are known to fit. Tensors then go one by one into
+`checkpoints/importing/`, which gets its final name when it is complete; an import that was stopped goes on from there.
+Everything of the published folder that has no place in our config (its config.json, tokenizer and generation files, the
+unused router rows of shared experts) is kept in `hugging_face/` beside the checkpoint, so that an export gives it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+
+from emo_jax import config as config_lib
+from emo_jax import model
+from emo_jax.config import Config
+from emo_jax.convert import description
+from emo_jax.convert.layouts import Entry, entries, experts_of_layer, same_elements
+from emo_jax.convert.store import BitSum, Leaf, ParameterStore
+from emo_jax.convert.tensors import Reader, read_json
+from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.errors import InputError
+from emo_jax.train import checkpoint
+
+KEPT = "hugging_face"
+ROUTER_ROWS = "shared_router_rows.npy"  # in KEPT: [L, shared experts, D]
+NOTE = "imported.json"  # in KEPT: the dtype of the published tensors
+BATCH_BYTES = 256 * 2**20  # of tensors that are written together
+
+
+def import_checkpoint(source: str, out: str, config_name: str = "", overrides: list[str] = ()) -> dict[str, Any]:
+    """`source`: a folder with config.json and safetensors files, or with the trainer's state dict in safetensors, for
+    which `config_name` says what the model is. Raises `InputError`."""
+    folder, target = Path(source), Path(out)
+    if not folder.exists():
+        raise InputError(f"no checkpoint at {source}: no such file or folder")
+    reader = Reader(folder)
+    published = {}
+    if any(name.startswith("blocks.") for name in reader.tensors):
+        layout = "olmo_core"
+        if not config_name:
+            raise InputError(f"{source} is a state dict of the trainer, which does not say how many heads the model has; "
+                             f"name its config with --config, e.g. --config emo_1b14b_1t")
+        config = config_lib.load_config(config_name, list(overrides))
+    else:
+        where = folder / "config.json"
+        published = read_json(where)
+        layout, found = description.read_model(published, where)
+        if config_name:
+            config = config_lib.load_config(config_name, list(overrides))
+            description.require_same(config.model, found, config_name, where)
+        else:
+            config = config_lib.override(description.new_config(found, published, folder.resolve().name), overrides)
+    plan = list(entries(layout, config.model))
+    _check_names_and_shapes(plan, reader)
+    config, tokenizer = _with_tokenizer(config, folder, published)
+    if checkpoint.steps(target / checkpoint.FOLDER):
+        raise InputError(f"--out {out} already holds a checkpoint; give another folder")
+
+    importing = target / checkpoint.FOLDER / "importing"
+    sums = _copy(plan, reader, importing, config)
+    _keep(folder, target, plan, reader, config.model.d_model)
+    if tokenizer:
+        shutil.copyfile(tokenizer, target / "tokenizer.json")
+    (target / "config.json").write_text(config_lib.dumps(config))
+    final = _finish(importing, config, sums, reader)
+    return {"checkpoint": str(final), "layout": layout, "parameters": model.num_params(config),
+            "dtype": "+".join(sorted(reader.dtypes())), "tokenizer": bool(tokenizer), "tensors": len(plan)}
+
+
+def _check_names_and_shapes(plan: list[Entry], reader: Reader) -> None:
+    expected = {e.name: e for e in plan}
+    problems = [f"missing {name} {list(e.shape)}" for name, e in expected.items() if name not in reader.tensors]
+    problems += [f"unexpected {name} {list(t.shape)}" for name, t in reader.tensors.items() if name not in expected]
+    problems += [f"{name} has shape {list(reader.tensors[name].shape)}, expected {list(e.shape)}"
+                 for name, e in expected.items() if name in reader.tensors and not _fits(e, reader.tensors[name].shape)]
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise InputError(f"{reader.path}: its tensors are not those of its config:\n  " + "\n  ".join(problems[:20]) + more)
+
+
+def _fits(e: Entry, shape: tuple[int, ...]) -> bool:
+    return shape == e.shape or (e.name.startswith("blocks.") and same_elements(shape, e.shape))
+
+
+def _with_tokenizer(config: Config, folder: Path, published: dict[str, Any]) -> tuple[Config, Path | None]:
+    """The config with the end-of-document token of the published tokenizer, if there is one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return config, None
+    eos = published.get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    token = None
+    if ids:
+        vocabulary = read_json(path)
+        known = {t["id"]: t["content"] for t in vocabulary.get("added_tokens", [])}
+        known |= {i: t for t, i in (vocabulary.get("model", {}).get("vocab") or {}).items() if i in ids}
+        token = known.get(ids[0])
+        if token is None:
+            raise InputError(f"{folder / 'config.json'}: eos_token_id={ids[0]} is no token of {path}")
+    config = dataclasses.replace(config, data=dataclasses.replace(
+        config.data, eos_token=token or config.data.eos_token))
+    Tokenizer(path, config.data.eos_token)  # readable, and has that token
+    return config, path
+
+
+# ---- copying --------------------------------------------------------------------------------------------------------
+
+
+def leaf_shapes(config: Config) -> dict[Leaf, tuple[int, ...]]:
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params(config))
+    return {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
+
+
+def _copy(plan: list[Entry], reader: Reader, importing: Path, config: Config) -> BitSum:
+    """Writes all parameters, in batches, each followed by a note of how far the copy is."""
+    shapes = leaf_shapes(config)
+    note = importing / "progress.json"
+    done, sums = 0, BitSum(shapes)
+    identity = {"source": reader.fingerprint(), "model": dataclasses.asdict(config.model)}
+    identity = json.loads(json.dumps(identity))
+    if note.is_file():
+        state = read_json(note)
+        if state["identity"] != identity:
+            raise InputError(f"{importing} holds the beginning of another import; delete it or give another --out")
+        done, sums = state["done"], BitSum(shapes, state["sum"], state["finite"])
+        print(f"resuming the import after {done:,} of {len(plan):,} tensors", file=sys.stderr, flush=True)
+    store = ParameterStore(importing / "params")
+    store.create(shapes)
+    started, start = time.monotonic(), done
+    for batch in _batches(plan[done:]):
+        parts = []
+        for e in batch:
+            values = e.to_ours(reader.read(e.name).astype(np.float32, copy=False).reshape(e.shape))
+            parts.append((e.leaf, e.index, values))
+            sums.add(e.leaf, values)
+        store.write(parts)
+        done += len(batch)
+        _write_json(note, {"identity": identity, "done": done, "sum": sums.total, "finite": sums.finite})
+        rate = (time.monotonic() - started) / (done - start)
+        print(f"imported {done:,} of {len(plan):,} tensors, {rate * (len(plan) - done):.0f} s left", file=sys.stderr,
+              flush=True)
+    store.write(_absent_experts(config, shapes))
+    if not sums.finite:
+        raise InputError(f"{reader.path}: some tensors hold values that are not finite")
+    return sums
+
+
+def _batches(plan: list[Entry]) -> Iterator[list[Entry]]:
+    batch, size = [], 0
+    for e in plan:
+        batch.append(e)
+        size += 4 * int(np.prod(e.shape))
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _absent_experts(config: Config, shapes: dict[Leaf, tuple[int, ...]]) -> Iterator[tuple[Leaf, tuple, np.ndarray]]:
+    """Zeros for the experts that layers of a pruned model lack (they never run)."""
+    m = config.model
+    for layer in range(m.num_layers if m.experts_per_layer else 0):
+        present = experts_of_layer(m, layer) - m.num_shared_experts
+        for row in range(present, m.num_routed_experts):
+            for name in ("gate", "up", "down"):
+                leaf = ("layers", "moe", name)
+                yield leaf, (layer, row), np.zeros(shapes[leaf][2:], np.float32)
+
+
+# ---- what belongs to a checkpoint besides its parameters ------------------------------------------------------------
+
+
+def _keep(folder: Path, target: Path, plan: list[Entry], reader: Reader, width: int) -> None:
+    """Fills `hugging_face/`."""
+    kept = target / KEPT
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+        if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
+            shutil.copyfile(file, kept / file.name)
+    dtypes = reader.dtypes()
+    _write_json(kept / NOTE, {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"})
+    rows = [reader.read(e.name).astype(np.float32).reshape(-1, width)[-e.dead_rows:] for e in plan if e.dead_rows]
+    if rows:
+        np.save(kept / ROUTER_ROWS, np.stack(rows))
+
+
+def _finish(importing: Path, config: Config, sums: BitSum, reader: Reader) -> Path:
+    meta = checkpoint.describe(config, tokens=0, source={"imported": reader.path.resolve().name})
+    meta |= {"step": 0, "checksums": {"params": {"sum": sums.total, "finite": True}}}
+    for item, value in (("meta", meta), ("data", {"rows": None})):
+        (importing / item).mkdir(exist_ok=True)
+        (importing / item / "metadata").write_text(json.dumps(value))
+    (importing / "progress.json").unlink()
+    final = importing.with_name("0")
+    importing.rename(final)
+    return final
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)

@@ -1,0 +1,81 @@
+"""The parameters of a checkpoint on disk, read and written in parts: no device, no mesh, no whole array in memory.
+
+They are Zarr arrays in one OCDBT database, as Orbax lays them out: expert tables in one chunk per layer and expert, other
+layer parameters in one per layer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Iterable
+
+import numpy as np
+import tensorstore as ts
+
+Leaf = tuple[str, ...]
+
+
+class ParameterStore:
+    """The folder of a `params` item."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._arrays: dict[Leaf, ts.TensorStore] = {}
+        # Never more than this of decoded chunks in memory; what is read once is not read again.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+    def create(self, shapes: dict[Leaf, tuple[int, ...]]) -> None:
+        """Declares fp32 arrays; what is already there stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leaf, shape in shapes.items():
+            split = {3: 1, 4: 2 if "moe" in leaf else 1}.get(len(shape), 1 if leaf[0] == "layers" else 0)
+            chunks = [1] * split + list(shape[split:])
+            self._arrays[leaf] = ts.open(
+                self._spec(leaf) | {"metadata": {
+                    "shape": list(shape), "chunks": chunks, "dtype": "<f4", "fill_value": None, "order": "C",
+                    "compressor": {"id": "zstd", "level": 1}, "filters": None, "dimension_separator": "."}},
+                create=True, open=True, context=self._context).result()
+        self._write_metadata(shapes)
+
+    def write(self, parts: Iterable[tuple[Leaf, tuple, np.ndarray]]) -> None:
+        """Writes (array, index, values) parts and commits them together."""
+        transaction = ts.Transaction()
+        for leaf, index, values in parts:
+            self._array(leaf).with_transaction(transaction)[index].write(values).result()
+        transaction.commit_async().result()
+
+    def read(self, leaf: Leaf, index: tuple) -> np.ndarray:
+        return self._array(leaf)[index].read().result()
+
+    def _array(self, leaf: Leaf) -> ts.TensorStore:
+        if leaf not in self._arrays:
+            self._arrays[leaf] = ts.open(self._spec(leaf), open=True, context=self._context).result()
+        return self._arrays[leaf]
+
+    def _spec(self, leaf: Leaf) -> dict[str, Any]:
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{self.folder}/",
+                                              "path": ".".join(leaf) + "/"}}
+
+    def _write_metadata(self, shapes: dict[Leaf, tuple[int, ...]]) -> None:
+        """What Orbax reads to learn the tree."""
+        tree = {str(leaf): {
+            "key_metadata": [{"key": key, "key_type": 2} for key in leaf],
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)},
+        } for leaf, shape in shapes.items()}
+        (self.folder / "_METADATA").write_text(json.dumps({
+            "tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None}))
+
+
+class BitSum:
+    """The checksum of `emo_jax.train.checkpoint.checksums`, from parts of the leaves in any order."""
+
+    def __init__(self, leaves: Iterable[Leaf], total: int = 0, finite: bool = True):
+        self._weight = {leaf: 2 * i + 1 for i, leaf in enumerate(sorted(leaves))}
+        self.total, self.finite = total, finite
+
+    def add(self, leaf: Leaf, part: np.ndarray) -> None:
+        bits = int(np.ascontiguousarray(part).view(np.uint32).sum(dtype=np.uint64)) * self._weight[leaf]
+        self.total = (self.total + bits) % 2**32
+        self.finite = self.finite and bool(np.isfinite(part).all())
