@@ -150,7 +150,27 @@ def add_bench(commands) -> None:
         parser.set_defaults(command=f"bench {parser.prog.split()[-1]}")
 
 
-COMMANDS = [add_train, add_eval, add_config, add_data, add_bench]
+def add_import(commands) -> None:
+    parser = _command(commands, "import", import_, "turn a published checkpoint (Hugging Face folder, or the trainer's "
+                      "state dict in safetensors) into a run folder", config=True)
+    parser.add_argument("source", metavar="HF_DIR", help="config.json and *.safetensors, tokenizer.json if there is one")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new run folder; an import goes on where it stopped")
+    parser.add_argument("--config", default="", metavar="CONFIG", help="of training, and of a state dict's model")
+
+
+def add_export(commands) -> None:
+    parser = _command(commands, "export", export, "write a checkpoint for transformers and vLLM")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run's folder, its checkpoints/, or one step folder")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--format", default="hf", choices=("hf", "qwen2_moe", "deepseek", "llama"),
+                        help="hf: the published architecture (remote code). qwen2_moe (or deepseek), llama: the same "
+                        "function of MoE and dense models in stock transformers and vLLM")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                        help="auto: as imported, else float32")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+
+
+COMMANDS = [add_train, add_eval, add_import, add_export, add_config, add_data, add_bench]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -183,6 +203,21 @@ def evaluate(args) -> Result:
 
     result = evaluate_checkpoint(args.checkpoint, args.data, args.step, args.overrides)
     return result, f"{result['checkpoint']} on {result['data']}\n{table(result)}"
+
+
+def import_(args) -> Result:
+    from emo_jax.convert.importing import import_checkpoint
+
+    result = import_checkpoint(args.source, args.out, args.config, args.overrides)
+    return result, f"{result['parameters']:,} parameters ({result['layout']}, {result['dtype']}) in {result['checkpoint']}"
+
+
+def export(args) -> Result:
+    from emo_jax.convert.exporting import export_checkpoint
+
+    result = export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.step)
+    return result, (f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB ({result['architecture']}, "
+                    f"{result['dtype']}) in {result['out']}")
 
 
 def config(args) -> Result:
