@@ -1,0 +1,93 @@
+"""Causal document attention over blocks of queries in plain XLA, with the backward pass of FlashAttention (arXiv 2205.14135):
+probabilities are recomputed from the saved logsumexp, so that neither pass keeps a [T, T] array.
+
+A block of queries sees the keys up to its own end: about half the FLOPs of the whole square.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.custom_vjp
+def blocked_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], segments: Int[Array, "B T"]
+) -> Float[Array, "B T H K"]:
+    return _forward(q, k, v, segments)[0]
+
+
+def _forward(q, k, v, segments):
+    """(output [B, T, H, K], logsumexp of every query's logits [B, G, M, T, 1])"""
+    groups = k.shape[2]
+    qs, ks, vs = _queries(q, groups), _keys(k), _keys(v)
+    outs, lses = [], []
+    for i, j in _blocks(q.shape[1]):
+        logits = _logits(qs[..., i:j, :], ks[:, :, :j], segments, i, j)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("bgmts,bgsk->bgmtk", weights.astype(v.dtype), vs[:, :, :j], preferred_element_type=jnp.float32)
+        outs.append((out / total).astype(q.dtype))
+        lses.append(top + jnp.log(total))
+    return _from_queries(jnp.concatenate(outs, axis=3)), jnp.concatenate(lses, axis=3)
+
+
+def _forward_saved(q, k, v, segments):
+    out, lse = _forward(q, k, v, segments)
+    return out, (q, k, v, segments, out, lse)
+
+
+def _backward(saved, d_out):
+    q, k, v, segments, out, lse = saved
+    groups, dtype = k.shape[2], q.dtype
+    qs, ks, vs, ds = _queries(q, groups), _keys(k), _keys(v), _split_heads(d_out, groups)
+    delta = jnp.sum(ds.astype(jnp.float32) * _split_heads(out, groups), axis=-1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros_like(ks, jnp.float32), jnp.zeros_like(vs, jnp.float32)
+    for i, j in _blocks(q.shape[1]):
+        at, keys = (slice(None),) * 3 + (slice(i, j),), (slice(None), slice(None), slice(0, j))
+        probs = jnp.exp(_logits(qs[at], ks[keys], segments, i, j) - lse[at])
+        d_probs = jnp.einsum("bgmtk,bgsk->bgmts", ds[at], vs[keys], preferred_element_type=jnp.float32)
+        d_logits = (probs * (d_probs - delta[at])).astype(dtype)
+        d_q.append(jnp.einsum("bgmts,bgsk->bgmtk", d_logits, ks[keys]))
+        d_k = d_k.at[keys].add(jnp.einsum("bgmts,bgmtk->bgsk", d_logits, qs[at], preferred_element_type=jnp.float32))
+        d_v = d_v.at[keys].add(jnp.einsum("bgmts,bgmtk->bgsk", probs.astype(dtype), ds[at],
+                                          preferred_element_type=jnp.float32))
+    d_q = _from_queries(jnp.concatenate(d_q, axis=3)) / math.sqrt(q.shape[-1])
+    return d_q.astype(dtype), *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (d_k, d_v)), None
+
+
+blocked_attention.defvjp(_forward_saved, _backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    block = max(128, -(-length // 16))  # at most 16 blocks are unrolled
+    return [(i, min(i + block, length)) for i in range(0, length, block)]
+
+
+def _logits(q_block, keys, segments, i, j):
+    logits = jnp.einsum("bgmtk,bgsk->bgmts", q_block, keys, preferred_element_type=jnp.float32)
+    causal = jnp.arange(i, j)[:, None] >= jnp.arange(j)
+    visible = causal & (segments[:, i:j, None] == segments[:, None, :j])
+    return jnp.where(visible[:, None, None], logits, -1e30)
+
+
+def _split_heads(x, groups):  # [B, T, H, K] -> [B, G, H/G, T, K]
+    B, T, H, K = x.shape
+    return x.reshape(B, T, groups, H // groups, K).transpose(0, 2, 3, 1, 4)
+
+
+def _queries(q, groups):
+    return _split_heads(q * (1 / math.sqrt(q.shape[-1])), groups)
+
+
+def _keys(k):  # [B, T, G, K] -> [B, G, T, K]
+    return k.transpose(0, 2, 1, 3)
+
+
+def _from_queries(x):  # the inverse of _split_heads
+    B, G, M, T, K = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, G * M, K)
