@@ -53,6 +53,7 @@ class RouterConfig:
     semantics: Literal["emo_v1", "emo_v2"] = "emo_v1"
     pool_min: int = 8  # routed experts, inclusive
     pool_max: int = 128  # inclusive; a pool >= the number of routed experts is no constraint
+    forced_experts: int = 0  # the last routed experts, in every pool on top of its size (experts added to a trained model)
     pool_eval: int = 0  # pool size in evaluation; 0: none, as in published inference
     pool_distribution: Literal["uniform", "beta"] = "uniform"
     pool_beta: float = 4.0  # the a of Beta(a, 1); only for pool_distribution=beta
@@ -104,7 +105,7 @@ class TrainConfig:
     microbatches: int = 1  # gradient accumulation: the rows of a step are split into this many passes
     output_z_weight: float = 1e-5
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
-    remat: Literal["none", "full", "moe"] = "full"  # what the backward pass recomputes, see model.REMAT_POLICIES
+    remat: Literal["none", "light", "moe", "attention", "full"] = "full"  # what the backward pass recomputes, see model.REMAT_POLICIES
     log_every: int = 10
     eval_every: int = 250  # 0: only at the end
     eval_rows: int = 256  # rows of held-out text per evaluation, shared out over the labels
@@ -198,6 +199,8 @@ def validate(c: Config) -> None:
         require(r.pool_eval == 0 or r.pool_eval >= m.routed_top_k,
                 f"router.pool_eval={r.pool_eval} must be 0 (no pool) or at least {m.routed_top_k}, "
                 f"the routed experts of a token")
+        require(0 <= r.forced_experts < m.num_routed_experts,
+                f"router.forced_experts={r.forced_experts} must be in 0..{m.num_routed_experts - 1}, the routed experts")
         require(r.pool_beta > 0, f"router.pool_beta={r.pool_beta} must be positive")
     require(r.load_balance_weight >= 0 and r.router_z_weight >= 0 and t.output_z_weight >= 0,
             "router.load_balance_weight, router.router_z_weight and train.output_z_weight must not be negative")

@@ -114,7 +114,8 @@ class MoE(nnx.Module):
         logits = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
         if allowed is not None:
             logits = jnp.where(allowed, logits, -1e30)
-        return routing.route(logits, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics)
+        return routing.route(logits, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics,
+                             c.router.forced_experts)
 
     def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
         route = self.route(x_BTD, rows, pool_sizes, allowed, run)

@@ -6,9 +6,10 @@ layer parameters in one per layer.
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import tensorstore as ts
@@ -22,8 +23,8 @@ class ParameterStore:
     def __init__(self, folder: Path):
         self.folder = folder
         self._arrays: dict[Leaf, ts.TensorStore] = {}
-        # Never more than this of decoded chunks in memory; what is read once is not read again.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        # Keeps the index of the database, so that it is read once, and no more than this of anything else.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
 
     def create(self, shapes: dict[Leaf, tuple[int, ...]]) -> None:
         """Declares fp32 arrays; what is already there stays."""
@@ -47,6 +48,16 @@ class ParameterStore:
 
     def read(self, leaf: Leaf, index: tuple) -> np.ndarray:
         return self._array(leaf)[index].read().result()
+
+    def read_many(self, leaf: Leaf, indices: Iterable[tuple], at_once: int = 64) -> Iterator[np.ndarray]:
+        """The parts in order, with so many reads under way."""
+        array, under_way = self._array(leaf), collections.deque()
+        for index in indices:
+            under_way.append(array[index].read())
+            if len(under_way) == at_once:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
     def _array(self, leaf: Leaf) -> ts.TensorStore:
         if leaf not in self._arrays:

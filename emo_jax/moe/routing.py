@@ -45,18 +45,20 @@ def route(
     pool_sizes: Int[Array, "B N"] | None,
     top_k: int,
     semantics: str | Semantics = "emo_v1",
+    forced_experts: int = 0,
 ) -> Routing:
     """Chooses `top_k` routed experts for every token, inside the pool of the token's document.
 
     `segment_ids`: row-local documents 1..N, 0 for padding. `pool_sizes[:, n - 1]`: size of the pool of document n, in
     routed experts; R or more is no constraint, and must not be below `top_k`. None: no pools (standard MoE).
+    `forced_experts`: the last routed experts, which every pool holds on top of its size.
     """
     rules = SEMANTICS[semantics] if isinstance(semantics, str) else semantics
     logits = logits.astype(jnp.float32)
     if pool_sizes is None:
         pool = jnp.ones_like(logits, dtype=bool)
     else:
-        pool = document_pool(jax.nn.softmax(logits), segment_ids, pool_sizes)
+        pool = document_pool(jax.nn.softmax(logits), segment_ids, pool_sizes, forced_experts)
     pool_logits = jnp.where(pool, logits, -jnp.inf)
     score_logits = pool_logits if rules.pool_softmax else logits
     logsumexp = jax.nn.logsumexp(score_logits, axis=-1)
@@ -72,15 +74,17 @@ def route(
 
 
 def document_pool(
-    router_probs: Float[Array, "B T R"], segment_ids: Int[Array, "B T"], pool_sizes: Int[Array, "B N"]
+    router_probs: Float[Array, "B T R"], segment_ids: Int[Array, "B T"], pool_sizes: Int[Array, "B N"],
+    forced_experts: int = 0,
 ) -> Bool[Array, "B T R"]:
     """The experts that the token's document may use: those with the largest sums of `router_probs` over the document,
     `pool_sizes` of them (ties: the lowest id first). Everything is allowed to padding, which never votes."""
     documents = one_hot_documents(segment_ids, pool_sizes.shape[1])
     votes = jnp.einsum("btn,btr->bnr", documents, jax.lax.stop_gradient(router_probs),
                        precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, None, None))
-    rank = jnp.argsort(jnp.argsort(-votes, axis=-1, stable=True), axis=-1)
-    dropped = (rank >= pool_sizes[..., None]).astype(jnp.float32)
+    forced = jnp.arange(votes.shape[-1]) >= votes.shape[-1] - forced_experts
+    rank = jnp.argsort(jnp.argsort(jnp.where(forced, 1.0, -votes), axis=-1, stable=True), axis=-1)
+    dropped = ((rank >= pool_sizes[..., None]) & ~forced).astype(jnp.float32)
     # Back to the tokens as a matmul with a 0/1 matrix: exact, and it shards and runs like any other matmul.
     return jnp.einsum("btn,bnr->btr", documents, dropped, out_sharding=spec(BATCH, "sequence", None)) < 0.5
 

@@ -37,7 +37,7 @@ def block_of(layer_params: model.Params, run: model.Run) -> model.Block:
 
 def attend(layer_params: model.Params, x_BTD, rows: model.RowContext, run: model.Run):
     """(h, normed input of the experts), [B, T, D]."""
-    return block_of(layer_params, run).attend(x_BTD, rows, run)
+    return block_of(layer_params, run).attend(x_BTD, rows, run)[:2]
 
 
 def mix(layer_params: model.Params, normed_BTD, rows: model.RowContext, allowed, run: model.Run, method: str):
@@ -45,9 +45,9 @@ def mix(layer_params: model.Params, normed_BTD, rows: model.RowContext, allowed,
     return METHODS[method](block_of(layer_params, run).moe, normed_BTD, rows, allowed, run)
 
 
-def routing_of(layer_params: model.Params, normed_BTD, rows: model.RowContext, run: model.Run) -> Statistics:
+def routing_of(layer_params: model.Params, normed_BTD, rows: model.RowContext, allowed, run: model.Run) -> Statistics:
     """The statistics of `router` without the experts."""
-    return _router_statistics(block_of(layer_params, run).moe.route(normed_BTD, rows, None, None, run), rows)
+    return _router_statistics(block_of(layer_params, run).moe.route(normed_BTD, rows, None, allowed, run), rows)
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
@@ -133,7 +133,8 @@ def _experts_and_norms(table, x: Float[Array, "B T D"], ids: Int[Array, "B T k"]
         return y.reshape(shape), norms.reshape(*shape[:2], -1)
 
     def _local(x, ids, weights, valid, gate_up, down, first, kernel):
-        plan = dispatch.plan_dispatch(ids, valid, (first, down.shape[0]), gmm.ROW_ALIGNMENT[kernel])
+        plan = dispatch.plan_dispatch(ids, valid, (first, down.shape[0]), gmm.ROW_ALIGNMENT[kernel],
+                                      gmm.BUFFER_ALIGNMENT.get(kernel, 1))
         hidden = experts.swiglu(gmm.grouped_matmul(dispatch.gather_tokens(x, plan), gate_up, plan.group_sizes, kernel))
         hidden = hidden * dispatch.slots_to_rows(weights, plan)[:, None].astype(x.dtype)
         out = jax.lax.psum(gmm.grouped_matmul(hidden, down, plan.group_sizes, kernel), "tensor")
@@ -141,5 +142,6 @@ def _experts_and_norms(table, x: Float[Array, "B T D"], ids: Int[Array, "B T k"]
         return dispatch.combine(out, plan), norms.at[plan.row_of_slot].get(mode="fill", fill_value=0)
 
     specs = {name: P(*spec) for name, spec in _TABLE.items()}
-    return compat.shard_map(device, in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS),
-                            out_specs=(ACTIVATIONS, ACTIVATIONS))(table, x, ids, weights, valid)
+    return compat.shard_map(
+        device, in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS), out_specs=(ACTIVATIONS, ACTIVATIONS),
+        check_vma=kernel not in gmm.UNCHECKED)(table, x, ids, weights, valid)

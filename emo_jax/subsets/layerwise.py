@@ -81,9 +81,9 @@ def _layer_steps(run: model.Run, eos_id: int):
     """(params, batch) -> h of layer 0 and its statistics; (params, layer, h, batch, mask) -> those of the next layer."""
 
     def enter(params, layer, x, rows):
-        layer_params = layer_at(params, layer)
+        layer_params, present = layer_at(params, layer), model.allowed_experts(run.config.model, None)
         h, normed = layers.attend(layer_params, x, rows, run)
-        return h, layers.routing_of(layer_params, normed, rows, run)
+        return h, layers.routing_of(layer_params, normed, rows, None if present is None else present[layer], run)
 
     @jax.jit
     def first(params, batch):

@@ -76,6 +76,7 @@ def _sweep_step(run: model.Run, method: str, eos_id: int):
     def step(params, batch, allowed, depth):
         rows = model.row_context(batch, c, eos_id)
         x = model.embed(params["embedding"], batch["tokens"], run.dtype)
+        allowed = model.allowed_experts(c.model, allowed)
         shape = (c.model.num_layers, x.shape[0], c.model.num_routed_experts)
         zeros = jnp.zeros(shape, jnp.float32, out_sharding=spec(None, BATCH, None))
 

@@ -1,0 +1,123 @@
+"""What a subset costs: its loss beside the full model's, by source label, on text that did not choose it."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from emo_jax.config import Config
+from emo_jax.data.documents import Source
+from emo_jax.data.evaluation import MAX_DOCUMENTS, evaluation_rows
+from emo_jax.data.order import split
+from emo_jax.data.sources import open_source
+from emo_jax.errors import InputError
+from emo_jax.subsets import calibration as calibration_lib
+from emo_jax.subsets.budget import Budget
+from emo_jax.subsets.calibration import Calibration
+from emo_jax.subsets.choose import choose
+from emo_jax.subsets.opened import Opened
+from emo_jax.subsets.subset import Subset
+from emo_jax.train.evaluate import Evaluation
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+Progress = Callable[[str], None]
+
+
+def documents_to_score(opened: Opened, own_text: bool) -> tuple[Source, np.ndarray]:
+    """The documents of `data.path` if they are not the run's own, else those that the run held out."""
+    config = opened.config
+    source = open_source(config.data)
+    if not own_text:
+        return source, np.arange(len(source))
+    chosen = split(source, config.data.eval_fraction, config.seed)[1]
+    if not len(chosen):
+        raise InputError(f"the run held out no documents (data.eval_fraction={config.data.eval_fraction}); give --data")
+    return source, chosen
+
+
+def check_subsets(opened: Opened, subsets: dict[str, Subset], own_text: bool = True) -> dict[str, Any]:
+    """Every subset, used for all text. Documents that one of them was chosen by are left out."""
+    source, numbers = documents_to_score(opened, own_text)
+    used = {h for s in subsets.values() for h in s.calibration.get("document_hashes", ())}
+    kept = calibration_lib.without(source, numbers[:MAX_DOCUMENTS], used) if used else numbers
+    if not len(kept):
+        raise InputError(f"every document of {source.name} was used to choose the subset; give other text with --data")
+    evaluation = evaluation_of(opened, source, kept)
+    full = evaluation.losses(opened.params)
+    rows = [compare(evaluation, full, evaluation.losses(opened.params, s.mask())) | describe(name, s)
+            for name, s in subsets.items()]
+    return {"data": source.name, "documents_left_out": int(len(numbers[:MAX_DOCUMENTS]) - len(kept)) if used else 0,
+            "full": evaluation.summary(*full), "subsets": rows}
+
+
+def check_own_labels(opened: Opened, keeps: Sequence[int], method: str, own_text: bool = True, documents: int = 0,
+                     **options: Any) -> dict[str, Any]:
+    """A subset for every label and number of kept experts, each scored on the text of its own label only: half of the
+    label's documents choose, the other half is scored."""
+    source, numbers = documents_to_score(opened, own_text)
+    seed = opened.config.seed
+    chosen_by, scored = calibration_lib.halves(calibration_lib.by_label(source, numbers[:MAX_DOCUMENTS]), seed)
+    if not scored:
+        raise InputError(f"{source.name}: no label has two documents, one to choose experts by and one to score")
+    limit = documents or calibration_lib.MAX_DOCUMENTS
+    groups = {label: calibration_lib.sample(np.array(ids), limit, seed) for label, ids in chosen_by.items()}
+    calibration = calibration_lib.from_source(opened.config, source, opened.tokenizer, groups)
+    evaluation = evaluation_of(opened, source, np.array(sorted(sum(scored.values(), []))))
+    return {"data": source.name, "method": method} | curve(opened, calibration, evaluation, keeps, method, **options)
+
+
+def curve(opened: Opened, calibration: Calibration, evaluation: Evaluation, keeps: Sequence[int], method: str,
+          **options: Any) -> dict[str, Any]:
+    """{"full", "subsets"}: rows of a label use the subset of the label's group. One sweep a number of kept experts."""
+    chosen = choose(opened, calibration, method, [Budget(keep=k) for k in keeps], **options)
+    full = evaluation.losses(opened.params)
+    rows = []
+    for keep, subsets in zip(keeps, chosen):
+        losses = evaluation.losses(opened.params, masks_of_labels(evaluation, calibration.names, subsets))
+        rows.append(compare(evaluation, full, losses) | {
+            "name": f"keep {keep}", "keep": keep, "share": keep / opened.config.model.num_experts, "method": method})
+    return {"full": evaluation.summary(*full), "subsets": rows,
+            "kept": {name: [list(map(list, s[i].kept)) for s in chosen] for i, name in enumerate(calibration.names)}}
+
+
+def masks_of_labels(evaluation: Evaluation, names: Sequence[str], subsets: Sequence[Subset]) -> np.ndarray:
+    """bool [L, n, R]: each row the mask of its label."""
+    masks = {name: s.mask() for name, s in zip(names, subsets)}
+    return np.stack([masks[label] for label in evaluation.labels], axis=1)
+
+
+def evaluation_of(opened: Opened, source: Source, documents: np.ndarray, config: Config | None = None) -> Evaluation:
+    config = config or opened.config
+    rows = evaluation_rows(config, source, opened.tokenizer, documents)
+    return Evaluation(config, opened.mesh, rows, opened.tokenizer)
+
+
+def describe(name: str, subset: Subset) -> dict[str, Any]:
+    keep = sorted(set(subset.keep))
+    return {"name": name, "keep": keep[0] if len(keep) == 1 else subset.keep, "share": subset.share,
+            "method": subset.method}
+
+
+def compare(evaluation: Evaluation, full: tuple, losses: tuple) -> dict[str, Any]:
+    """The summary of `losses`, with "difference" from the full model (nats/token) and its bootstrap "interval" (95 %, over
+    rows; None for a single row) in all and by label."""
+    result = evaluation.summary(*losses)
+    extra = lambda where: difference(full[0][where], losses[0][where], losses[1][where])  # noqa: E731
+    result |= extra(slice(None))
+    for label, part in result["labels"].items():
+        part |= extra(evaluation.labels == label)
+    return result
+
+
+def difference(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """Of the loss per token, from the nats and counted tokens of the same rows [n]."""
+    gap = after - before
+    result = {"difference": float(gap.sum() / max(tokens.sum(), 1)), "interval": None}
+    if len(gap) > 1:
+        counts = np.random.default_rng(0).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), RESAMPLES)
+        drawn = (counts @ gap) / np.maximum(counts @ tokens, 1)
+        tail = (1 - CONFIDENCE) / 2
+        result["interval"] = [float(q) for q in np.quantile(drawn, [tail, 1 - tail])]
+    return result

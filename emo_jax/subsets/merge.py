@@ -1,0 +1,69 @@
+"""Putting the experts of a trained subset back into the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emo_jax.convert.store import Leaf
+from emo_jax.errors import InputError
+from emo_jax.subsets.opened import checkpoint_hash
+from emo_jax.subsets.rewrite import ROUTER, TABLES, store_of, write_checkpoint
+from emo_jax.subsets.subset import Subset, require_fits
+from emo_jax.train.checkpoint import Checkpoint
+
+
+def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | Path, *, alpha: float = 1.0,
+          router: bool = False, shared: bool = False) -> Path:
+    """Writes `whole` with the kept experts (1 - alpha) whole + alpha part; returns the step folder.
+
+    `router`: their router columns likewise. `shared`: also everything that is not a routed expert or the router: shared
+    experts, attention, norms, embedding, head. Raises `InputError` if the three do not belong together.
+    """
+    require_part(whole, part, subset)
+    if not 0 < alpha <= 1:
+        raise InputError(f"--alpha {alpha} must be more than 0 and at most 1")
+    full_store, part_store, m = store_of(whole), store_of(part), whole.config.model
+    routed_rows = part.config.model.num_routed_experts
+    position = [{expert: row for row, expert in enumerate(ids)} for ids in subset.kept]
+
+    def blend(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        return new if alpha == 1 else ((1 - alpha) * old + alpha * new).astype(np.float32)
+
+    def values(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+        old = full_store.read(leaf, index)
+        if leaf in TABLES:
+            layer, row = index
+            if row >= m.num_routed_experts:
+                source = routed_rows + row - m.num_routed_experts if shared else None
+            else:
+                source = position[layer].get(row)
+            return old if source is None else blend(old, part_store.read(leaf, (layer, source)))
+        if leaf == ROUTER:
+            if router:
+                kept = list(subset.kept[index[0]])
+                old[:, kept] = blend(old[:, kept], part_store.read(leaf, index)[:, :len(kept)])
+            return old
+        return blend(old, part_store.read(leaf, index)) if shared else old
+
+    made: dict[str, Any] = {
+        "merged": {"alpha": alpha, "router": router, "shared": shared, "kept": subset.kept, "part": str(part.path)},
+        "of": {"name": whole.config.name, "step": whole.step, "hash": checkpoint_hash(whole)}}
+    return write_checkpoint(out, whole.config, values, whole, made)
+
+
+def require_part(whole: Checkpoint, part: Checkpoint, subset: Subset) -> None:
+    """Raises `InputError` unless `part` is a model of the kept experts of `whole`."""
+    require_fits(subset, whole.config, "the subset")
+    w, p = whole.config.model, part.config.model
+    for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff",
+                 "num_shared_experts"):
+        if getattr(w, name) != getattr(p, name):
+            raise InputError(f"{part.path} has model.{name}={getattr(p, name)}, {whole.path} {getattr(w, name)}: it is no "
+                             f"part of it")
+    have = list(p.experts_per_layer or [p.num_experts] * p.num_layers)
+    if have != subset.keep:
+        raise InputError(f"{part.path} has {have} experts in its layers, the subset keeps {subset.keep}; give the subset "
+                         f"that it was extracted by (subset.json beside it)")

@@ -1,0 +1,84 @@
+"""New checkpoints from parts of others, on disk: one (layer, expert) in memory at a time, no device.
+
+A *part* is (leaf, index): of expert tables one expert of one layer, of other layer parameters one layer, else the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+
+from emo_jax import config as config_lib
+from emo_jax.config import Config
+from emo_jax.convert.importing import leaf_shapes
+from emo_jax.convert.store import BitSum, Leaf, ParameterStore
+from emo_jax.errors import InputError, RunError
+from emo_jax.train import checkpoint
+from emo_jax.train.checkpoint import Checkpoint
+
+TABLES = (("layers", "moe", "gate"), ("layers", "moe", "up"), ("layers", "moe", "down"))
+ROUTER = ("layers", "moe", "router")
+BATCH_BYTES = 256 << 20  # of parts that are committed together
+
+Values = Callable[[Leaf, tuple[int, ...]], np.ndarray]
+
+
+def store_of(found: Checkpoint) -> ParameterStore:
+    return ParameterStore(found.path / "params")
+
+
+def parts_of(shapes: dict[Leaf, tuple[int, ...]]) -> Iterator[tuple[Leaf, tuple[int, ...]]]:
+    for leaf, shape in shapes.items():
+        split = 2 if leaf in TABLES else 1 if leaf[0] == "layers" else 0
+        yield from ((leaf, index) for index in np.ndindex(*shape[:split]))
+
+
+def require_new(out: str | Path) -> Path:
+    target = Path(out).absolute()
+    if checkpoint.steps(target / checkpoint.FOLDER):
+        raise InputError(f"--out {out} already holds a checkpoint; give another folder")
+    return target
+
+
+def write_checkpoint(out: str | Path, config: Config, values: Values, origin: Checkpoint, made: dict[str, Any]) -> Path:
+    """A checkpoint of step 0 that holds parameters only, with the tokenizer of `origin`; returns its step folder.
+
+    `values` gives every part in its new shape. `made` says in `meta` what was done.
+    """
+    target = require_new(out)
+    unfinished = target / checkpoint.FOLDER / "writing"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shapes = leaf_shapes(config)
+    store, sums = ParameterStore(unfinished / "params"), BitSum(shapes)
+    try:
+        store.create(shapes)
+        batch, size = [], 0
+        for leaf, index in parts_of(shapes):
+            part = np.ascontiguousarray(values(leaf, index), np.float32)
+            if part.shape != shapes[leaf][len(index):]:
+                raise RunError(f"{'.'.join(leaf)}{list(index)} has shape {part.shape}, not {shapes[leaf][len(index):]}")
+            sums.add(leaf, part)
+            batch.append((leaf, index, part))
+            size += part.nbytes
+            if size >= BATCH_BYTES:
+                store.write(batch)
+                batch, size = [], 0
+        store.write(batch)
+        meta = checkpoint.describe(config, origin.meta["tokens"], origin.meta["source"])
+        meta |= {"step": 0, "made": made, "checksums": {"params": {"sum": sums.total, "finite": sums.finite}}}
+        for item, value in (("meta", meta), ("data", {"rows": None})):
+            (unfinished / item).mkdir()
+            (unfinished / item / "metadata").write_text(json.dumps(value))
+        tokenizer = origin.run / "tokenizer.json"
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, target / "tokenizer.json")
+        (target / "config.json").write_text(config_lib.dumps(config))
+        final = unfinished.with_name("0")
+        unfinished.rename(final)
+    except OSError as e:
+        raise RunError(f"writing {target} failed: {e}") from e
+    return final
