@@ -1,5 +1,8 @@
-"""A model, documents and config so small that a run takes seconds. Importing this keeps compiled programs for the
-runs of this test session, in this process and in those that tests start: a restart costs no compilation."""
+"""A model, documents and config so small that a run takes seconds.
+
+The rate is constant after its warmup, so that runs of any length are the same programs; importing this keeps compiled
+programs for the test session, in this process and in those that tests start.
+"""
 
 import atexit
 import json
@@ -30,7 +33,7 @@ def config():
                           num_experts=8, num_shared_experts=1, top_k=3),
         router=RouterConfig(pool_min=2, pool_max=7),
         data=DataConfig(path={path!r}, sequence_length=32, max_documents_per_row=8, eval_fraction=0.1, workers=0),
-        optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2),
+        optimizer=OptimizerConfig(schedule="constant", warmup_steps=2, learning_rate=1e-2),
         train=TrainConfig(steps=8, batch_size=8, log_every=1, eval_every=0, eval_rows=4, remat="none"),
         checkpoint=CheckpointConfig(every=100))
 '''

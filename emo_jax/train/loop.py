@@ -33,9 +33,8 @@ def train(config: Config, out: str | Path) -> dict[str, Any]:
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
-    out = Path(out).absolute()
     mesh = sharding.make_mesh(config)
-    start.open_folder(config, out)
+    out = start.open_folder(config, out)
     start.cache_compilation(out)
     config, origin = start.find_start(config, out)
     documents = start.open_documents(config, out)
@@ -45,7 +44,7 @@ def train(config: Config, out: str | Path) -> dict[str, Any]:
         position = position or start.initial_position(config, mesh, origin, documents)
         start.write_config(config, out)
         _describe(config, mesh, documents, position)
-        return _Run(config, mesh, out, documents, evaluate, position).run()
+        return Run(config, mesh, out, documents, evaluate, position).run()
 
 
 def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
@@ -56,7 +55,7 @@ def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: 
               f"{config.train.batch_size} rows of {config.data.sequence_length} tokens a step")
 
 
-class _Run:
+class Run:
     """One start of a run, from its position to its last step, a stop, or a failure."""
 
     def __init__(self, config: Config, mesh: Mesh, out: Path, documents: start.Documents, evaluate,

@@ -23,16 +23,20 @@ def learning_rate(config: Config) -> optax.Schedule:
     start = max(o.start_step, 0)
     decay_steps = max(config.train.steps - start - o.warmup_steps, 1)
 
+    def decayed(step, shape):
+        """`shape` falls from 1 to 0 as its argument, the share of the decay that is over, goes from 0 to 1."""
+        share = jnp.clip((step - o.warmup_steps) / decay_steps, 0, 1)
+        return o.final_fraction + (1 - o.final_fraction) * shape(share)
+
+    fraction = {
+        "cosine": lambda step: decayed(step, lambda share: 0.5 * (1 + jnp.cos(jnp.pi * share))),
+        "linear": lambda step: decayed(step, lambda share: 1 - share),
+        "constant": jnp.ones_like,
+    }[o.schedule]
+
     def schedule(steps_taken):
         step = jnp.asarray(steps_taken, jnp.float32) + 1 - start
-        decayed = jnp.clip((step - o.warmup_steps) / decay_steps, 0, 1)
-        if o.schedule == "cosine":
-            fraction = o.final_fraction + (1 - o.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * decayed))
-        elif o.schedule == "linear":
-            fraction = 1 - (1 - o.final_fraction) * decayed
-        else:
-            fraction = jnp.ones_like(decayed)
-        return o.learning_rate * jnp.where(step < o.warmup_steps, step / max(o.warmup_steps, 1), fraction)
+        return o.learning_rate * jnp.where(step < o.warmup_steps, step / max(o.warmup_steps, 1), fraction(step))
 
     return schedule
 

@@ -37,10 +37,11 @@ def say(message: str) -> None:
 # ---- folder ---------------------------------------------------------------------------------------------------------
 
 
-def open_folder(config: Config, out: Path) -> None:
+def open_folder(config: Config, out: str | Path) -> Path:
     """Makes the run's folder, or checks that what is there belongs to the same model. Raises `InputError`."""
     if "://" in str(out):
         raise InputError(f"--out {out} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
+    out = Path(out).absolute()
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; expected a folder")
     saved = out / "config.json"
@@ -54,6 +55,7 @@ def open_folder(config: Config, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--out {out} cannot be written: {e.strerror}") from None
+    return out
 
 
 def write_config(config: Config, out: Path) -> None:
