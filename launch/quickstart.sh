@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sets up an environment, trains the tiny EMO and its matched standard MoE on the text of the Python installation, and shows
+# what the experts of each are worth: bash launch/quickstart.sh [--out DIR] [--a.b=c ...]
+# Your own text: --data.path=FILE_OR_FOLDER (JSON Lines with "text" and "source" fields, or *.txt).
+set -euo pipefail
+out=runs/quickstart
+overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --out) out=$2; shift 2 ;;
+    *) overrides+=("$1"); shift ;;
+  esac
+done
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+source "$(dirname "$0")/environment.sh" report
+
+echo "== 1/3 training the tiny EMO -> $out/emo" >&2
+emo-jax train emo_tiny --out "$out/emo" "${overrides[@]}"
+echo "== 2/3 training its matched standard MoE -> $out/stdmoe" >&2
+# Both models read with one tokenizer, so that their losses compare.
+tokenizer=()
+[[ " ${overrides[*]} " == *" --data.tokenizer="* ]] || tokenizer=("--data.tokenizer=$out/emo/tokenizer.json")
+emo-jax train stdmoe_tiny --out "$out/stdmoe" "${tokenizer[@]}" "${overrides[@]}"
+echo "== 3/3 choosing a few experts for every kind of text" >&2
+emo-jax subset curve "$out/emo" "$out/stdmoe" --out "$out/subsets"
+echo "Checkpoints, metrics and TensorBoard events: $out/emo and $out/stdmoe; the figure: $out/subsets"
