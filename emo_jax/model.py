@@ -3,7 +3,7 @@
 Shape legend:
     B rows   T tokens of a row   D model width   H query heads   G key/value heads   K head width   V vocabulary
     L layers   E experts, shared ones included   R routed experts   k routed experts of a token   F expert hidden width
-    N documents of a row
+    N documents of a row   S slots of a key/value cache
 
 Pre-norm blocks, h = x + attention(norm(x)), y = h + moe(norm(h)); RMSNorm in fp32, rotary positions (half rotation) that
 count through the packed row, no biases, untied embedding and head. The standard MoE (`router.document_pool=False`) and
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from emo_jax import sharding
 from emo_jax.config import Config, ModelConfig
 from emo_jax.kernels import attention as attention_kernels
+from emo_jax.kernels.cached_attention import cached_attention
 from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels import grouped_matmul as gmm
 from emo_jax.moe import losses, routing
@@ -36,11 +37,14 @@ from emo_jax.sharding import BATCH, gather_weight, reshard, spec
 
 Params = dict[str, Any]
 
-# What the backward pass keeps of a layer instead of recomputing it.
+# What the backward pass keeps of a layer instead of recomputing it, by the names that checkpoint_name gives. In units of one
+# bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D; routing 0.2.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "moe": jax.checkpoint_policies.save_only_these_names("routing", "moe_rows", "moe_out"),
+    "attention": jax.checkpoint_policies.save_only_these_names("routing", "attention"),
+    "light": jax.checkpoint_policies.save_only_these_names("routing", "attention", "attention_qkv", "residual", "moe_hidden"),
 }
 
 
@@ -84,21 +88,36 @@ class Run(NamedTuple):
     dispatch: str
 
 
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far. Rows are aligned at their ends: shorter ones begin with padding (segment 0)."""
+
+    k: Float[Array, "L B S G K"]
+    v: Float[Array, "L B S G K"]
+    segments: Int[Array, "B S"]  # 0: padding, or not in use yet
+    length: Int[Array, ""]  # slots in use
+
+
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, init: Init):
         D, H, G, K = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         self.q, self.k, self.v = init.weight("q", D, H, K), init.weight("k", D, G, K), init.weight("v", D, G, K)
         self.o = init.weight("o", H, K, D)
 
-    def __call__(self, x_BTD, rows: RowContext, run: Run):
+    def __call__(self, x_BTD, rows: RowContext, run: Run, past=None):
+        """(output, (keys, values) of these tokens). `past`: (keys, values, segments) of a cache, [B, S, ...]."""
         q, k, v = (jnp.einsum("btd,dhk->bthk", x_BTD, gather_weight(w[...], run.dtype, None, "tensor", None))
                    for w in (self.q, self.k, self.v))
         q, k = rotate(q, rows.rotary), rotate(k, rows.rotary)
         # Under sequence sharding a device attends with its own queries to the keys of the whole row.
         k, v = (reshard(a, BATCH, None, "tensor", None) for a in (k, v))
-        out = attention_kernels.attention(q, k, v, rows.segments, reshard(rows.segments, BATCH, None), run.attention)
+        q, k, v = (checkpoint_name(a, "attention_qkv") for a in (q, k, v))
+        if past is not None:
+            past_k, past_v, past_segments = past
+            out = cached_attention(q, k, v, past_k, past_v, rows.segments, past_segments)
+        else:
+            out = attention_kernels.attention(q, k, v, rows.segments, reshard(rows.segments, BATCH, None), run.attention)
         o = gather_weight(self.o[...], run.dtype, "tensor", None, None)
-        return jnp.einsum("bthk,hkd->btd", out, o, out_sharding=spec(BATCH, "sequence", None))
+        return jnp.einsum("bthk,hkd->btd", out, o, out_sharding=spec(BATCH, "sequence", None)), (k, v)
 
 
 class MoE(nnx.Module):
@@ -150,19 +169,20 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(c, init.within("mlp"))
 
-    def attend(self, x_BTD, rows: RowContext, run: Run):
-        """(h, the normed input of the experts)."""
+    def attend(self, x_BTD, rows: RowContext, run: Run, past=None):
+        """(h, the normed input of the experts, keys and values)."""
         eps = run.config.model.norm_eps
-        h_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rows, run)
-        return h_BTD, rms_norm(h_BTD, self.mlp_norm[...], eps)
+        y_BTD, kv = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rows, run, past)
+        h_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
+        return h_BTD, rms_norm(h_BTD, self.mlp_norm[...], eps), kv
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
-        h_BTD, normed = self.attend(x_BTD, rows, run)
+    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run, past=None):
+        h_BTD, normed, kv = self.attend(x_BTD, rows, run, past)
         if run.config.model.num_experts:
             y_BTD, route = self.moe(normed, rows, pool_sizes, allowed, run)
         else:
             y_BTD, route = self.mlp(normed, run), None
-        return h_BTD + y_BTD, route
+        return h_BTD + y_BTD, route, kv
 
 
 class Transformer(nnx.Module):
@@ -223,21 +243,55 @@ def forward(
     `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: of every layer and document of the row, None for
     no pools. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
     """
+    rows = row_context(batch, run.config, eos_id)
+    x_BTD, outputs, _ = _layers(params, batch["tokens"], rows, run, pool_sizes, allowed, per_layer)
+    return x_BTD, outputs
+
+
+def extend(
+    params: Params, batch: dict[str, Array], cache: KVCache, run: Run, allowed: Array | None = None
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """`forward` for the next T tokens of rows whose earlier tokens are in the cache, and the cache with these added.
+    Without pools, as in published inference. mesh.sequence must be 1."""
+    segments = batch["segment_ids"]
+    rows = RowContext(segments, segments,
+                      rotary_angles(batch["positions"], run.config.model.head_dim, run.config.model.rope_theta))
+    x_BTD, _, (k, v) = _layers(params, batch["tokens"], rows, run, None, allowed, lambda *_: None, cache)
+    put = jax.lax.dynamic_update_slice
+    slot, zero = cache.length, jnp.zeros_like(cache.length)
+    at = (zero, zero, slot, zero, zero)
+    return x_BTD, KVCache(put(cache.k, k, at), put(cache.v, v, at),
+                          put(cache.segments, reshard(segments, BATCH, None), (zero, slot)), slot + segments.shape[1])
+
+
+def _layers(params, tokens, rows: RowContext, run: Run, pool_sizes, allowed, per_layer, cache: KVCache | None = None):
+    """(final normed activations, what `per_layer` returned, keys and values [L, B, T, G, K] if there is a cache)."""
     c = run.config
-    rows = row_context(batch, c, eos_id)
-    x_BTD = embed(params["embedding"], batch["tokens"], run.dtype)
+    x_BTD = embed(params["embedding"], tokens, run.dtype)
     structure, _ = nnx.split(nnx.eval_shape(lambda: Block(c.model, Init(c.model, 0))))
 
     def layer(x_BTD, inputs):
-        layer_params, sizes, mask = inputs
-        x_BTD, route = nnx.merge(structure, layer_params)(x_BTD, rows, sizes, mask, run)
-        return x_BTD, per_layer(x_BTD, route, rows)
+        layer_params, sizes, mask, past = inputs
+        past = None if past is None else (*past, cache.segments)
+        x_BTD, route, kv = nnx.merge(structure, layer_params)(x_BTD, rows, sizes, mask, run, past)
+        return x_BTD, (per_layer(x_BTD, route, rows), None if past is None else kv)
 
     policy = REMAT_POLICIES[c.train.remat]
     if policy is not None:
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    x_BTD, outputs = jax.lax.scan(layer, x_BTD, (params["layers"], pool_sizes, allowed))
-    return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs
+    past = None if cache is None else (cache.k, cache.v)
+    inputs = (params["layers"], pool_sizes, allowed_experts(c.model, allowed), past)
+    x_BTD, (outputs, kv) = jax.lax.scan(layer, x_BTD, inputs)
+    return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv
+
+
+def allowed_experts(m: ModelConfig, allowed: Array | None) -> Array | None:
+    """`allowed` without the experts that layers of a pruned model lack."""
+    if not m.experts_per_layer:
+        return allowed
+    routed = jnp.asarray(m.experts_per_layer) - m.num_shared_experts
+    present = jnp.arange(m.num_routed_experts) < routed[:, None]
+    return present if allowed is None else allowed & jnp.expand_dims(present, tuple(range(1, allowed.ndim - 1)))
 
 
 def row_context(batch: dict[str, Array], c: Config, eos_id: int) -> RowContext:
