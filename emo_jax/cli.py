@@ -17,6 +17,7 @@ from typing import Any, Callable
 
 import emo_jax
 from emo_jax.errors import InputError, RunError
+from emo_jax.subsets import arguments as subset_arguments
 
 Result = tuple[dict[str, Any], str]
 _OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
@@ -113,6 +114,15 @@ def add_eval(commands) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a run's folder, its checkpoints/, or one step folder")
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    subset_arguments.add_eval_arguments(parser)
+
+
+def add_select(commands) -> None:
+    subset_arguments.add_select(commands, _command)
+
+
+def add_subset(commands) -> None:
+    subset_arguments.add_subset(commands, _command)
 
 
 def add_config(commands) -> None:
@@ -170,7 +180,7 @@ def add_export(commands) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
 
-COMMANDS = [add_train, add_eval, add_import, add_export, add_config, add_data, add_bench]
+COMMANDS = [add_train, add_eval, add_select, add_subset, add_import, add_export, add_config, add_data, add_bench]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -185,7 +195,12 @@ def train(args) -> Result:
     sharding.start_distributed()
     from emo_jax.train import loop
 
-    result = loop.train(config, args.out)
+    evaluations = []
+    if config.train.eval_subsets:
+        from emo_jax.subsets.modularity import Modularity
+
+        evaluations.append(Modularity.make)
+    result = loop.train(config, args.out, evaluations)
     lines = [f"{'stopped at' if result['stopped'] else 'trained to'} step {result['step']} of {result['steps']}, "
              f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
     if result["held_out"]:
@@ -196,6 +211,10 @@ def train(args) -> Result:
 
 
 def evaluate(args) -> Result:
+    if args.subset or args.keep:
+        from emo_jax.subsets import commands
+
+        return commands.evaluate(args)
     from emo_jax import sharding
 
     sharding.start_distributed()

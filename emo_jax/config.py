@@ -95,6 +95,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on everything but the embedding
     clip_norm: float = 1.0
+    trainable: Literal["all", "experts", "no_router"] = "all"  # what is trained; the rest stays (fine-tuning)
     start_step: int = -1  # the schedule counts from here; -1: step 0, or the checkpoint's step with train.init_from
 
 
@@ -109,6 +110,8 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 250  # 0: only at the end
     eval_rows: int = 256  # rows of held-out text per evaluation, shared out over the labels
+    eval_subsets: bool = False  # also: loss with 25 % and 12.5 % of the experts, mutual information of experts and labels
+    init_params_from: str = ""  # checkpoint whose parameters a new run starts with: fresh optimizer, step 0 (fine-tuning)
     init_from: str = ""  # checkpoint that an anneal starts from: parameters, optimizer, data position, step
 
 
@@ -228,6 +231,11 @@ def validate(c: Config) -> None:
             f"train.microbatches={t.microbatches} must divide train.batch_size={t.batch_size}")
     require(t.eval_rows > 0 and t.eval_every >= 0,
             f"train.eval_rows={t.eval_rows} must be positive and train.eval_every={t.eval_every} not negative")
+    require(not (t.init_from and t.init_params_from), "give train.init_from (an anneal: with optimizer and step) or "
+            "train.init_params_from (parameters only), not both")
+    require(o.trainable == "all" or m.num_experts > 0,
+            f"optimizer.trainable={o.trainable!r} needs experts (model.num_experts=0)")
+    require(not t.eval_subsets or m.num_experts > 0, "train.eval_subsets needs experts (model.num_experts=0)")
     require(c.checkpoint.every > 0 and c.checkpoint.keep_last > 0,
             f"checkpoint.every={c.checkpoint.every} and checkpoint.keep_last={c.checkpoint.keep_last} must be positive")
     require(c.checkpoint.keep_every >= 0 and c.checkpoint.keep_best >= 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import jax
 from jax.sharding import Mesh
@@ -27,8 +27,11 @@ from emo_jax.train.step import make_train_step
 AGREEMENT_EVERY = 10  # steps, at most, after which several processes agree on whether to stop
 
 
-def train(config: Config, out: str | Path) -> dict[str, Any]:
+def train(config: Config, out: str | Path, evaluations: Iterable = ()) -> dict[str, Any]:
     """Trains `config` into the folder `out`, going on from what is there; returns what `emo-jax train` reports.
+
+    `evaluations`: more of them, made by `make(config, mesh, documents)`; each is None or has a `name` and returns
+    numbers for parameters.
 
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
@@ -39,12 +42,13 @@ def train(config: Config, out: str | Path) -> dict[str, Any]:
     config, origin = start.find_start(config, out)
     documents = start.open_documents(config, out)
     evaluate = start.evaluation_of(config, mesh, documents)
+    others = [e for e in (make(config, mesh, documents) for make in evaluations) if e is not None]
     with compat.set_mesh(mesh):
         position = start.resume(config, mesh, out, documents)
         position = position or start.initial_position(config, mesh, origin, documents)
         start.write_config(config, out)
         _describe(config, mesh, documents, position)
-        return Run(config, mesh, out, documents, evaluate, position).run()
+        return Run(config, mesh, out, documents, evaluate, position, others).run()
 
 
 def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
@@ -59,8 +63,9 @@ class Run:
     """One start of a run, from its position to its last step, a stop, or a failure."""
 
     def __init__(self, config: Config, mesh: Mesh, out: Path, documents: start.Documents, evaluate,
-                 position: start.Position):
+                 position: start.Position, other_evaluations: list = ()):
         self.config, self.mesh, self.out, self.evaluate = config, mesh, out, evaluate
+        self.other_evaluations = other_evaluations
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.fingerprint = documents.fingerprint
         self.train_step = make_train_step(config, mesh, documents.tokenizer.eos_id)
@@ -124,6 +129,8 @@ class Run:
             raise RunError(f"the held-out loss is {result['loss']} after step {self.step}")
         self.evaluated = {self.step: result}
         self.log.evaluation(self.step, "held_out", result)
+        for evaluate in self.other_evaluations:
+            self.log.numbers(self.step, evaluate.name, evaluate(self.state.params))
         self.log.restart_clock(self.step)
 
     def _save(self) -> None:

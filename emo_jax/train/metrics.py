@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from emo_jax.config import Config
+from emo_jax.config import Config, flatten
 from emo_jax.errors import RunError
 from emo_jax.train.flops import flops_per_token, peak_flops
 
@@ -217,6 +217,13 @@ class Log:
                                          "labels": {k: v["loss"] for k, v in result["labels"].items()}}})
         self.say(f"step {step}  held-out loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte  ("
                  + ", ".join(f"{k} {v['loss']:.3f}" for k, v in result["labels"].items()) + ")")
+
+    def numbers(self, step: int, name: str, result: dict[str, Any]) -> None:
+        """Any other evaluation: (nested) numbers and lists by layer."""
+        self._file.write({"eval": name, "step": step} | result)
+        self._events.write(step, {name: result})
+        self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(result).items()
+                                                      if isinstance(v, float)))
 
     def close(self) -> None:
         for part in (self._progress, self._events, self._file):

@@ -46,6 +46,26 @@ def decay_mask(params: dict) -> dict[str, bool]:
     return {name: name != "embedding" for name in params}
 
 
+def trained_mask(params: dict, trainable: str) -> dict:
+    """Which parameters `optimizer.trainable` trains, as a tree of bools."""
+
+    def trained(path, _) -> bool:
+        names = [k.key for k in path]
+        router = names[-1] == "router"
+        return trainable == "all" or (not router and (trainable == "no_router" or "moe" in names))
+
+    return jax.tree_util.tree_map_with_path(trained, params)
+
+
+def keep_untrained(trainable: str) -> optax.GradientTransformation:
+    """Zeroes what must not change."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trained_mask(updates, trainable)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales all gradients by min(1, max_norm / (norm + 1e-6)): the 1e-6 is the published one, absent in optax."""
 
@@ -58,8 +78,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     o = config.optimizer
-    return optax.chain(
+    steps = (
         clip_by_global_norm(o.clip_norm),
         optax.adamw(learning_rate(config), b1=o.beta1, b2=o.beta2, eps=o.eps, weight_decay=o.weight_decay,
                     mask=decay_mask),
     )
+    if o.trainable == "all":
+        return optax.chain(*steps)
+    return optax.chain(keep_untrained(o.trainable), *steps, keep_untrained(o.trainable))  # gradients, and weight decay

@@ -164,12 +164,22 @@ def _with_start(config: Config, start: int) -> Config:
 def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None, documents: Documents) -> Position:
     """A new run's: fresh parameters, or those of `origin`, with its place in the documents if they are the same."""
     if origin is None:
-        return Position(init_state(config, mesh), 0, 0, None)
+        return Position(_initial_state(config, mesh), 0, 0, None)
     state = origin.restore(abstract_state(config, mesh))
     same = same_stream(origin.config, config) and origin.meta["source"] == documents.fingerprint
     say(f"starting from step {origin.step} of {origin.path}: parameters and optimizer, and "
         + ("its place in the documents" if same else "the first document, as the documents are others"))
     return Position(state, origin.step, origin.meta["tokens"], origin.data()["rows"] if same else None)
+
+
+def _initial_state(config: Config, mesh: Mesh) -> TrainState:
+    state, path = init_state(config, mesh), config.train.init_params_from
+    if not path:
+        return state
+    found = checkpoint.open_checkpoint(path)
+    require_same_model(found.config, config, f"train.init_params_from={path}", anneal=True)
+    say(f"starting with the parameters of step {found.step} of {found.path}, and a fresh optimizer")
+    return state._replace(params=found.restore_params(mesh, config))
 
 
 def resume(config: Config, mesh: Mesh, out: Path, documents: Documents) -> Position | None:

@@ -1,0 +1,54 @@
+"""Fine-tuning a subset: the extracted model becomes an ordinary run with a fresh optimizer.
+
+The step is that of pretraining, so experts are balanced over the whole batch of all devices and microbatches
+(`router.balance_scope`), not within a device's batch. What is trained is `optimizer.trainable`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Iterable
+
+from emo_jax.config import Config, MeshConfig, override
+from emo_jax.subsets.extract import extract
+from emo_jax.subsets.load import require_same
+from emo_jax.subsets.subset import Subset, require_fits
+from emo_jax.train import loop
+from emo_jax.train.checkpoint import FOLDER, Checkpoint, open_checkpoint, steps
+
+START = "start"  # the extracted model, in the folder of the run
+
+
+def finetune_config(small: Config, start: Path, data: str, overrides: list[str]) -> Config:
+    """Published settings for fine-tuning on a task, before `overrides`: 5e-5, linear to 0 after 10 % warmup, no weight
+    decay, batches of 32 rows."""
+    config = dataclasses.replace(
+        small, mesh=MeshConfig(),
+        optimizer=dataclasses.replace(small.optimizer, learning_rate=5e-5, schedule="linear", final_fraction=0.0,
+                                      weight_decay=0.0, warmup_steps=0, start_step=-1),
+        train=dataclasses.replace(small.train, steps=100, batch_size=32, microbatches=1, init_from="",
+                                  init_params_from=str(start)))
+    if data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, format="auto"))
+    config = override(config, list(overrides))
+    if not any("optimizer.warmup_steps" in item for item in overrides):
+        config = override(config, [f"optimizer.warmup_steps={max(config.train.steps // 10, 1)}"])
+    return config
+
+
+def finetune(found: Checkpoint, subset: Subset, out: str | Path, data: str = "", overrides: list[str] = (),
+             evaluations: Iterable = ()) -> dict[str, Any]:
+    """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
+    out = Path(out).absolute()
+    require_fits(subset, found.config, "the subset")
+    require_same(found, subset)
+    start = out / START
+    if not steps(start / FOLDER):
+        extract(found, subset, start)
+    small = open_checkpoint(start)
+    subset.save(out / "subset.json")
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.exists() and (start / "tokenizer.json").exists():
+        tokenizer.write_bytes((start / "tokenizer.json").read_bytes())
+    return loop.train(finetune_config(small.config, start, data, overrides), out, evaluations)
