@@ -1,0 +1,1 @@
+"""Text from a checkpoint: sampling, and decoding of batches with a key/value cache."""

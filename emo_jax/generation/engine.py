@@ -1,0 +1,203 @@
+"""Decoding with a key/value cache.
+
+Rows are aligned at their ends: shorter prompts begin with padding, so that all rows write the same slot of the cache. A
+prompt is read in chunks, then tokens are made a few at a time on the device. Sizes are rounded up to buckets, and one
+program is compiled for each: prefill by (rows, chunk, slots), decode by (rows, slots, kind of sampling).
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from emo_jax import model, sharding
+from emo_jax.config import Config
+from emo_jax.errors import InputError
+from emo_jax.generation.sampling import Sampling, sample
+from emo_jax.model import KVCache
+from emo_jax.sharding import BATCH, reshard, spec
+from emo_jax.train.hosts import gather_global
+
+PREFILL_CHUNK = 512  # longest part of a prompt that is read at once
+DECODE_CHUNK = 16  # tokens between two looks of the host
+Stop = Callable[[int, list[int]], bool]
+
+
+class State(NamedTuple):
+    """Of a batch, between two chunks."""
+
+    cache: KVCache
+    logits: Float[Array, "B V"]  # of the next token
+    position: Int[Array, "B"]  # of the next token
+    finished: Bool[Array, "B"]
+
+
+class Generator:
+    """Makes tokens from `params` (as `checkpoint.restore_params` gives them); copies of them in the compute dtype are made,
+    so `params` can be dropped.
+
+    allowed: bool [L, R], the routed experts of a subset. batch_size: rows at a time.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, params: model.Params, eos_ids: Sequence[int],
+                 allowed: np.ndarray | None = None, batch_size: int = 16, max_length: int | None = None):
+        if mesh.shape["sequence"] > 1:
+            raise InputError(f"mesh.sequence={mesh.shape['sequence']} must be 1 for generation")
+        self.config, self.mesh = config, mesh
+        self.eos_ids = tuple(eos_ids)
+        self.max_length = max_length or config.data.sequence_length
+        self.batch_size = batch_size
+        shards = sharding.batch_shards(mesh)
+        self._round_rows = lambda n: shards * _power_of_two(-(-n // shards))
+        self._run = model.static_choices(config, mesh)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._decode_run = self._run._replace(dispatch="few_tokens") if on_cpu else self._run
+        self._allowed = None if allowed is None else jnp.asarray(allowed)
+        with jax.set_mesh(mesh):
+            self._params = _for_inference(params, self._run.dtype)
+        self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
+        self._decode = jax.jit(self._decode_chunk, static_argnames=("kind", "count"), donate_argnums=1)
+
+    def generate(self, prompts: list[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+                 stop: Stop | None = None) -> list[list[int]]:
+        """The new tokens of every prompt, without the end-of-document token that ended it."""
+        out = [[] for _ in prompts]
+        for row, tokens in self.stream(prompts, max_new_tokens, sampling, stop):
+            out[row].extend(tokens)
+        return out
+
+    def stream(self, prompts: list[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+               stop: Stop | None = None) -> Iterator[tuple[int, list[int]]]:
+        """(row, its next tokens) as they are made; batches of similar length, longest first. `stop(row, all its new
+        tokens)` ends a row early. Raises `InputError` for a prompt that is empty or does not fit."""
+        sampling.check()
+        if max_new_tokens < 1:
+            raise InputError(f"max-new-tokens={max_new_tokens} must be at least 1")
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise InputError(f"prompt {i + 1} is empty")
+            if len(prompt) + max_new_tokens > self.max_length:
+                raise InputError(f"prompt {i + 1} of {len(prompt)} tokens and max-new-tokens={max_new_tokens} do not fit "
+                                 f"into the {self.max_length} tokens of a row (data.sequence_length)")
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            yield from self._batch(rows, [prompts[i] for i in rows], max_new_tokens, sampling, stop)
+
+    # ---- one batch ----
+
+    def _batch(self, ids, prompts, max_new_tokens, sampling, stop) -> Iterator[tuple[int, list[int]]]:
+        with jax.set_mesh(self.mesh):
+            state, free = self._read_prompts(prompts, max_new_tokens)
+            rows = np.zeros(len(state.position), np.int32)
+            rows[: len(ids)] = ids
+            rows = self._place(rows, P(BATCH))
+        made = {i: [] for i in ids}
+        left, running = max_new_tokens, set(ids)
+        while left > 0 and running:
+            with jax.set_mesh(self.mesh):
+                state, tokens = self._decode(
+                    self._params, state, rows, jnp.float32(sampling.temperature), jnp.float32(sampling.top_p),
+                    jnp.uint32(sampling.seed), kind=sampling.kind, count=min(DECODE_CHUNK, free))
+                tokens = gather_global(tokens)[: len(ids), : min(left, tokens.shape[1])]
+            left -= tokens.shape[1]
+            free -= tokens.shape[1]
+            for i, new in zip(ids, tokens.tolist()):
+                if i not in running:
+                    continue
+                ended = next((n for n, t in enumerate(new) if t in self.eos_ids), None)
+                new = new[:ended]
+                made[i].extend(new)
+                if ended is not None or (stop is not None and stop(i, made[i])):
+                    running.discard(i)
+                if new:
+                    yield i, new
+            finished = np.array([i not in running for i in ids] + [True] * (len(state.finished) - len(ids)))
+            state = state._replace(finished=self._place(finished, P(BATCH)))
+
+    def _read_prompts(self, prompts, max_new_tokens) -> tuple[State, int]:
+        """The state before the first new token, and the free slots of its cache."""
+        c, longest = self.config.model, max(map(len, prompts))
+        chunk = min(PREFILL_CHUNK, _power_of_two(longest, 16))
+        length = -(-longest // chunk) * chunk
+        slots, rows = _slots(length + max_new_tokens), self._round_rows(len(prompts))
+        tokens, segments = np.zeros((2, rows, length), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, length - len(prompt):] = prompt
+            segments[row, length - len(prompt):] = 1
+        positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
+        heads = P(None, BATCH, None, "tensor", None)
+        shape = (c.num_layers, rows, slots, c.num_kv_heads, c.head_dim)
+        empty = jax.jit(lambda: (jnp.zeros(shape, self._run.dtype), jnp.zeros(shape, self._run.dtype)),
+                        out_shardings=NamedSharding(self.mesh, heads))()
+        cache = KVCache(*empty, self._place(np.zeros((rows, slots), np.int32), P(BATCH, None)), jnp.int32(0))
+        for start in range(0, length, chunk):
+            part = {name: self._place(a[:, start : start + chunk], sharding.TOKENS) for name, a in
+                    (("tokens", tokens), ("segment_ids", segments), ("positions", positions))}
+            cache, logits = self._prefill(self._params, cache, part)
+        finished = np.arange(rows) >= len(prompts)
+        state = State(cache, logits, self._place(positions[:, -1] + 1, P(BATCH)), self._place(finished, P(BATCH)))
+        return state, slots - length
+
+    def _place(self, x: np.ndarray, where: P) -> Array:
+        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, where), lambda index: x[index])
+
+    # ---- on the device ----
+
+    def _prefill_chunk(self, params, cache: KVCache, part):
+        x, cache = model.extend(params, part, cache, self._run, self._allowed)
+        return cache, self._next_logits(params, x[:, -1:])
+
+    def _next_logits(self, params, x) -> Float[Array, "B V"]:
+        return reshard(model.logits(params, x, self._run)[:, 0], BATCH, None)
+
+    def _decode_chunk(self, params, state: State, rows, temperature, top_p, seed, *, kind, count):
+        """`count` more tokens of every row [B, count]; after its end-of-document token a row makes arbitrary ones. Stops when
+        all rows are finished."""
+        def more(carry):
+            step, state, _ = carry
+            return (step < count) & ~jnp.all(reshard(state.finished, None))
+
+        def body(carry):
+            step, state, out = carry
+            token = sample(state.logits, kind, temperature, top_p, seed, rows, state.position)
+            finished = state.finished | jnp.any(token[:, None] == jnp.asarray(self.eos_ids, jnp.int32), axis=1)
+            batch = {"tokens": token, "segment_ids": jnp.where(finished, 0, 1), "positions": state.position}
+            batch = {name: reshard(a[:, None], BATCH, "sequence") for name, a in batch.items()}
+            x, cache = model.extend(params, batch, state.cache, self._decode_run, self._allowed)
+            out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.zeros_like(step), step))
+            return step + 1, State(cache, self._next_logits(params, x), state.position + 1, finished), out
+
+        out = jnp.zeros((len(rows), count), jnp.int32, out_sharding=spec(BATCH, None))
+        _, state, out = jax.lax.while_loop(more, body, (jnp.int32(0), state, out))
+        return state, out
+
+
+def _for_inference(params: model.Params, dtype) -> model.Params:
+    """Matrices in the compute dtype, whole on every device but for heads, hidden widths and expert tables, which stay
+    sharded; norms and routers stay fp32."""
+    kept = ("attention_norm", "mlp_norm", "final_norm", "router")
+
+    def prepare(path, leaf):
+        names = [k.key for k in path]
+        where = leaf.sharding.spec
+        if not (len(names) == 3 and names[1] == "moe" and names[2] != "router"):
+            where = P(*("tensor" if axes == "tensor" else None for axes in where))
+        return jax.device_put(leaf if names[-1] in kept else leaf.astype(dtype), NamedSharding(leaf.sharding.mesh, where))
+
+    return jax.tree_util.tree_map_with_path(prepare, params)
+
+
+def _power_of_two(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _slots(n: int) -> int:
+    """Buckets of the cache: powers of two, above 1024 multiples of it."""
+    return _power_of_two(n, 64) if n <= 1024 else -(-n // 1024) * 1024
