@@ -1,0 +1,208 @@
+"""A tiny EMO trained on two labels: what subsets cost, compositions of them, fine-tuning, and the commands."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_run import records, tiny_config
+
+from emo_jax import cli
+from emo_jax.data.sources import open_source
+from emo_jax.errors import InputError
+from emo_jax.subsets import check, compose, modularity
+from emo_jax.subsets import calibration as calibration_lib
+from emo_jax.subsets import subset as subset_lib
+from emo_jax.subsets.budget import Budget
+from emo_jax.subsets.choose import choose, choose_one
+from emo_jax.subsets.opened import open_model
+from emo_jax.subsets.subset import Subset
+from emo_jax.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Eight experts, enough steps to know the words of both labels."""
+    config = tiny_config(folder, "--train.steps=60", "--train.eval_every=30", "--train.eval_subsets=true",
+                         "--data.eval_fraction=0.3", "--train.eval_rows=20", "--train.log_every=20")
+    train(config, folder / "out", [modularity.Modularity.make])
+    return str(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return open_model(run)
+
+
+@pytest.fixture(scope="module")
+def evaluation(opened):
+    source = open_source(opened.config.data)
+    return check.evaluation_of(opened, source, np.arange(len(source)))
+
+
+def calibration_of(opened, label):
+    source = open_source(opened.config.data)
+    numbers = [i for i in range(len(source)) if source.label(i) == label][:8]
+    return calibration_lib.from_source(opened.config, source, opened.tokenizer, {label: numbers})
+
+
+def run_command(*argv):
+    """(exit status, the JSON object) of `emo-jax ARGV --json`."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = cli.main([*map(str, argv), "--json"])
+    return status, json.loads(out.getvalue().splitlines()[-1])
+
+
+def test_the_full_mask_is_the_full_model_and_masks_work_by_row(opened, evaluation):
+    plain, tokens = evaluation.losses(opened.params)
+    m = opened.config.model
+    everything = np.ones((m.num_layers, m.num_routed_experts), bool)
+    np.testing.assert_allclose(evaluation.losses(opened.params, everything)[0], plain, rtol=1e-6)
+    small = choose_one(opened, calibration_of(opened, "color"), "router", Budget(keep=3)).mask()
+    mixed = np.where((evaluation.labels == "color")[None, :, None], small[:, None], everything[:, None])
+    got = evaluation.losses(opened.params, mixed)[0]
+    color = evaluation.labels == "color"
+    np.testing.assert_allclose(got[color], evaluation.losses(opened.params, small)[0][color], rtol=1e-6)
+    np.testing.assert_allclose(got[~color], plain[~color], rtol=1e-6)
+    assert tokens.sum() > 0
+
+
+def test_one_compilation_serves_every_subset(opened, evaluation):
+    import jax
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None)
+    text = calibration_of(opened, "count")
+    sizes = [Budget(keep=k) for k in (7, 5, 4, 3, 2)]
+    subsets = [s[0] for s in choose(opened, text, "router", sizes)]
+    evaluation.losses(opened.params, subsets[0].mask())
+    before = len(compiled)
+    losses = [evaluation.losses(opened.params, s.mask())[0].sum() for s in subsets]
+    assert len(compiled) == before and len(set(losses)) == 5
+
+
+def test_differences_have_intervals_that_hold_the_difference(opened, evaluation):
+    full = evaluation.losses(opened.params)
+    subset = choose_one(opened, calibration_of(opened, "color"), "layerwise", Budget(keep=3))
+    row = check.compare(evaluation, full, evaluation.losses(opened.params, subset.mask()))
+    low, high = row["interval"]
+    assert low <= row["difference"] <= high and set(row["labels"]) == {"color", "count"}
+    np.testing.assert_allclose(row["difference"], row["loss"] - evaluation.summary(*full)["loss"], atol=1e-9)
+    own, other = row["labels"]["color"]["difference"], row["labels"]["count"]["difference"]
+    assert own < other  # the experts of one label serve it better than the other
+    same = check.compare(evaluation, full, full)
+    assert same["difference"] == 0 and same["interval"] == [0, 0]
+
+
+def test_the_text_that_chose_is_not_scored(opened, run, folder):
+    half = folder / "half.jsonl"
+    lines = (folder / "documents.jsonl").read_text().splitlines(keepends=True)
+    half.write_text("".join(lines[:60]))
+    text = calibration_lib.open_calibration(opened.config, opened.tokenizer, str(half))
+    subset = choose_one(opened, text, "router", Budget(keep=4))
+    everywhere = open_model(run, data_path=str(folder / "documents.jsonl"))
+    result = check.check_subsets(everywhere, {"s": subset}, own_text=False)
+    texts = [json.loads(line)["text"] for line in lines]
+    assert result["documents_left_out"] == sum(t in set(texts[:60]) for t in texts)
+    with pytest.raises(InputError, match="was used to choose"):
+        check.check_subsets(open_model(run, data_path=str(half)), {"s": subset}, own_text=False)
+    chosen, scored = calibration_lib.halves({"a": list(range(11)), "b": [20], "c": [30, 31]}, 0)
+    assert set(chosen) == set(scored) == {"a", "c"} and not set(chosen["a"]) & set(scored["a"])
+
+
+def test_metrics_of_modularity_are_logged(run, folder):
+    found = [r for r in records(folder / "out", evaluation=True) if r["eval"] == "subsets"]
+    assert [r["step"] for r in found] == [30, 60]
+    assert set(found[1]["loss_at"]) == {"25%", "12.5%"} and all(v > 0 for v in found[1]["loss_at"].values())
+    assert len(found[1]["mutual_information_layers"]) == 2 and found[1]["mutual_information"] > 0
+
+
+def test_mutual_information_knows_its_extremes():
+    alike, apart = np.full((2, 1, 4), 0.25), np.eye(2).repeat(2, axis=1)[:, None] / 2
+    tokens = np.array([10, 10])
+    np.testing.assert_allclose(modularity.mutual_information(alike, tokens), 0, atol=1e-12)
+    np.testing.assert_allclose(modularity.mutual_information(apart, tokens), np.log(2))
+
+
+def subset_of(*kept, scores=None):
+    return Subset(tuple(map(tuple, kept)), 6, 1, "test", scores=scores)
+
+
+def test_compositions():
+    a = subset_of([0, 1], scores=((4.0, 3.0, 2.0, 1.0, 0.0, 0.0),))
+    b = subset_of([4, 5], scores=((0.0, 0.0, 1.0, 1.0, 4.0, 4.0),))
+    assert compose.union([a, b]).kept == ((0, 1, 4, 5),)
+    assert compose.weighted([a, b], 3).kept == ((0, 4, 5),)
+    assert compose.weighted([a, b], 3, [3, 1]).kept == ((0, 1, 4),)
+    order = compose.by_marginal_need([a, b])[0]
+    assert order[:3] in ([0, 4, 5], [0, 4, 1]) and sorted(order) == list(range(6))
+    assert compose.needed([a, b], 4).kept == ((0, 1, 4, 5),)
+    alike = compose.similarity([a, b, a])
+    assert alike["overlap"][0] == [1, 0, 1] and alike["cosine"][0][2] > 0.999 > alike["cosine"][0][1]
+    assert compose.complement(a).kept == ((2, 3, 4, 5),)
+    with pytest.raises(InputError, match="of one model"):
+        compose.union([a, Subset(((0,), (1,)), 6, 1, "test")])
+
+
+def test_suggest_finds_the_smallest_that_is_good_enough(opened, evaluation):
+    text = calibration_of(opened, "color")
+    full = evaluation.summary(*evaluation.losses(opened.params))["loss"]
+    tolerance = 0.1
+    best, tried = compose.suggest(opened, text, evaluation, tolerance)
+    loss = evaluation.summary(*evaluation.losses(opened.params, best.mask()))["loss"]
+    assert loss <= full + tolerance and all(t["difference"] > tolerance for t in tried if t["keep"] < best.keep[0])
+    assert compose.suggest(opened, text, evaluation, 100.0)[0].keep == [2, 2]
+
+
+def test_fine_tuning_trains_what_was_asked_for_and_merges_back(run, folder, tmp_path):
+    file = tmp_path / "color.json"
+    assert run_command("select", run, "--calibration", folder / "documents.jsonl", "--label", "color", "--keep", 4,
+                       "--method", "router", "--out", file)[0] == 0
+    status, result = run_command("subset", "finetune", run, "--subset", file, "--out", tmp_path / "tuned", "--train-what",
+                                 "experts", "--train.steps=3", "--optimizer.learning_rate=0.01", "--train.batch_size=8",
+                                 "--data", folder / "documents.jsonl")
+    assert status == 0 and result["step"] == 3
+    before, after = (open_model(str(p)).params for p in (tmp_path / "tuned" / "start", tmp_path / "tuned"))
+    moved = {name: bool(np.any(np.asarray(before["layers"]["moe"][name]) != np.asarray(after["layers"]["moe"][name])))
+             for name in ("router", "gate", "up", "down")}
+    assert moved == {"router": False, "gate": True, "up": True, "down": True}
+    np.testing.assert_array_equal(before["head"], after["head"])
+    status, merged = run_command("subset", "merge", run, "--part", tmp_path / "tuned", "--out", tmp_path / "merged")
+    assert status == 0 and set(merged["subsets"][0]["labels"]) == {"color", "count"}
+    assert merged["subsets"][0]["difference"] != 0
+
+
+def test_commands_and_their_mistakes(run, folder, tmp_path):
+    documents, file = folder / "documents.jsonl", tmp_path / "s.json"
+    assert run_command("select", run, "--example", "red green blue", "--keep", 3, "--out", file)[0] == 0
+    assert subset_lib.load(file).calibration["documents"] == 1
+    status, result = run_command("eval", run, "--data", documents, "--subset", file)
+    assert status == 0 and result["subsets"][0]["keep"] == 3
+    status, result = run_command("eval", run, "--keep", "8,4,2", "--select", "router", "--against", run,
+                                 "--out", tmp_path / "figure")
+    assert status == 0 and len(result["models"]) == 2 and (tmp_path / "figure" / "keep_curve.png").stat().st_size > 1000
+    assert run_command("subset", "disable", run, "--subset", file)[1]["subsets"][0]["keep"] == 6
+    status, result = run_command("subset", "suggest", run, "--calibration", documents, "--tolerance", 50, "--out", file)
+    assert status == 0 and result["keep"] == [2, 2]
+    assert run_command("subset", "extend", run, "--experts", 2, "--out", tmp_path / "more")[0] == 0
+    assert run_command("train", folder / "tiny.py", "--out", tmp_path / "extended", "--train.steps=1",
+                       f"--train.init_params_from={tmp_path / 'more'}", "--model.num_experts=10",
+                       "--router.forced_experts=2", "--router.pool_max=9")[0] == 0
+    for argv, message in [
+            (["select", run, "--calibration", "/no/such", "--keep", 3, "--out", file], "no such file"),
+            (["select", run, "--calibration", documents, "--label", "none", "--keep", 3, "--out", file], "color, count"),
+            (["select", run, "--calibration", documents, "--keep", 99, "--out", file], "between 2 and 8"),
+            (["eval", run, "--subset", documents], "not JSON"),
+            (["eval", run, "--keep", "8"], "give sizes below the 8"),
+            (["subset", "compose", file, "--how", "need", "--out", tmp_path / "c.json"], "needs --keep between")]:
+        status, result = run_command(*argv)
+        assert status == 2 and message in result["error"], result
