@@ -75,8 +75,9 @@ def _fail(args, status: int, message: str) -> int:
 
 
 def _is_primary() -> bool:
-    """Of several processes one prints. Without JAX loaded there is only one."""
-    return "jax" not in sys.modules or sys.modules["jax"].process_index() == 0
+    """Of several processes one prints. Asks JAX only where it is started: asking would start it."""
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 # ---- declaring ------------------------------------------------------------------------------------------------------

@@ -87,25 +87,30 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live("", console=Console(stderr=True), auto_refresh=False)
+            self._live = Live(console=Console(stderr=True, highlight=False), auto_refresh=False, redirect_stdout=False)
             self._live.start()
+        self._show("compiling the first step")
 
     def update(self, record: dict[str, Any], eta: float | None) -> None:
         parts = [f"step {record['step']}/{self._steps}", f"loss {record['loss']:.4f}",
-                 f"grad norm {record['grad_norm']:.3f}", f"lr {record['learning_rate']:.2e}",
+                 f"norm {record['grad_norm']:.2f}", f"lr {record['learning_rate']:.1e}",
                  f"{record['tokens_per_second']:,.0f} tokens/s"]
         if "mfu" in record:
             parts.append(f"mfu {record['mfu']:.1%}")
         parts.append(f"eta {_duration(eta)}")
-        line = "  ".join(parts)
+        self._show("  ".join(parts))
+
+    def _show(self, line: str) -> None:
         if self._live:
-            self._live.update(line, refresh=True)
+            from rich.text import Text
+
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             self.say(line)
 
     def say(self, message: str) -> None:
         if self._live:
-            self._live.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            self._live.console.print(message, markup=False, soft_wrap=True)
         else:
             print(message, file=sys.stderr, flush=True)
 
