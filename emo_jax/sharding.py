@@ -32,6 +32,7 @@ PARAMETER_SPECS = {
     "o": P("tensor", None, _FSDP),  # [H, K, D]
     "router": P(_FSDP, None),  # [D, R]
     "attention_norm": P(None), "mlp_norm": P(None), "final_norm": P(None),  # [D]
+    # Expert tables whose experts do not divide into fsdp x expert; else see `parameter_spec`.
     "moe.gate": P("expert", "fsdp", "tensor"), "moe.up": P("expert", "fsdp", "tensor"),  # [E, D, F]
     "moe.down": P("expert", "tensor", "fsdp"),  # [E, F, D]
     "mlp.gate": P(_FSDP, "tensor"), "mlp.up": P(_FSDP, "tensor"), "mlp.down": P("tensor", _FSDP),  # [D, F], [F, D]
@@ -71,11 +72,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, TOKENS)
 
 
-def parameter_spec(path: tuple[str, ...]) -> P:
-    """The sharding of the parameter with this path in the tree, e.g. ("layers", "moe", "gate")."""
+_WHOLE_EXPERTS = {
+    "moe.gate": P(("expert", "fsdp"), None, "tensor"), "moe.up": P(("expert", "fsdp"), None, "tensor"),
+    "moe.down": P(("expert", "fsdp"), "tensor", None),
+}
+
+
+def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
+    """The sharding of the parameter with this path in the tree, e.g. ("layers", "moe", "gate").
+
+    With its `shape` and the `mesh`, an expert table is sharded by whole experts over `fsdp` as well where they divide
+    evenly: gathering along the leading axis needs no change of layout, which for these arrays is a copy of gigabytes."""
     name = path[-1] if path[-1] in PARAMETER_SPECS else ".".join(path[-2:])
     spec = PARAMETER_SPECS[name]
+    if mesh is not None and name in _WHOLE_EXPERTS and shape[-3] % (mesh.shape["expert"] * mesh.shape["fsdp"]) == 0:
+        spec = _WHOLE_EXPERTS[name]
     return P(None, *spec) if path[0] == "layers" else spec
+
+
+def fsdp_dimension(spec: P) -> int:
+    """The dimension of an array that `fsdp` shards."""
+    return next(i for i, axes in enumerate(spec) if axes == "fsdp" or (isinstance(axes, tuple) and "fsdp" in axes))
 
 
 def parameter_shardings(params, mesh: Mesh):
@@ -84,7 +101,8 @@ def parameter_shardings(params, mesh: Mesh):
 
     def sharding(path, leaf):
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        return NamedSharding(mesh, parameter_spec(names) if names and getattr(leaf, "ndim", 0) else P())
+        shape = getattr(leaf, "shape", ())
+        return NamedSharding(mesh, parameter_spec(names, shape, mesh) if names and shape else P())
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 

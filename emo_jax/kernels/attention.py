@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
 from emo_jax.errors import InputError
+from emo_jax.kernels.blocked_attention import blocked_attention
 from emo_jax.sharding import BATCH, TOKENS
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("blocked", "reference")
-BLOCK = 256  # queries of one block
+KERNELS = ("blocked", "splash", "reference")
 
 
 @functools.cache
@@ -29,9 +29,11 @@ def choose(kernel: str, platform: str) -> str:
     """The kernel for "auto"; logged once."""
     if kernel not in ("auto", *KERNELS):
         raise InputError(f"kernels.attention={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-    chosen = "blocked" if kernel == "auto" else kernel
+    chosen = {"tpu": "splash"}.get(platform, "blocked") if kernel == "auto" else kernel
+    if chosen == "splash" and platform != "tpu":
+        chosen = "splash_interpret"
     log.info("attention: %s", chosen)
-    if platform != "cpu":
+    if platform != "cpu" and chosen != "splash":
         log.warning("attention: %s is plain XLA and slow on %s", chosen, platform)
     return chosen
 
@@ -49,6 +51,7 @@ def attention(
         functools.partial(_device_attention, kernel=kernel, shards=mesh.shape["sequence"]),
         in_specs=(P(BATCH, "sequence", "tensor", None), heads, heads, TOKENS, P(BATCH, None)),
         out_specs=P(BATCH, "sequence", "tensor", None),
+        check_vma=not kernel.startswith("splash"),  # Pallas kernels do not say over which axes their results vary
     )(q, k, v, q_segments, k_segments)
 
 
@@ -57,15 +60,13 @@ def _device_attention(q, k, v, q_segments, k_segments, *, kernel, shards):
     if shards > 1:
         positions = jax.lax.axis_index("sequence") * length + jnp.arange(length)
         return masked_attention(q, k, v, q_segments, k_segments, positions)
-    if kernel == "reference" or length <= BLOCK or length % BLOCK:
+    if kernel.startswith("splash"):
+        from emo_jax.kernels.attention_tpu import splash_attention
+
+        return splash_attention(q, k, v, q_segments, k_segments, kernel.endswith("interpret"))
+    if kernel == "reference":
         return masked_attention(q, k, v, q_segments, k_segments, jnp.arange(length))
-    # Query blocks, each with the keys up to its end: half the FLOPs and memory of the whole square.
-    blocks = [
-        masked_attention(q[:, i : i + BLOCK], k[:, : i + BLOCK], v[:, : i + BLOCK], q_segments[:, i : i + BLOCK],
-                         k_segments[:, : i + BLOCK], i + jnp.arange(BLOCK))
-        for i in range(0, length, BLOCK)
-    ]
-    return jnp.concatenate(blocks, axis=1)
+    return blocked_attention(q, *(compat.vary_like(a, q) for a in (k, v, k_segments)))
 
 
 def masked_attention(

@@ -15,6 +15,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from emo_jax.compat import vary_like
@@ -22,11 +23,13 @@ from emo_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("blocked", "megablox", "ragged_dot", "reference")
-ROW_ALIGNMENT = {"blocked": 64, "megablox": 1, "megablox_interpret": 1, "ragged_dot": 1, "reference": 1}
-BUFFER_ALIGNMENT = {"megablox": 512, "megablox_interpret": 8}  # of the number of rows S; else that of a group
-# Pallas kernels do not say over which mesh axes their results vary, so `shard_map` cannot check it around them.
-UNCHECKED = ("megablox", "megablox_interpret")
+KERNELS = ("blocked", "fused", "megablox", "ragged_dot", "reference")
+# "fused" (TPU) has no grouped matmul of its own, only `expert_mlp`. Its name and megablox's end in _interpret off TPU.
+PALLAS = ("fused", "megablox", "fused_interpret", "megablox_interpret")
+ROW_ALIGNMENT = {"blocked": 64} | dict.fromkeys(("ragged_dot", "reference", *PALLAS), 1)
+# Of the number of rows S, where that is not the alignment of a group.
+BUFFER_ALIGNMENT = dict.fromkeys(("fused", "megablox"), 512) | dict.fromkeys(("fused_interpret", "megablox_interpret"), 8)
+UNCHECKED = PALLAS  # they do not say over which mesh axes their results vary, so `shard_map` cannot check it
 
 
 @functools.cache
@@ -34,13 +37,31 @@ def choose(kernel: str, platform: str) -> str:
     """The kernel for "auto"; logged once. Pallas kernels of another platform run interpreted (slow, for tests)."""
     if kernel not in ("auto", *KERNELS):
         raise InputError(f"kernels.grouped_matmul={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-    chosen = {"tpu": "megablox", "cpu": "blocked"}.get(platform, "ragged_dot") if kernel == "auto" else kernel
-    if chosen == "megablox" and platform != "tpu":
-        chosen = "megablox_interpret"
+    chosen = {"tpu": "fused", "cpu": "blocked"}.get(platform, "ragged_dot") if kernel == "auto" else kernel
+    if chosen in PALLAS and platform != "tpu":
+        chosen += "_interpret"
     log.info("grouped matmul: %s", chosen)
     if chosen == "ragged_dot":
         log.warning("grouped matmul: ragged_dot computes every expert for every row in the weight gradient on %s", platform)
     return chosen
+
+
+def expert_mlp(
+    rows: Float[Array, "S D"], gate_up: Float[Array, "E D two_F"], down: Float[Array, "E F D"],
+    weights: Float[Array, "S"], group_sizes: Int[Array, "E"], kernel: str,
+) -> Float[Array, "S D"]:
+    """weights[s] * (silu(row @ gate) * (row @ up)) @ down of each row's own expert."""
+    if kernel.startswith("fused"):
+        from emo_jax.kernels import expert_mlp_tpu
+
+        return expert_mlp_tpu.expert_mlp(rows, gate_up, down, weights, group_sizes, kernel.endswith("interpret"))
+    hidden = checkpoint_name(grouped_matmul(rows, gate_up, group_sizes, kernel), "moe_hidden")
+    return grouped_matmul(swiglu(hidden) * weights[:, None].astype(rows.dtype), down, group_sizes, kernel)
+
+
+def swiglu(gate_up: Float[Array, "*rows two_F"]) -> Float[Array, "*rows F"]:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def grouped_matmul(
@@ -49,7 +70,7 @@ def grouped_matmul(
     if kernel == "blocked":
         return _blocked(rows, weights, group_sizes)
     if kernel.startswith("megablox"):
-        from emo_jax.kernels.grouped_matmul_tpu import megablox
+        from emo_jax.kernels.megablox import megablox
 
         return megablox(rows, weights, group_sizes, kernel.endswith("interpret"))
     if kernel == "ragged_dot":

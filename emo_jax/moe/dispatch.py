@@ -9,6 +9,7 @@ Shapes: T tokens of this device (or group), k choices, S rows of the buffer, e l
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -52,21 +53,30 @@ def buffer_rows(tokens: int, k: int, experts: int, alignment: int, buffer_alignm
     return -(-(tokens * min(k, experts) + experts * (alignment - 1)) // multiple) * multiple
 
 
-@jax.custom_vjp
-def gather_tokens(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "S D"]:
-    """The token of every row; zeros in padding rows."""
-    return x.at[plan.slot_of_row // plan.row_of_slot.shape[1]].get(mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gather_tokens(x: Float[Array, "T D"], plan: Plan, fill: bool = True) -> Float[Array, "S D"]:
+    """The token of every row; padding rows are zeros with `fill`, else anything (one pass over the rows fewer)."""
+    k = plan.row_of_slot.shape[1]
+    if fill:
+        return x.at[plan.slot_of_row // k].get(mode="fill", fill_value=0)
+    return x.at[jnp.minimum(plan.slot_of_row // k, x.shape[0] - 1)].get(mode="promise_in_bounds")
 
 
-@jax.custom_vjp
-def combine(rows: Float[Array, "S D"], plan: Plan) -> Float[Array, "T D"]:
-    """The sum of every token's rows, accumulated in fp32."""
-    parts = rows.at[plan.row_of_slot].get(mode="fill", fill_value=0)  # [T, k, D]
-    return jnp.sum(parts.astype(jnp.float32), axis=1).astype(rows.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def combine(rows: Float[Array, "S D"], plan: Plan, fill: bool = True) -> Float[Array, "T D"]:
+    """The sum of every token's rows, accumulated in fp32. `fill` is that of the adjoint."""
+    row_of_slot = plan.row_of_slot.T  # [k, T]: then the sum is over the leading axis, which needs no change of layout
+    parts = rows.at[jnp.minimum(row_of_slot, rows.shape[0] - 1)].get(mode="promise_in_bounds")
+    if not fill:  # TPU: else the cast is fused into the gather, which then writes twice the bytes
+        parts = jax.lax.optimization_barrier(parts)
+    parts = jnp.where((row_of_slot < rows.shape[0])[..., None], parts.astype(jnp.float32), 0.0)
+    return jnp.sum(parts, axis=0).astype(rows.dtype)
 
 
-gather_tokens.defvjp(lambda x, plan: (gather_tokens(x, plan), plan), lambda plan, d: (combine(d, plan), _zero(plan)))
-combine.defvjp(lambda rows, plan: (combine(rows, plan), plan), lambda plan, d: (gather_tokens(d, plan), _zero(plan)))
+gather_tokens.defvjp(lambda x, plan, fill: (gather_tokens(x, plan, fill), plan),
+                     lambda fill, plan, d: (combine(d, plan, fill), _zero(plan)))
+combine.defvjp(lambda rows, plan, fill: (combine(rows, plan, fill), plan),
+               lambda fill, plan, d: (gather_tokens(d, plan, fill), _zero(plan)))
 
 
 @jax.custom_vjp
