@@ -91,8 +91,8 @@ class Run(NamedTuple):
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far. Rows are aligned at their ends: shorter ones begin with padding (segment 0)."""
 
-    k: Float[Array, "L B S G K"]
-    v: Float[Array, "L B S G K"]
+    k: Float[Array, "L B G S K"]
+    v: Float[Array, "L B G S K"]
     segments: Int[Array, "B S"]  # 0: padding, or not in use yet
     length: Int[Array, ""]  # slots in use
 
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
         self.o = init.weight("o", H, K, D)
 
     def __call__(self, x_BTD, rows: RowContext, run: Run, past=None):
-        """(output, (keys, values) of these tokens). `past`: (keys, values, segments) of a cache, [B, S, ...]."""
+        """(output, (keys, values) of these tokens). `past`: those of a cache, [B, G, S, K], and its segments [B, S]."""
         q, k, v = (jnp.einsum("btd,dhk->bthk", x_BTD, gather_weight(w[...], run.dtype, None, "tensor", None))
                    for w in (self.q, self.k, self.v))
         q, k = rotate(q, rows.rotary), rotate(k, rows.rotary)
@@ -259,9 +259,9 @@ def extend(
     x_BTD, _, (k, v) = _layers(params, batch["tokens"], rows, run, None, allowed, lambda *_: None, cache)
     put = jax.lax.dynamic_update_slice
     slot, zero = cache.length, jnp.zeros_like(cache.length)
-    at = (zero, zero, slot, zero, zero)
-    return x_BTD, KVCache(put(cache.k, k, at), put(cache.v, v, at),
-                          put(cache.segments, reshard(segments, BATCH, None), (zero, slot)), slot + segments.shape[1])
+    k, v = (put(old, new.swapaxes(2, 3), (zero, zero, zero, slot, zero)) for old, new in ((cache.k, k), (cache.v, v)))
+    segments = put(cache.segments, reshard(segments, BATCH, None), (zero, slot))
+    return x_BTD, KVCache(k, v, segments, slot + batch["tokens"].shape[1])
 
 
 def _layers(params, tokens, rows: RowContext, run: Run, pool_sizes, allowed, per_layer, cache: KVCache | None = None):

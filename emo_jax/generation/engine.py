@@ -132,8 +132,8 @@ class Generator:
             tokens[row, length - len(prompt):] = prompt
             segments[row, length - len(prompt):] = 1
         positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
-        heads = P(None, BATCH, None, "tensor", None)
-        shape = (c.num_layers, rows, slots, c.num_kv_heads, c.head_dim)
+        heads = P(None, BATCH, "tensor", None, None)
+        shape = (c.num_layers, rows, c.num_kv_heads, slots, c.head_dim)
         empty = jax.jit(lambda: (jnp.zeros(shape, self._run.dtype), jnp.zeros(shape, self._run.dtype)),
                         out_shardings=NamedSharding(self.mesh, heads))()
         cache = KVCache(*empty, self._place(np.zeros((rows, slots), np.int32), P(BATCH, None)), jnp.int32(0))
