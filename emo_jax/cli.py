@@ -105,7 +105,7 @@ def _command(commands, name: str, run: Callable[[argparse.Namespace], Result], s
 
 
 def add_train(commands) -> None:
-    parser = _command(commands, "train", train, "train a config into a folder, or go on with what is there", config=True)
+    parser = _command(commands, "train", train, "train a config into a folder, or go on with it", config=True)
     parser.add_argument("config", metavar="CONFIG", help="a file of configs/, or its name")
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the resolved config")
 
@@ -127,8 +127,8 @@ def add_subset(commands) -> None:
 
 
 def add_config(commands) -> None:
-    parser = _command(commands, "config", config, "the resolved config and how it differs from the default", config=True)
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a file of configs/, or its name; without: the names")
+    parser = _command(commands, "config", config, "the resolved config, and what differs from the default", config=True)
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a file of configs/, or its name (default: list)")
 
 
 def add_data(commands) -> None:

@@ -170,8 +170,8 @@ def test_another_model_or_stream_is_named_field_by_field(config, tmp_path):
     other = given("model.d_ff=32", "router.eos_owner=next", "model.attention_scope=causal")
     with pytest.raises(InputError) as e:
         require_same_model(config, other, "run")
-    for text in ("model.d_ff: 16 in the checkpoint, 32 given", "router.eos_owner: 'own' in the checkpoint, 'next' given",
-                 "model.attention_scope"):
+    for text in ("model.d_ff: 16 in the checkpoint, 32 given", "model.attention_scope",
+                 "router.eos_owner: 'own' in the checkpoint, 'next' given"):
         assert text in str(e.value)
     with pytest.raises(InputError) as e:
         require_same_model(config, other, "run", anneal=True)

@@ -115,8 +115,9 @@ class CheckpointWriter:
 
 def describe(config: Config, tokens: int, source: dict[str, Any]) -> dict[str, Any]:
     """The `meta` item. `source`: what identifies the documents, see `emo_jax.train.loop.fingerprint`."""
+    versions = {"emo_jax": emo_jax.__version__} | {name: importlib.metadata.version(name) for name in VERSIONED}
     return {"config": config_lib.to_dict(config), "conventions": conventions(config), "tokens": tokens,
-            "source": source, "versions": {"emo_jax": emo_jax.__version__} | {p: importlib.metadata.version(p) for p in VERSIONED}}
+            "source": source, "versions": versions}
 
 
 def _save_args(tree):

@@ -119,7 +119,8 @@ class Run:
         evaluate = self.evaluate is not None and (last or (t.eval_every > 0 and self.step % t.eval_every == 0))
         if evaluate:
             self._evaluate()
-        if last or self.step % every == 0 or (evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])):
+        best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])
+        if last or self.step % every == 0 or best:
             self._save()
 
     def _evaluate(self) -> None:
