@@ -115,6 +115,10 @@ def add_eval(commands) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a run's folder, its checkpoints/, or one step folder")
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--tasks", metavar="FILE_OR_NAMES", help="tasks of lm-evaluation-harness instead: names and YAML "
+                        "files, separated by commas (with --subset: by that subset alone)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of a task")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     subset_arguments.add_eval_arguments(parser)
 
 
@@ -124,6 +128,18 @@ def add_select(commands) -> None:
 
 def add_subset(commands) -> None:
     subset_arguments.add_subset(commands, _command)
+
+
+def add_generate(commands) -> None:
+    parser = _command(commands, "generate", generate, "continue prompts", config=True)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run's folder, its checkpoints/, or one step folder")
+    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="one is printed as it is made")
+    parser.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="default: 256, or what a row has left")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the most probable tokens up to P")
+    parser.add_argument("--subset", default="", metavar="FILE", help="of emo-jax select: use its experts only")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
 
 def add_config(commands) -> None:
@@ -181,7 +197,7 @@ def add_export(commands) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
 
-COMMANDS = [add_train, add_eval, add_select, add_subset, add_import, add_export, add_config, add_data, add_bench]
+COMMANDS = [add_train, add_eval, add_select, add_subset, add_generate, add_import, add_export, add_config, add_data, add_bench]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -212,6 +228,8 @@ def train(args) -> Result:
 
 
 def evaluate(args) -> Result:
+    if args.tasks:
+        return evaluate_tasks(args)
     if args.subset or args.keep:
         from emo_jax.subsets import commands
 
@@ -223,6 +241,40 @@ def evaluate(args) -> Result:
 
     result = evaluate_checkpoint(args.checkpoint, args.data, args.step, args.overrides)
     return result, f"{result['checkpoint']} on {result['data']}\n{table(result)}"
+
+
+def evaluate_tasks(args) -> Result:
+    from emo_jax import sharding
+
+    sharding.start_distributed()
+    if len(args.subset or []) > 1 or args.keep:
+        raise InputError("--tasks goes with at most one --subset, and not with --keep")
+    from emo_jax import harness
+
+    result = harness.evaluate_tasks(args.checkpoint, args.tasks, subset=(args.subset or [""])[0], step=args.step,
+                                    num_fewshot=args.num_fewshot, limit=args.limit, overrides=args.overrides)
+    return result, f"{result['checkpoint']}\n{harness.table(result)}"
+
+
+def generate(args) -> Result:
+    from emo_jax import sharding
+
+    sharding.start_distributed()
+    from emo_jax.generation import commands
+    from emo_jax.generation.sampling import Sampling
+
+    def write(piece: str) -> None:
+        if _is_primary():
+            print(piece, end="", flush=True, file=sys.stdout)
+
+    overrides = [o for o in args.overrides if not o.startswith("--seed=")]
+    result = commands.generate(args.checkpoint, args.prompt, args.max_new_tokens,
+                               Sampling(args.temperature, args.top_p, args.seed or 0), subset=args.subset,
+                               step=args.step, overrides=overrides, batch_size=args.batch_size,
+                               write=None if args.json else write)
+    if len(args.prompt) == 1:
+        return result, ""  # written already; this ends its line
+    return result, "\n".join(f"{c['prompt']}{c['text']}\n" for c in result["completions"])
 
 
 def import_(args) -> Result:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emo_jax import model, sharding
 from emo_jax.config import Config
 from emo_jax.errors import InputError
+from emo_jax.generation.placement import for_inference, place, power_of_two, round_rows
 from emo_jax.generation.sampling import Sampling, sample
 from emo_jax.model import KVCache
 from emo_jax.sharding import BATCH, reshard, spec
@@ -53,14 +54,11 @@ class Generator:
         self.eos_ids = tuple(eos_ids)
         self.max_length = max_length or config.data.sequence_length
         self.batch_size = batch_size
-        shards = sharding.batch_shards(mesh)
-        self._round_rows = lambda n: shards * _power_of_two(-(-n // shards))
         self._run = model.static_choices(config, mesh)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._decode_run = self._run._replace(dispatch="few_tokens") if on_cpu else self._run
         self._allowed = None if allowed is None else jnp.asarray(allowed)
-        with jax.set_mesh(mesh):
-            self._params = _for_inference(params, self._run.dtype)
+        self._params = for_inference(params, self._run.dtype)
         self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
         self._decode = jax.jit(self._decode_chunk, static_argnames=("kind", "count"), donate_argnums=1)
 
@@ -97,7 +95,7 @@ class Generator:
             state, free = self._read_prompts(prompts, max_new_tokens)
             rows = np.zeros(len(state.position), np.int32)
             rows[: len(ids)] = ids
-            rows = self._place(rows, P(BATCH))
+            rows = place(self.mesh, rows, P(BATCH))
         made = {i: [] for i in ids}
         left, running = max_new_tokens, set(ids)
         while left > 0 and running:
@@ -119,14 +117,14 @@ class Generator:
                 if new:
                     yield i, new
             finished = np.array([i not in running for i in ids] + [True] * (len(state.finished) - len(ids)))
-            state = state._replace(finished=self._place(finished, P(BATCH)))
+            state = state._replace(finished=place(self.mesh, finished, P(BATCH)))
 
     def _read_prompts(self, prompts, max_new_tokens) -> tuple[State, int]:
         """The state before the first new token, and the free slots of its cache."""
         c, longest = self.config.model, max(map(len, prompts))
-        chunk = min(PREFILL_CHUNK, _power_of_two(longest, 16))
+        chunk = min(PREFILL_CHUNK, power_of_two(longest, 16))
         length = -(-longest // chunk) * chunk
-        slots, rows = _slots(length + max_new_tokens), self._round_rows(len(prompts))
+        slots, rows = _slots(length + max_new_tokens), round_rows(len(prompts), self.mesh)
         tokens, segments = np.zeros((2, rows, length), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, length - len(prompt):] = prompt
@@ -136,17 +134,14 @@ class Generator:
         shape = (c.num_layers, rows, c.num_kv_heads, slots, c.head_dim)
         empty = jax.jit(lambda: (jnp.zeros(shape, self._run.dtype), jnp.zeros(shape, self._run.dtype)),
                         out_shardings=NamedSharding(self.mesh, heads))()
-        cache = KVCache(*empty, self._place(np.zeros((rows, slots), np.int32), P(BATCH, None)), jnp.int32(0))
+        cache = KVCache(*empty, place(self.mesh, np.zeros((rows, slots), np.int32), P(BATCH, None)), jnp.int32(0))
         for start in range(0, length, chunk):
-            part = {name: self._place(a[:, start : start + chunk], sharding.TOKENS) for name, a in
+            part = {name: place(self.mesh, a[:, start : start + chunk], sharding.TOKENS) for name, a in
                     (("tokens", tokens), ("segment_ids", segments), ("positions", positions))}
             cache, logits = self._prefill(self._params, cache, part)
         finished = np.arange(rows) >= len(prompts)
-        state = State(cache, logits, self._place(positions[:, -1] + 1, P(BATCH)), self._place(finished, P(BATCH)))
+        state = State(cache, logits, place(self.mesh, positions[:, -1] + 1, P(BATCH)), place(self.mesh, finished, P(BATCH)))
         return state, slots - length
-
-    def _place(self, x: np.ndarray, where: P) -> Array:
-        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, where), lambda index: x[index])
 
     # ---- on the device ----
 
@@ -179,25 +174,6 @@ class Generator:
         return state, out
 
 
-def _for_inference(params: model.Params, dtype) -> model.Params:
-    """Matrices in the compute dtype, whole on every device but for heads, hidden widths and expert tables, which stay
-    sharded; norms and routers stay fp32."""
-    kept = ("attention_norm", "mlp_norm", "final_norm", "router")
-
-    def prepare(path, leaf):
-        names = [k.key for k in path]
-        where = leaf.sharding.spec
-        if not (len(names) == 3 and names[1] == "moe" and names[2] != "router"):
-            where = P(*("tensor" if axes == "tensor" else None for axes in where))
-        return jax.device_put(leaf if names[-1] in kept else leaf.astype(dtype), NamedSharding(leaf.sharding.mesh, where))
-
-    return jax.tree_util.tree_map_with_path(prepare, params)
-
-
-def _power_of_two(n: int, least: int = 1) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
 def _slots(n: int) -> int:
     """Buckets of the cache: powers of two, above 1024 multiples of it."""
-    return _power_of_two(n, 64) if n <= 1024 else -(-n // 1024) * 1024
+    return power_of_two(n, 64) if n <= 1024 else -(-n // 1024) * 1024
