@@ -136,7 +136,8 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    dispatch: Literal["auto", "dense", "local", "ring"] = "auto"
+    dispatch: Literal["auto", "dense", "local", "ring", "all_to_all"] = "auto"
+    buffer_factor: float = 2.0  # all_to_all: receive buffer / balanced load; a layer that needs more takes ring. 0: no limit
     grouped_matmul: str = "auto"  # see kernels.grouped_matmul.KERNELS
     attention: str = "auto"  # see kernels.attention.KERNELS
     loss_chunk_tokens: int = 4096  # tokens of one device whose logits exist at the same time
@@ -240,6 +241,10 @@ def validate(c: Config) -> None:
             f"checkpoint.every={c.checkpoint.every} and checkpoint.keep_last={c.checkpoint.keep_last} must be positive")
     require(c.checkpoint.keep_every >= 0 and c.checkpoint.keep_best >= 0,
             "checkpoint.keep_every and checkpoint.keep_best must not be negative")
+
+    require(c.kernels.buffer_factor == 0 or c.kernels.buffer_factor >= 1,
+            f"kernels.buffer_factor={c.kernels.buffer_factor} must be at least 1, or 0 for no limit")
+    require(c.kernels.loss_chunk_tokens > 0, f"kernels.loss_chunk_tokens={c.kernels.loss_chunk_tokens} must be positive")
 
     sizes = dataclasses.asdict(c.mesh)
     require(all(n > 0 or n == -1 for n in sizes.values()), f"mesh axes must be positive or -1, got {sizes}")
@@ -386,7 +391,12 @@ def _config_folders() -> list[Path]:
 def _load_module(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"emo_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f"{path} cannot be loaded: {type(e).__name__}: {e}") from e
     if not callable(getattr(module, "config", None)):
         raise InputError(f"{path}: a config file defines a function config() -> Config")
     return module

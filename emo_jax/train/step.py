@@ -64,8 +64,8 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
                     "the experts of all microbatches", M)
 
     def train_step(state: TrainState, batch: Batch):
-        totals = Totals(tokens=jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
-                        loss_tokens=jnp.sum(batch["loss_weights"]))
+        totals = Totals(tokens=jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+                        loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
         objective = Objective(config, run, batch_shards(mesh), totals, state.step, eos_id)
         (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -124,6 +124,7 @@ class RouterStats(NamedTuple):
     pool_size: Float[Array, ""]  # routed experts in the pool of a token
     documents: Float[Array, ""]
     experts_of_documents: Float[Array, ""]  # distinct routed experts that a document used
+    buffer_load: Any = None  # experts.BufferLoad with kernels.dispatch=all_to_all
 
 
 class Sums(NamedTuple):
@@ -148,7 +149,11 @@ class Sums(NamedTuple):
             "router_entropy": r.entropy / totals.tokens,
             "pool_size_mean": r.pool_size / totals.tokens,
             "experts_per_document": r.experts_of_documents / jnp.maximum(r.documents, 1),
-        }
+        } | ({} if r.buffer_load is None else {
+            # Means over the microbatches of the step; a fallback in any layer counts as that layer's share of a step.
+            "required_capacity_factor": jnp.max(r.buffer_load.required_capacity_factor) / config.train.microbatches,
+            "fallback_steps": jnp.mean(r.buffer_load.fallback) / config.train.microbatches,
+        })
 
 
 class Objective(NamedTuple):
@@ -218,6 +223,7 @@ def router_stats(route: routing.Routing, segments: Int[Array, "B T"], c: Config,
         pool_size=jnp.sum(jnp.where(mask, jnp.sum(frozen.pool, axis=-1), 0), dtype=jnp.float32),
         documents=jnp.sum(jnp.any(one_hot > 0, axis=1), dtype=jnp.float32),
         experts_of_documents=jnp.sum(used, dtype=jnp.float32),
+        buffer_load=frozen.buffer_load,
     )
 
 
