@@ -22,6 +22,6 @@ echo "== 2/3 training its matched standard MoE -> $out/stdmoe" >&2
 tokenizer=()
 [[ " ${overrides[*]} " == *" --data.tokenizer="* ]] || tokenizer=("--data.tokenizer=$out/emo/tokenizer.json")
 emo-jax train stdmoe_tiny --out "$out/stdmoe" "${tokenizer[@]}" "${overrides[@]}"
-echo "== 3/3 choosing a few experts for every kind of text" >&2
-emo-jax subset curve "$out/emo" "$out/stdmoe" --out "$out/subsets"
-echo "Checkpoints, metrics and TensorBoard events: $out/emo and $out/stdmoe; the figure: $out/subsets"
+echo "== 3/3 choosing half, a quarter and an eighth of the experts for every kind of text" >&2
+emo-jax eval "$out/emo" --against "$out/stdmoe" --keep 16,8,4 --out "$out/subsets"
+echo "Checkpoints, metrics.jsonl and TensorBoard events: $out/emo, $out/stdmoe. The figure: $out/subsets"
