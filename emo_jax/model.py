@@ -38,13 +38,15 @@ from emo_jax.sharding import BATCH, gather_weight, reshard, spec
 Params = dict[str, Any]
 
 # What the backward pass keeps of a layer instead of recomputing it, by the names that checkpoint_name gives. In units of one
-# bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D; routing 0.2.
+# bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D, routing 0.2; and under
+# expert parallelism moe_exchanged, the size of the expert axis (ring) or k (all_to_all).
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "moe": jax.checkpoint_policies.save_only_these_names("routing", "moe_rows", "moe_out"),
-    "attention": jax.checkpoint_policies.save_only_these_names("routing", "attention"),
-    "light": jax.checkpoint_policies.save_only_these_names("routing", "attention", "attention_qkv", "residual", "moe_hidden"),
+    "moe": jax.checkpoint_policies.save_only_these_names("routing", "moe_exchanged", "moe_rows", "moe_out"),
+    "attention": jax.checkpoint_policies.save_only_these_names("routing", "moe_exchanged", "attention"),
+    "light": jax.checkpoint_policies.save_only_these_names(
+        "routing", "moe_exchanged", "attention", "attention_qkv", "residual", "moe_hidden"),
 }
 
 
@@ -140,10 +142,12 @@ class MoE(nnx.Module):
         route = self.route(x_BTD, rows, pool_sizes, allowed, run)
         route = jax.tree.map(lambda a: checkpoint_name(a, "routing"), route)
         valid = rows.router_segments > 0
-        y = moe_experts({"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}, x_BTD, route.expert_ids,
-                        route.weights, valid, num_shared=run.config.model.num_shared_experts, strategy=run.dispatch,
-                        kernel=run.grouped_matmul)
-        return checkpoint_name(y, "moe_out"), route
+        table = {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
+        c = run.config
+        y, load = moe_experts(table, x_BTD, route.expert_ids, route.weights, valid, strategy=run.dispatch,
+                              num_shared=c.model.num_shared_experts, kernel=run.grouped_matmul,
+                              buffer_factor=c.kernels.buffer_factor)
+        return checkpoint_name(y, "moe_out"), route._replace(buffer_load=load)
 
 
 class MLP(nnx.Module):
@@ -225,7 +229,7 @@ def static_choices(config: Config, mesh: jax.sharding.Mesh) -> Run:
         config.train.compute_dtype, jnp.float32 if platform == "cpu" else jnp.bfloat16)
     return Run(config, dtype, attention_kernels.choose(config.kernels.attention, platform),
                gmm.choose(config.kernels.grouped_matmul, platform),
-               choose_strategy(config.kernels.dispatch, mesh.shape["expert"]))
+               choose_strategy(config.kernels.dispatch, mesh.shape["expert"], config.model.routed_top_k, platform))
 
 
 def forward(

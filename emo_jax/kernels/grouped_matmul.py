@@ -24,7 +24,7 @@ from emo_jax.errors import InputError
 log = logging.getLogger(__name__)
 
 KERNELS = ("blocked", "fused", "megablox", "ragged_dot", "reference")
-# "fused" (TPU) has no grouped matmul of its own, only `expert_mlp`. Its name and megablox's end in _interpret off TPU.
+# "fused" (TPU) is `expert_mlp` as a whole; a grouped matmul alone is then megablox. Its name and megablox's end in _interpret off TPU.
 PALLAS = ("fused", "megablox", "fused_interpret", "megablox_interpret")
 ROW_ALIGNMENT = {"blocked": 64} | dict.fromkeys(("ragged_dot", "reference", *PALLAS), 1)
 # Of the number of rows S, where that is not the alignment of a group.
@@ -69,7 +69,7 @@ def grouped_matmul(
 ) -> Float[Array, "S F"]:
     if kernel == "blocked":
         return _blocked(rows, weights, group_sizes)
-    if kernel.startswith("megablox"):
+    if kernel in PALLAS:
         from emo_jax.kernels.megablox import megablox
 
         return megablox(rows, weights, group_sizes, kernel.endswith("interpret"))

@@ -6,9 +6,12 @@ multiplies them, and combines. Strategies (`kernels.dispatch`):
     local  every device holds all experts (gathered over `fsdp`) and serves its own tokens. mesh.expert = 1.
     ring   experts are sharded over `expert`: all-gather the tokens of that axis, serve the local experts, reduce-scatter.
            Moves (expert - 1) x T x D a device and direction, whatever k is.
+    all_to_all  experts are sharded over `expert`: every row goes to the device of its expert and its result comes back.
+           Moves k x T x D x (1 - 1 / expert): less than ring where the axis is longer than k.
     dense  every local expert on every token, exchanged as in ring: the oracle, E / k times the FLOPs.
 
-All are dropless: buffers hold any routing. `few_tokens` is not a choice of `kernels.dispatch` but what decoding uses on CPU,
+All are dropless. Buffers hold any routing, but for all_to_all's receive buffer: that holds `kernels.buffer_factor` times
+the balanced load, and a layer whose load exceeds it in any step is computed by ring instead, source by source. `few_tokens` is not a choice of `kernels.dispatch` but what decoding uses on CPU,
 on the same meshes as ring and local.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +30,19 @@ from jaxtyping import Array, Bool, Float, Int
 from emo_jax import compat
 from emo_jax.errors import InputError
 from emo_jax.kernels import grouped_matmul as gmm
-from emo_jax.moe import dispatch, few_tokens
 from emo_jax.kernels.grouped_matmul import swiglu
+from emo_jax.moe import dispatch, few_tokens
+from emo_jax.moe import dispatch_all_to_all as a2a
 from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, fsdp_dimension
+
+
+
+class BufferLoad(NamedTuple):
+    """Of one layer with the all_to_all strategy, the largest over the mesh."""
+
+    required_capacity_factor: Float[Array, ""]  # rows of the busiest device / rows of each at balanced load
+    fallback: Float[Array, ""]  # 1 if that was too much for the buffer
+
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +57,29 @@ def moe_experts(
     num_shared: int,
     strategy: str,
     kernel: str,
-) -> Float[Array, "B T D"]:
-    """sum_j weights_j * expert_j(x) over the chosen routed experts, plus the shared experts (the last rows of the table)
+    buffer_factor: float = 0.0,
+) -> tuple[Float[Array, "B T D"], BufferLoad | None]:
+    """(y, load); y is sum_j weights_j * expert_j(x) over the chosen routed experts, plus the shared experts (the last rows of the table)
     with weight 1. `table`: gate, up [E, D, F] and down [E, F, D], fp32 masters. Padding tokens (`valid` False) use none of
-    the routed experts."""
-    local = functools.partial(_device_experts, num_shared=num_shared, strategy=strategy, kernel=kernel)
+    the routed experts. `load` and `buffer_factor` (0: room for any routing) are all_to_all's."""
+    local = functools.partial(_device_experts, num_shared=num_shared, strategy=strategy, kernel=kernel,
+                              buffer_factor=buffer_factor)
     if strategy == "few_tokens":
-        local = functools.partial(few_tokens.device_experts, num_shared=num_shared)
+        local = lambda *args, **axes: (few_tokens.device_experts(*args, num_shared=num_shared, **axes), None)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(table, x, expert_ids, weights, valid, axes=None, fsdp=None)
+    load_specs = BufferLoad(P(), P()) if strategy.startswith("all_to_all") else None
     specs = {name: jax.typeof(w).sharding.spec for name, w in table.items()}
     fsdp = {name: fsdp_dimension(spec) for name, spec in specs.items()}
     return compat.shard_map(
         functools.partial(local, axes=dict(mesh.shape), fsdp=fsdp),
-        in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS), out_specs=ACTIVATIONS,
+        in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS), out_specs=(ACTIVATIONS, load_specs),
         check_vma=kernel not in gmm.UNCHECKED,
     )(table, x, expert_ids, weights, valid)
 
 
-def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_shared, strategy, kernel):
+def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_shared, strategy, kernel, buffer_factor):
     """The body of one device. `axes`: sizes of the mesh axes, None without a mesh; `fsdp`: the dimension of each table
     that this axis shards."""
     batch_shape, width = x.shape[:2], x.shape[2]
@@ -76,19 +93,26 @@ def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_sha
         first = jax.lax.axis_index("expert") * count
     if num_shared:
         (gate_up, shared_gate_up), (down, shared_down) = (_split_shared(w, num_shared) for w in (gate_up, down))
-    exchange = axes is not None and axes["expert"] > 1
-    tokens = (x, expert_ids, weights, valid)
-    if exchange:
-        tokens = [jax.lax.all_gather(a, "expert", tiled=True) for a in tokens]
-    compute = _every_expert if strategy == "dense" else _grouped_experts
-    y = compute(*tokens, gate_up, down, first, kernel)
-    if exchange:
-        y = jax.lax.psum_scatter(y, "expert", tiled=True)
+    tokens, experts, load = (x, expert_ids, weights, valid), (gate_up, down, first, kernel), None
+    if strategy.startswith("all_to_all"):
+        y, load = _all_to_all(*tokens, *experts, buffer_factor, portable=strategy.endswith("portable"))
+    elif strategy == "dense":
+        y = _ring(_every_expert, tokens, experts, axes)
+    else:
+        y = _ring(_grouped_experts, tokens, experts, axes)
     if num_shared:
         y = y + _shared_experts(x, shared_gate_up, shared_down, axes)
     if axes:
         y = jax.lax.psum(y, "tensor")  # each device of that axis held a part of the hidden width
-    return y.reshape(*batch_shape, width)
+    return y.reshape(*batch_shape, width), load
+
+
+def _ring(compute, tokens, experts, axes):
+    """`compute` on the tokens of the whole `expert` axis, if there is one, and the sums of what its devices have for each."""
+    if not axes or axes["expert"] == 1:
+        return compute(*tokens, *experts)
+    tokens = [checkpoint_name(jax.lax.all_gather(a, "expert", tiled=True), "moe_exchanged") for a in tokens]
+    return jax.lax.psum_scatter(compute(*tokens, *experts), "expert", tiled=True)
 
 
 def _gather_table(table, dtype, fsdp):
@@ -124,6 +148,42 @@ def _grouped_experts(x, expert_ids, weights, valid, gate_up, down, first, kernel
     return dispatch.combine(out, plan, fill)
 
 
+def _all_to_all(x, expert_ids, weights, valid, gate_up, down, first, kernel, buffer_factor, portable):
+    """(y, `BufferLoad`) by exchanging rows, or by ring where they do not fit the buffer."""
+    peers, count, (tokens, k) = jax.lax.axis_size("expert"), gate_up.shape[0], expert_ids.shape
+    alignment = gmm.ROW_ALIGNMENT[kernel]
+    here = dispatch.plan_dispatch(expert_ids, valid, (0, peers * count), 1)
+    counts = jax.lax.all_gather(here.group_sizes, "expert")
+    plan = a2a.plan_exchange(counts, jax.lax.axis_index("expert"), alignment)
+    here, plan = jax.tree.map(lambda a: checkpoint_name(a, "routing"), (here, plan))
+    multiple = max(alignment, gmm.BUFFER_ALIGNMENT.get(kernel, 1))
+    largest = dispatch.buffer_rows(peers * tokens, k, count, alignment, multiple)
+    room = min(largest, -(-int(buffer_factor * tokens * k + count * (alignment - 1)) // multiple) * multiple)
+    num_rows = room if buffer_factor else largest
+
+    def exchanged(x, weights, gate_up, down):
+        rows = a2a.send(dispatch.gather_tokens(x, here), plan, num_rows, portable)
+        row_weights = a2a.send(dispatch.slots_to_rows(weights, here), plan, num_rows, portable)
+        rows, row_weights = (checkpoint_name(a, "moe_exchanged") for a in (rows, row_weights))
+        out = gmm.expert_mlp(rows, gate_up, down, row_weights, plan.group_sizes, kernel)
+        return dispatch.combine(a2a.send_back(out, plan, tokens * k, portable), here)
+
+    def ring(x, weights, gate_up, down):
+        """Source by source, so that it needs no larger buffers either."""
+        inputs = [jax.lax.all_gather(a, "expert") for a in (x, expert_ids, weights, valid)]
+        one = jax.checkpoint(lambda source: _grouped_experts(*source, gate_up, down, first, kernel), prevent_cse=False)
+        return jax.lax.psum_scatter(jax.lax.map(one, inputs), "expert")
+
+    # All devices of the mesh decide alike: collectives of the two branches must not meet.
+    needed = jax.lax.pmax(compat.vary(plan.rows_needed, AXES), AXES)
+    if num_rows == largest:
+        y, fallback = exchanged(x, weights, gate_up, down), jnp.zeros_like(needed)
+    else:
+        fallback = (needed > num_rows).astype(needed.dtype)
+        y = jax.lax.cond(fallback > 0, ring, exchanged, x, weights, gate_up, down)
+    return y, BufferLoad(needed / (tokens * k), fallback.astype(jnp.float32))
+
+
 def _every_expert(x, expert_ids, weights, valid, gate_up, down, first, kernel):
     chosen = expert_ids[..., None] == first + jnp.arange(gate_up.shape[0])
     mixture = jnp.sum(jnp.where(chosen & valid[:, None, None], weights[..., None], 0.0), axis=1)  # [T, e]
@@ -142,11 +202,14 @@ def _shared_experts(x, gate_up, down, axes):
 
 
 @functools.cache
-def choose_strategy(strategy: str, expert_axis: int) -> str:
-    """The strategy for "auto": local without expert parallelism, ring with it; logged once."""
+def choose_strategy(strategy: str, expert_axis: int, top_k: int, platform: str) -> str:
+    """The strategy for "auto": local without expert parallelism; ring while the axis is at most top-k, all_to_all above,
+    whichever moves fewer bytes; logged once. all_to_all is "all_to_all_portable" where XLA has no ragged one."""
     if strategy == "local" and expert_axis > 1:
-        raise InputError(f"kernels.dispatch=local needs mesh.expert=1, not {expert_axis}; use ring or auto")
+        raise InputError(f"kernels.dispatch=local needs mesh.expert=1, not {expert_axis}; use ring, all_to_all or auto")
+    if strategy == "all_to_all" and expert_axis == 1:
+        raise InputError("kernels.dispatch=all_to_all needs mesh.expert of 2 or more; use local or auto")
     if strategy == "auto":
-        strategy = "local" if expert_axis == 1 else "ring"
-        log.info("MoE dispatch: %s (mesh.expert=%d)", strategy, expert_axis)
-    return strategy
+        strategy = "local" if expert_axis == 1 else "ring" if expert_axis <= top_k else "all_to_all"
+        log.info("MoE dispatch: %s (mesh.expert=%d, top-k %d)", strategy, expert_axis, top_k)
+    return f"{strategy}_portable" if strategy == "all_to_all" and platform == "cpu" else strategy

@@ -37,6 +37,7 @@ class Routing(NamedTuple):
     scores: Float[Array, "B T R"]  # fp32, what the load-balancing loss sees; outside the pool 0 (emo_v1)
     pool: Bool[Array, "B T R"]
     logsumexp: Float[Array, "B T"]  # fp32, of the logits that the scores are made of, for the router z-loss
+    buffer_load: NamedTuple | None = None  # see experts.BufferLoad; filled in by the layer
 
 
 def route(

@@ -1,0 +1,166 @@
+"""Every dispatch strategy equals the dense oracle, forward and gradients, on any mesh and for any load of the experts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from emo_jax import sharding
+from emo_jax.errors import InputError
+from emo_jax.moe import dispatch, experts
+from emo_jax.moe import dispatch_all_to_all as a2a
+
+B, T, D, F, E, K, SHARED = 8, 8, 16, 8, 8, 3, 1
+ROUTED = E - SHARED
+
+
+def table_and_tokens(seed=0):
+    draw = np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(0.3 * draw.normal(size=shape), jnp.float32)
+    table = {"gate": array(E, D, F), "up": array(E, D, F), "down": array(E, F, D)}
+    return table, array(B, T, D), jnp.abs(array(B, T, K)) + 0.1
+
+
+def loads():
+    """Name -> (expert ids [B, T, K], valid [B, T])."""
+    draw = np.random.default_rng(1)
+    anything = np.argsort(draw.random((B, T, ROUTED)), axis=-1)[..., :K]
+    everything = np.ones((B, T), bool)
+    return {
+        "random, with padding": (anything, draw.random((B, T)) > 0.2),
+        "all tokens on the same experts": (np.broadcast_to(np.arange(K), (B, T, K)), everything),
+        "empty experts": (np.argsort(draw.random((B, T, K)), axis=-1) + 2, everything),
+        "a device without tokens": (anything, np.arange(B)[:, None] % 2 == np.zeros((1, T))),
+    }
+
+
+def run(strategy, kernel, shape, load, buffer_factor=0.0):
+    """(value, gradients of the table, the tokens and the weights, y, BufferLoad)"""
+    (table, x, weights), (ids, valid) = table_and_tokens(), loads()[load]
+
+    def loss(table, x, weights, ids, valid):
+        y, buffer_load = experts.moe_experts(table, x, ids, weights, valid, num_shared=SHARED, strategy=strategy,
+                                             kernel=kernel, buffer_factor=buffer_factor)
+        return jnp.sum(jnp.sin(y)), (y, buffer_load)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    args = (table, x, weights, jnp.asarray(ids, jnp.int32), jnp.asarray(valid))
+    if shape is None:
+        return step(*args)
+    mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * 5,
+                         devices=jax.devices()[: int(np.prod(shape))])
+    place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        table = {name: place(a, sharding.parameter_spec(("moe", name), a.shape, mesh)) for name, a in table.items()}
+        specs = (sharding.ACTIVATIONS,) * 3 + (sharding.TOKENS,)
+        return step(table, *(place(a, spec) for a, spec in zip(args[1:], specs)))
+
+
+@functools.cache
+def oracle(load):
+    return run("dense", "reference", None, load)
+
+
+def assert_equals_oracle(got, load):
+    (_, (y, _)), grads = got
+    (_, (want, _)), want_grads = oracle(load)
+    np.testing.assert_allclose(y, want, atol=2e-6)
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+CASES = [
+    ("local", "blocked", None), ("local", "fused_interpret", None),
+    ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "fused_interpret", (1, 4, 1, 1, 2)),
+    ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
+    ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 8, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("strategy, kernel, shape", CASES)
+def test_equals_the_dense_oracle(strategy, kernel, shape):
+    load = "random, with padding"
+    assert_equals_oracle(run(strategy, kernel, shape, load), load)
+
+
+@pytest.mark.parametrize("load", [name for name in loads() if "random" not in name])
+def test_skewed_loads(load):
+    assert_equals_oracle(run("ring", "blocked", (1, 1, 4, 1, 1), load), load)
+    assert_equals_oracle(run("local", "fused_interpret", None, load), load)
+
+
+@pytest.mark.parametrize("load, kernel", [("all tokens on the same experts", "reference"),
+                                          ("empty experts", "fused_interpret")])
+def test_all_to_all_falls_back_to_ring_when_the_buffer_is_too_small(load, kernel):
+    got = run("all_to_all_portable", kernel, (1, 1, 4, 1, 1), load, buffer_factor=1.0)
+    buffer_load = got[0][1][1]
+    assert buffer_load.fallback == 1 and buffer_load.required_capacity_factor > 1
+    assert_equals_oracle(got, load)
+
+
+def test_all_to_all_uses_a_bounded_buffer_when_the_load_fits():
+    load = "random, with padding"
+    got = run("all_to_all_portable", "fused_interpret", (1, 1, 4, 1, 1), load, buffer_factor=3.0)
+    buffer_load = got[0][1][1]
+    ids, valid = loads()[load]
+    busiest = np.bincount((ids[valid] // (E // 4)).ravel(), minlength=4).max()
+    np.testing.assert_allclose(buffer_load.required_capacity_factor, busiest / (B * T * K / 4))
+    assert buffer_load.fallback == 0
+    assert_equals_oracle(got, load)
+
+
+def test_an_expert_gradient_is_a_sum_over_all_devices_that_served_it():
+    """One token on each device, all on expert 0: its gradient is not that of any one device's token."""
+    load = "all tokens on the same experts"
+    for strategy, shape in [("local", (8, 1, 1, 1, 1)), ("local", (1, 8, 1, 1, 1)), ("all_to_all_portable", (2, 2, 2, 1, 1))]:
+        (_, _), (grads, _, _) = run(strategy, "blocked", shape, load)
+        np.testing.assert_allclose(np.asarray(grads["down"])[0], oracle(load)[1][0]["down"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_rows_and_slots_correspond_one_to_one(alignment):
+    ids, valid = (jnp.asarray(a).reshape(B * T, *a.shape[2:]) for a in loads()["random, with padding"])
+    first, count = 2, 4
+    plan = dispatch.plan_dispatch(ids, valid, (first, count), alignment)
+    here = (ids >= first) & (ids < first + count) & valid[:, None]
+    rows = np.asarray(plan.row_of_slot)[here]
+    assert len(set(rows)) == here.sum() and np.all(np.asarray(plan.row_of_slot)[~here] == len(plan.slot_of_row))
+    np.testing.assert_array_equal(np.asarray(plan.slot_of_row)[rows], np.flatnonzero(here))
+    ends = np.cumsum(plan.group_sizes)
+    np.testing.assert_array_equal(np.searchsorted(ends, rows, side="right"), np.asarray(ids)[here] - first)
+    assert np.all(np.asarray(plan.group_sizes) % alignment == 0)
+
+
+def test_the_way_back_undoes_the_exchange():
+    peers, local = 4, 2
+    mesh = jax.make_mesh((peers,), ("expert",), devices=jax.devices()[:peers])
+    counts = np.random.default_rng(2).integers(0, 4, (peers, peers * local))
+    counts[1] = 0
+    slots, room = int(counts.sum(1).max()) + 1, int(counts.sum()) + 8
+
+    def there_and_back(counts):
+        me = jax.lax.axis_index("expert")
+        plan = a2a.plan_exchange(jax.lax.all_gather(counts[0], "expert"), me, 4)
+        sent = 100 * me + jnp.arange(1, slots + 1)
+        sent = jnp.where(jnp.arange(slots) < jnp.sum(counts), sent, 0)[:, None]
+        rows = a2a.send(sent, plan, room, portable=True)
+        return a2a.send_back(rows, plan, slots, portable=True) - sent, jnp.sum(rows != 0)[None], plan.group_sizes
+
+    P = jax.sharding.PartitionSpec
+    difference, arrived, sizes = jax.jit(jax.shard_map(there_and_back, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))(
+        jnp.asarray(counts, jnp.int32))
+    assert not np.any(difference)
+    np.testing.assert_array_equal(arrived, counts.reshape(peers, peers, local).sum((0, 2)))
+    np.testing.assert_array_equal(sizes, -(-counts.sum(0) // 4) * 4)
+
+
+def test_the_choice_of_strategy():
+    choose = experts.choose_strategy
+    assert [choose("auto", n, 7, "tpu") for n in (1, 4, 7, 8, 64)] == ["local", "ring", "ring", "all_to_all", "all_to_all"]
+    assert choose("all_to_all", 2, 7, "cpu") == "all_to_all_portable"
+    for strategy, axis in (("local", 2), ("all_to_all", 1)):
+        with pytest.raises(InputError, match="mesh.expert"):
+            choose(strategy, axis, 7, "cpu")
