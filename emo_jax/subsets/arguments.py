@@ -110,7 +110,8 @@ def _calibration(parser, required: bool = False) -> None:
     source.add_argument("--calibration", metavar="PATH", help="documents to choose by")
     source.add_argument("--example", action="append", metavar="TEXT", help="a text to choose by; may be repeated")
     parser.add_argument("--label", default="", help="only documents of this label choose")
-    parser.add_argument("--documents", type=int, default=0, metavar="N", help="at most so many choose (default: 1000)")
+    parser.add_argument("--documents", type=int, default=0, metavar="N", help="at most so many choose (default: 1000; of each "
+                        "label 16 where every label has its own subset)")
 
 
 def _layerwise(parser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.choose import choose
 from emo_jax.subsets.opened import Opened
 from emo_jax.subsets.subset import Subset
+from emo_jax.subsets.subset import full as everything
 from emo_jax.train.evaluate import Evaluation
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-Progress = Callable[[str], None]
+DOCUMENTS_OF_LABEL = 16  # that choose, in `check_own_labels`
 
 
 def documents_to_score(opened: Opened, own_text: bool) -> tuple[Source, np.ndarray]:
@@ -45,7 +46,7 @@ def check_subsets(opened: Opened, subsets: dict[str, Subset], own_text: bool = T
     if not len(kept):
         raise InputError(f"every document of {source.name} was used to choose the subset; give other text with --data")
     evaluation = evaluation_of(opened, source, kept)
-    full = evaluation.losses(opened.params)
+    full = full_losses(opened, evaluation)
     rows = [compare(evaluation, full, evaluation.losses(opened.params, s.mask())) | describe(name, s)
             for name, s in subsets.items()]
     return {"data": source.name, "documents_left_out": int(len(numbers[:MAX_DOCUMENTS]) - len(kept)) if used else 0,
@@ -55,13 +56,13 @@ def check_subsets(opened: Opened, subsets: dict[str, Subset], own_text: bool = T
 def check_own_labels(opened: Opened, keeps: Sequence[int], method: str, own_text: bool = True, documents: int = 0,
                      **options: Any) -> dict[str, Any]:
     """A subset for every label and number of kept experts, each scored on the text of its own label only: half of the
-    label's documents choose, the other half is scored."""
+    label's documents (at most `documents` of it) choose, the other half is scored."""
     source, numbers = documents_to_score(opened, own_text)
     seed = opened.config.seed
     chosen_by, scored = calibration_lib.halves(calibration_lib.by_label(source, numbers[:MAX_DOCUMENTS]), seed)
     if not scored:
         raise InputError(f"{source.name}: no label has two documents, one to choose experts by and one to score")
-    limit = documents or calibration_lib.MAX_DOCUMENTS
+    limit = documents or DOCUMENTS_OF_LABEL
     groups = {label: calibration_lib.sample(np.array(ids), limit, seed) for label, ids in chosen_by.items()}
     calibration = calibration_lib.from_source(opened.config, source, opened.tokenizer, groups)
     evaluation = evaluation_of(opened, source, np.array(sorted(sum(scored.values(), []))))
@@ -72,7 +73,7 @@ def curve(opened: Opened, calibration: Calibration, evaluation: Evaluation, keep
           **options: Any) -> dict[str, Any]:
     """{"full", "subsets"}: rows of a label use the subset of the label's group. One sweep a number of kept experts."""
     chosen = choose(opened, calibration, method, [Budget(keep=k) for k in keeps], **options)
-    full = evaluation.losses(opened.params)
+    full = full_losses(opened, evaluation)
     rows = []
     for keep, subsets in zip(keeps, chosen):
         losses = evaluation.losses(opened.params, masks_of_labels(evaluation, calibration.names, subsets))
@@ -92,6 +93,11 @@ def evaluation_of(opened: Opened, source: Source, documents: np.ndarray, config:
     config = config or opened.config
     rows = evaluation_rows(config, source, opened.tokenizer, documents)
     return Evaluation(config, opened.mesh, rows, opened.tokenizer)
+
+
+def full_losses(opened: Opened, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Of the whole model, by the program that also serves subsets."""
+    return evaluation.losses(opened.params, everything(opened.config).mask())
 
 
 def describe(name: str, subset: Subset) -> dict[str, Any]:

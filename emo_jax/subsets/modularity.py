@@ -15,6 +15,7 @@ from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.check import masks_of_labels
 from emo_jax.subsets.choose import choose
 from emo_jax.subsets.opened import Opened
+from emo_jax.subsets.subset import full as everything
 from emo_jax.subsets.subset import require_experts
 from emo_jax.train.evaluate import Evaluation
 
@@ -58,13 +59,11 @@ class Modularity:
         information = mutual_information(probabilities, self._tokens)
         at = {f"{share:.1%}".replace(".0", ""): self._loss(params, masks_of_labels(evaluation, names, subsets))
               for share, subsets in zip(self._keeps, chosen)}
-        return {"loss": self._loss(params, None), "loss_at": at, "mutual_information": float(information.mean()),
+        return {"loss": self._loss(params, everything(self._config).mask()), "loss_at": at, "mutual_information": float(information.mean()),
                 "mutual_information_layers": information.tolist()}
 
-    def _loss(self, params: Params, allowed) -> float:
-        m = self._config.model
-        everything = np.ones((m.num_layers, m.num_routed_experts), bool)
-        loss, tokens = self._evaluation.losses(params, everything if allowed is None else allowed)
+    def _loss(self, params: Params, allowed: np.ndarray) -> float:
+        loss, tokens = self._evaluation.losses(params, allowed)
         return float(loss.sum() / max(tokens.sum(), 1))
 
 

@@ -38,10 +38,10 @@ def curve_table(models: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{name[:20]:20} {_keep(row):>8} {row['share']:7.1%} {_losses(row)}")
     labels = sorted({label for result in models.values() for label in result["full"]["labels"]})
     lines += ["", f"{'nats/token by label':29} " + " ".join(
-        f"{_short(name)}@{row['share']:.0%}".rjust(12) for name, r in models.items() for row in _with_full(r))]
+        f"{_short(name)} {100 * row['share']:g}%".rjust(14) for name, r in models.items() for row in _with_full(r))]
     for label in labels:
         cells = [row["labels"].get(label) for r in models.values() for row in _with_full(r)]
-        lines.append(f"{label[:29]:29} " + " ".join(f"{c['loss']:12.4f}" if c else " " * 12 for c in cells))
+        lines.append(f"{label[:29]:29} " + " ".join(f"{c['loss']:14.4f}" if c else " " * 14 for c in cells))
     return "\n".join(lines)
 
 
