@@ -83,6 +83,8 @@ def require_same(given: ModelConfig, found: ModelConfig, name: str, where: Path)
     """`InputError` if the model of the config `name` is not the one in the checkpoint; what matters in training only
     may differ."""
     found = dataclasses.replace(found, init_std=given.init_std, attention_scope=given.attention_scope)
+    if not found.num_experts and not given.num_experts:
+        found = dataclasses.replace(found, num_shared_experts=given.num_shared_experts, top_k=given.top_k)
     ours, theirs = (flatten(dataclasses.asdict(m)) for m in (given, found))
     different = [f"model.{k}={ours[k]!r} ({where} has {theirs[k]!r})" for k in ours if ours[k] != theirs[k]]
     if different:

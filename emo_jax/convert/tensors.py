@@ -118,6 +118,7 @@ def write_folder(folder: Path, planned: list[Planned], data: Iterable[np.ndarray
     arrays = iter(data)
     for name, shard in zip(names, shards):
         _write_file(folder / name, shard, arrays, dtype)
+    assert next(arrays, None) is None, "more arrays than planned"  # and what the iterator checks at its end is checked
     if len(shards) > 1:
         total = sum(math.prod(t.shape) for t in planned)
         index = {"metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
