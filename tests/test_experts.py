@@ -136,7 +136,7 @@ def test_rows_and_slots_correspond_one_to_one(alignment):
 
 def test_the_way_back_undoes_the_exchange():
     peers, local = 4, 2
-    mesh = jax.make_mesh((peers,), ("expert",), devices=jax.devices()[:peers])
+    mesh = jax.make_mesh((peers,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:peers])
     counts = np.random.default_rng(2).integers(0, 4, (peers, peers * local))
     counts[1] = 0
     slots, room = int(counts.sum(1).max()) + 1, int(counts.sum()) + 8

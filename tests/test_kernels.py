@@ -1,0 +1,149 @@
+"""Every kernel equals its plain reference, values and gradients; Pallas kernels run interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emo_jax import sharding
+from emo_jax.errors import InputError
+from emo_jax.kernels import attention, cross_entropy, expert_mlp_tpu
+from emo_jax.kernels import grouped_matmul as gmm
+
+S, D, F, E = 192, 32, 16, 5
+GROUPS = {  # multiples of 64, the alignment of the blocked kernel
+    "several": [64, 0, 64, 0, 64], "one": [0, 192, 0, 0, 0], "the last": [0, 0, 0, 0, 128], "none": [0, 0, 0, 0, 0],
+}
+UNALIGNED = {"unaligned": [10, 0, 83, 4, 95], "single rows": [1, 1, 1, 1, 1], "one and padding": [0, 0, 77, 0, 0]}
+
+
+def arrays(seed=0):
+    draw = np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(0.3 * draw.normal(size=shape), jnp.float32)
+    return array(S, D), array(E, D, 2 * F), array(E, F, D), array(S)
+
+
+def mlp_reference(rows, gate_up, down, weights, group_sizes):
+    hidden = gmm.swiglu(gmm.reference(rows, gate_up, group_sizes))
+    return gmm.reference(hidden * weights[:, None], down, group_sizes)
+
+
+def value_and_grads(mlp, group_sizes, *args):
+    """Of a loss over the rows that belong to a group: what the others hold does not matter."""
+    used = jnp.arange(S)[:, None] < sum(group_sizes)
+    loss = lambda *args: jnp.sum(jnp.where(used, jnp.sin(mlp(*args, jnp.asarray(group_sizes, jnp.int32))), 0))
+    value, (d_rows, d_gate_up, d_down, d_weights) = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*args)
+    return value, jnp.where(used, d_rows, 0), d_gate_up, d_down, jnp.where(used[:, 0], d_weights, 0)
+
+
+@pytest.mark.parametrize("kernel, groups", [(k, g) for k in ("blocked", "megablox_interpret", "fused_interpret")
+                                            for g in (*GROUPS, *UNALIGNED) if k != "blocked" or g in GROUPS])
+def test_experts_of_grouped_rows(kernel, groups):
+    sizes = (GROUPS | UNALIGNED)[groups]
+    got = value_and_grads(lambda *args: gmm.expert_mlp(*args, kernel), sizes, *arrays())
+    want = value_and_grads(mlp_reference, sizes, *arrays())
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-6)
+
+
+def test_rows_of_nobody_may_hold_anything():
+    """Rows past the last group neither reach the gradients of the weights nor make them NaN."""
+    sizes, (rows, *others) = UNALIGNED["one and padding"], arrays()
+    want = value_and_grads(mlp_reference, sizes, rows, *others)
+    rows = jnp.where(jnp.arange(S)[:, None] < sum(sizes), rows, jnp.nan)
+    got = value_and_grads(lambda *args: gmm.expert_mlp(*args, "fused_interpret"), sizes, rows, *others)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-6)
+
+
+@pytest.mark.parametrize("groups", [*GROUPS, *UNALIGNED])
+@pytest.mark.parametrize("empty_groups", [False, True])
+def test_visits_cover_every_row_of_a_group_once(groups, empty_groups, monkeypatch):
+    monkeypatch.setattr(expert_mlp_tpu, "TILE", 64)
+    sizes = np.asarray((GROUPS | UNALIGNED)[groups])
+    visits = jax.tree.map(np.asarray, expert_mlp_tpu.plan_visits(jnp.asarray(sizes), S, empty_groups))
+    number = int(visits.number[0])
+    seen = np.zeros(S, int)
+    for expert, tile in zip(visits.expert[:number], visits.tile[:number]):
+        low, high = max(visits.start[expert], 64 * tile), min(visits.end[expert], 64 * tile + 64)
+        assert high > low or (empty_groups and sizes[expert] == 0)
+        seen[low:high] += 1
+    np.testing.assert_array_equal(seen, np.arange(S) < sizes.sum())
+    assert number <= len(visits.expert) and np.all(np.diff(visits.expert[:number]) >= 0)
+    assert not empty_groups or set(visits.expert[:number]) == set(range(E))
+
+
+def attention_inputs(heads=2, kv_heads=2, length=256, width=128):
+    draw = np.random.default_rng(0)
+    array = lambda h: jnp.asarray(draw.normal(size=(2, length, h, width)), jnp.float32)
+    segments = jnp.asarray(np.sort(draw.integers(1, 5, (2, length)), axis=1), jnp.int32).at[1, -20:].set(0)
+    return array(heads), array(kv_heads), array(kv_heads), segments
+
+
+@pytest.mark.parametrize("kernel, kv_heads", [("splash_interpret", 2), ("splash_interpret", 1), ("blocked", 1)])
+def test_attention(kernel, kv_heads):
+    q, k, v, segments = attention_inputs(kv_heads=kv_heads)
+    seen = (segments > 0)[..., None, None]
+
+    def loss(q, k, v, kernel):
+        return jnp.sum(jnp.where(seen, jnp.sin(attention.attention(q, k, v, segments, segments, kernel)), 0))
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
+    got, want = step(q, k, v, kernel), step(q, k, v, "reference")
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-4)
+
+
+def test_one_document_does_not_reach_another():
+    q, k, v, segments = attention_inputs()
+    first = segments[0] == segments[0, 0]
+    other = v.at[0].set(jnp.where(first[:, None, None], 100.0, v[0]))
+    for kernel in ("splash_interpret", "blocked"):
+        run = lambda v: attention.attention(q, k, v, segments, segments, kernel)[0][~first]
+        np.testing.assert_array_equal(run(v), run(other))
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2, 1, 1), (1, 2, 1, 2, 2)])
+def test_cross_entropy(shape):
+    draw = np.random.default_rng(0)
+    x, head = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((8, 16, 32), (32, 64)))
+    targets, weights = jnp.asarray(draw.integers(0, 64, (8, 16)), jnp.int32), jnp.asarray(draw.random((8, 16)), jnp.float32)
+
+    def plain(x, head, targets, weights):
+        logits = x @ head
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return 0.3 * jnp.sum(weights * (nll + 0.1 * lse**2))
+
+    def training(x, head, targets, weights):
+        sums = cross_entropy.training_loss(x, head, targets, weights, 0.1, 16)
+        return 0.3 * sums.objective
+
+    def by_token(x, head, targets, weights):
+        nll, lse = cross_entropy.cross_entropy(x, head, targets, 16)
+        return 0.3 * jnp.sum(weights * (nll + 0.1 * lse**2))
+
+    want = jax.value_and_grad(plain, (0, 1))(x, head, targets, weights)
+    for loss in (training, by_token):
+        got = run_on_mesh(jax.jit(jax.value_and_grad(loss, (0, 1))), shape, x, head, targets, weights)
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, rtol=2e-6, atol=1e-5)
+
+
+def run_on_mesh(step, shape, *args):
+    if shape is None:
+        return step(*args)
+    mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 5,
+                         devices=jax.devices()[: int(np.prod(shape))])
+    specs = (sharding.ACTIVATIONS, sharding.parameter_spec(("head",)), sharding.TOKENS, sharding.TOKENS)
+    with jax.set_mesh(mesh):
+        return step(*(jax.device_put(a, jax.sharding.NamedSharding(mesh, s)) for a, s in zip(args, specs)))
+
+
+def test_choices():
+    assert gmm.choose("auto", "tpu") == "fused" and gmm.choose("auto", "cpu") == "blocked"
+    assert gmm.choose("fused", "cpu") == "fused_interpret"
+    assert attention.choose("auto", "tpu") == "splash" and attention.choose("splash", "cpu") == "splash_interpret"
+    for choose in (gmm.choose, attention.choose):
+        with pytest.raises(InputError, match="must be auto or one of"):
+            choose("best", "cpu")
