@@ -137,7 +137,9 @@ def add_generate(commands) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="default: 256, or what a row has left")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the most probable tokens up to P")
-    parser.add_argument("--subset", default="", metavar="FILE", help="of emo-jax select: use its experts only")
+    parser.add_argument("--subset", default="", metavar="FILE", help="of emo-jax select: use its experts only; auto: the "
+                        "--keep experts that the prompts themselves (all together) route to most")
+    parser.add_argument("--keep", type=int, default=0, metavar="K", help="experts of every layer, with --subset auto")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
@@ -270,7 +272,7 @@ def generate(args) -> Result:
     overrides = [o for o in args.overrides if not o.startswith("--seed=")]
     result = commands.generate(args.checkpoint, args.prompt, args.max_new_tokens,
                                Sampling(args.temperature, args.top_p, args.seed or 0), subset=args.subset,
-                               step=args.step, overrides=overrides, batch_size=args.batch_size,
+                               keep=args.keep, step=args.step, overrides=overrides, batch_size=args.batch_size,
                                write=None if args.json else write)
     if len(args.prompt) == 1:
         return result, ""  # written already; this ends its line

@@ -167,8 +167,9 @@ def test_fine_tuning_trains_what_was_asked_for_and_merges_back(run, folder, tmp_
     file = tmp_path / "color.json"
     assert run_command("select", run, "--calibration", folder / "documents.jsonl", "--label", "color", "--keep", 4,
                        "--method", "router", "--out", file)[0] == 0
-    status, result = run_command("subset", "finetune", run, "--subset", file, "--out", tmp_path / "tuned", "--train-what",
-                                 "experts", "--train.steps=3", "--optimizer.learning_rate=0.01", "--train.batch_size=8",
+    status, result = run_command("subset", "finetune", run, "--subset", file, "--out", tmp_path / "tuned",
+                                 "--train-what", "experts", "--train.steps=3", "--optimizer.learning_rate=0.01",
+                                 "--train.batch_size=8",
                                  "--data", folder / "documents.jsonl")
     assert status == 0 and result["step"] == 3
     before, after = (open_model(str(p)).params for p in (tmp_path / "tuned" / "start", tmp_path / "tuned"))
@@ -187,19 +188,20 @@ def test_commands_and_their_mistakes(run, folder, tmp_path):
     assert subset_lib.load(file).calibration["documents"] == 1
     status, result = run_command("eval", run, "--data", documents, "--subset", file)
     assert status == 0 and result["subsets"][0]["keep"] == 3
-    status, result = run_command("eval", run, "--keep", "8,4,2", "--select", "router", "--against", run,
+    status, result = run_command("eval", run, "--keep", "8,3", "--select", "router", "--against", run,
                                  "--out", tmp_path / "figure")
     assert status == 0 and len(result["models"]) == 2 and (tmp_path / "figure" / "keep_curve.png").stat().st_size > 1000
     assert run_command("subset", "disable", run, "--subset", file)[1]["subsets"][0]["keep"] == 6
     status, result = run_command("subset", "suggest", run, "--calibration", documents, "--tolerance", 50, "--out", file)
     assert status == 0 and result["keep"] == [2, 2]
     assert run_command("subset", "extend", run, "--experts", 2, "--out", tmp_path / "more")[0] == 0
-    assert run_command("train", folder / "tiny.py", "--out", tmp_path / "extended", "--train.steps=1",
-                       f"--train.init_params_from={tmp_path / 'more'}", "--model.num_experts=10",
-                       "--router.forced_experts=2", "--router.pool_max=9")[0] == 0
+    status, result = run_command("generate", run, "--prompt", "red green", "--subset", "auto", "--keep", 3,
+                                 "--max-new-tokens", 4)
+    assert status == 0 and result["tokens"] <= 4
     for argv, message in [
+            (["generate", run, "--prompt", "red", "--subset", "auto"], "go together"),
             (["select", run, "--calibration", "/no/such", "--keep", 3, "--out", file], "no such file"),
-            (["select", run, "--calibration", documents, "--label", "none", "--keep", 3, "--out", file], "color, count"),
+            (["select", run, "--calibration", documents, "--label", "no", "--keep", 3, "--out", file], "color, count"),
             (["select", run, "--calibration", documents, "--keep", 99, "--out", file], "between 2 and 8"),
             (["eval", run, "--subset", documents], "not JSON"),
             (["eval", run, "--keep", "8"], "give sizes below the 8"),

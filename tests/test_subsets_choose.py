@@ -113,7 +113,8 @@ def test_layerwise_runs_every_layer_once_and_recomputing_agrees(tiny, monkeypatc
 
     def counted(run, eos_id):
         first, advance = steps(run, eos_id)
-        return (lambda *a: (passes.append(0), first(*a))[1]), (lambda p, i, *a: (passes.append(i + 1), advance(p, i, *a))[1])
+        return (lambda *a: (passes.append(0), first(*a))[1],
+                lambda p, i, *a: (passes.append(i + 1), advance(p, i, *a))[1])
 
     monkeypatch.setattr(layerwise, "_layer_steps", counted)
     routed = np.full((1, 3), 7)

@@ -13,6 +13,7 @@ from emo_jax import compat, sharding
 from emo_jax.config import MeshConfig
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
+from emo_jax.moe import routing
 from emo_jax.subsets import check, extract, load, merge, rewrite
 from emo_jax.subsets.extend import extend
 from emo_jax.subsets.opened import Opened, open_model
@@ -167,7 +168,8 @@ def test_extending_keeps_the_old_experts_and_copies_share_their_work(whole, open
     old, new = leaves(opened.params), leaves(larger.params)
     for name in ("gate", "up", "down"):
         table = new[f"layers.moe.{name}"]
-        np.testing.assert_array_equal(np.delete(table, range(EXPERTS - 1, EXPERTS + 3), axis=1), old[f"layers.moe.{name}"])
+        kept = np.delete(table, range(EXPERTS - 1, EXPERTS + 3), axis=1)
+        np.testing.assert_array_equal(kept, old[f"layers.moe.{name}"])
     without = np.ones((2, EXPERTS + 3), bool)
     without[:, EXPERTS - 1:] = False
     np.testing.assert_allclose(losses(larger, without), losses(opened), rtol=1e-6)
@@ -178,6 +180,17 @@ def test_extending_keeps_the_old_experts_and_copies_share_their_work(whole, open
     assert 0.5 < added.std() / fresh.config.model.init_std < 1.5
     with pytest.raises(InputError, match="--experts 0"):
         extend(whole, 0, tmp_path / "no")
+
+
+def test_forced_experts_are_in_every_pool_on_top_of_its_size():
+    probs = np.random.default_rng(0).dirichlet(np.ones(10), (2, 6)).astype(np.float32)
+    segments, sizes = np.array([[1, 1, 1, 2, 2, 2]] * 2), np.array([[3, 8], [5, 10]])
+    pool = np.asarray(routing.document_pool(probs, segments, sizes, forced_experts=2))
+    assert pool[..., 8:].all()
+    assert (pool[..., :8].sum(-1) == np.minimum(np.repeat(sizes, 3, axis=1), 8)).all()
+    # The others are chosen as if the forced ones were not there.
+    alone = np.asarray(routing.document_pool(probs[..., :8], segments, np.minimum(sizes, 8)))
+    assert (pool[..., :8] == alone).all()
 
 
 def test_a_damaged_chunk_is_reported_not_loaded(whole, tmp_path):

@@ -12,17 +12,23 @@ from emo_jax.errors import InputError
 from emo_jax.generation.engine import Generator
 from emo_jax.generation.opened import open_for_inference
 from emo_jax.generation.sampling import Sampling
+from emo_jax.subsets.choose import choose_for_prompt
+from emo_jax.subsets.opened import Opened as OpenedModel
 
 Write = Callable[[str], None]
+AUTO = "auto"
 
 
 def generate(path: str, prompts: list[str], max_new_tokens: int, sampling: Sampling, *, subset: str = "",
-             step: int | None = None, overrides: list[str] = (), batch_size: int = 16,
+             keep: int = 0, step: int | None = None, overrides: list[str] = (), batch_size: int = 16,
              write: Write | None = None) -> dict[str, Any]:
     """Continues the prompts; an empty one begins a document. With one prompt and `write`, its text goes there piece by
-    piece as it is made. `max_new_tokens` 0: 256, or what is left of a row."""
+    piece as it is made. `max_new_tokens` 0: 256, or what is left of a row. `subset`: a file, or AUTO for the `keep` experts of
+    every layer that the prompts route to most."""
     sampling.check()
-    opened = open_for_inference(path, subset, step, overrides)
+    if (subset == AUTO) != (keep > 0):
+        raise InputError(f"--subset {AUTO} and --keep K go together")
+    opened = open_for_inference(path, "" if subset == AUTO else subset, step, overrides)
     tokenizer, length = opened.tokenizer, opened.config.data.sequence_length
     ids = [tokenizer.encode(p).tolist() or [tokenizer.eos_id] for p in prompts]
     longest = max(map(len, ids))
@@ -30,7 +36,11 @@ def generate(path: str, prompts: list[str], max_new_tokens: int, sampling: Sampl
         raise InputError(f"a prompt of {longest} tokens leaves nothing of the {length} tokens of a row "
                          f"(data.sequence_length)")
     count = max_new_tokens or min(256, length - longest)
-    generator = Generator(opened.config, opened.mesh, opened.params, opened.eos_ids, opened.allowed, batch_size)
+    allowed = opened.allowed
+    if subset == AUTO:
+        model = OpenedModel(opened.config, opened.mesh, opened.params, tokenizer, opened.checkpoint)
+        allowed = choose_for_prompt(model, ids, keep).mask()
+    generator = Generator(opened.config, opened.mesh, opened.params, opened.eos_ids, allowed, batch_size)
     made: list[list[int]] = [[] for _ in ids]
     printer = TextStream(tokenizer, ids[0]) if write and len(ids) == 1 else None
     if printer:

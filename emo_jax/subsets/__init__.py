@@ -1,1 +1,1 @@
-"""Using few experts: choose them for a task, check what is lost, extract or load them alone, compose, train, put back."""
+"""Using few experts: choose them for a task, check what is lost, extract or load them, compose, train, put back."""

@@ -64,9 +64,9 @@ def add_subset(commands, command: Callable) -> None:
 
     compose = add("compose", "one subset from several", checkpoint=False)
     compose.add_argument("files", nargs="+", metavar="FILE")
-    compose.add_argument("--how", choices=("union", "weighted", "need"), default="union", help="union; the best by weighted "
-                         "mean score; or what the worst-covered subset wants most, one after the other")
-    compose.add_argument("--keep", type=int, metavar="K", help="the budget of weighted and need, shared experts included")
+    compose.add_argument("--how", choices=("union", "weighted", "need"), default="union", help="union; the best by "
+                         "weighted mean score; or what the worst-covered subset wants most, one after the other")
+    compose.add_argument("--keep", type=int, metavar="K", help="budget of weighted and need, shared experts included")
     compose.add_argument("--weights", type=float, nargs="+", metavar="W", help="of weighted, one for each file")
     compose.add_argument("--out", required=True, metavar="FILE")
 
@@ -87,10 +87,10 @@ def add_subset(commands, command: Callable) -> None:
     _layerwise(suggest)
     suggest.add_argument("--out", required=True, metavar="FILE")
 
-    finetune = add("finetune", "train a subset on documents, with the losses of pretraining; goes on from --out", config=True)
+    finetune = add("finetune", "train a subset, with the losses of pretraining; resumes from --out", config=True)
     finetune.add_argument("--subset", required=True, metavar="FILE")
     finetune.add_argument("--data", metavar="PATH", help="documents (default: those of the run)")
-    finetune.add_argument("--train-what", choices=("all", "experts", "no_router"), help="the same as --optimizer.trainable")
+    finetune.add_argument("--train-what", choices=("all", "experts", "no_router"), help="--optimizer.trainable")
     finetune.add_argument("--out", required=True, metavar="DIR")
 
     extend = add("extend", "append new routed experts to every layer of a trained model")
@@ -110,13 +110,13 @@ def _calibration(parser, required: bool = False) -> None:
     source.add_argument("--calibration", metavar="PATH", help="documents to choose by")
     source.add_argument("--example", action="append", metavar="TEXT", help="a text to choose by; may be repeated")
     parser.add_argument("--label", default="", help="only documents of this label choose")
-    parser.add_argument("--documents", type=int, default=0, metavar="N", help="at most so many choose (default: 1000; of each "
-                        "label 16 where every label has its own subset)")
+    parser.add_argument("--documents", type=int, default=0, metavar="N", help="at most so many choose (default: 1000; "
+                        "16 of each label where every label has its own subset)")
 
 
 def _layerwise(parser) -> None:
-    parser.add_argument("--layer-group", type=int, default=0, metavar="G", help="layerwise: recompute activations for every "
-                        "G layers instead of keeping those of all the text (default: keep)")
+    parser.add_argument("--layer-group", type=int, default=0, metavar="G", help="layerwise: recompute activations for "
+                        "every G layers instead of keeping those of all the text (default: keep)")
     parser.add_argument("--activations-on-host", action="store_true", help="layerwise: keep them in host memory")
 
 

@@ -30,12 +30,13 @@ class Budget:
         if sum(x is not None for x in (self.keep, self.per_layer, self.total)) != 1:
             raise InputError("give one of --keep, --keep-per-layer and --keep-total")
         if self.per_layer is not None and len(self.per_layer) != m.num_layers:
-            raise InputError(f"--keep-per-layer has {len(self.per_layer)} numbers; {config.name} has {m.num_layers} layers")
+            raise InputError(f"--keep-per-layer has {len(self.per_layer)} numbers; {config.name} has {m.num_layers} "
+                             f"layers")
         if self.total is not None:
             least = m.num_layers * min(m.top_k, m.num_experts)
             if not least <= self.total <= m.num_layers * m.num_experts:
-                raise InputError(f"--keep-total {self.total} must be between {least} (the {m.top_k} experts of a token in "
-                                 f"each of {m.num_layers} layers) and {m.num_layers * m.num_experts}")
+                raise InputError(f"--keep-total {self.total} must be between {least} (the {m.top_k} experts of a token "
+                                 f"in each of {m.num_layers} layers) and {m.num_layers * m.num_experts}")
         else:
             name = "--keep" if self.keep is not None else "--keep-per-layer"
             require_enough(self._fixed(config), config, name)

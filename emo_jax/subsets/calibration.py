@@ -81,7 +81,8 @@ def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: di
     return Calibration(fields, np.array(owners), tuple(groups), tuple(about))
 
 
-def open_calibration(config: Config, tokenizer: Tokenizer, path: str, label: str = "", documents: int = 0) -> Calibration:
+def open_calibration(config: Config, tokenizer: Tokenizer, path: str, label: str = "",
+                     documents: int = 0) -> Calibration:
     """One group of the documents of a file or folder, or of those with a label: the first `documents` of a fixed random
     order (0: at most MAX_DOCUMENTS). Raises `InputError`."""
     source = open_source(calibration_data(config, path))

@@ -107,8 +107,8 @@ def describe(name: str, subset: Subset) -> dict[str, Any]:
 
 
 def compare(evaluation: Evaluation, full: tuple, losses: tuple) -> dict[str, Any]:
-    """The summary of `losses`, with "difference" from the full model (nats/token) and its bootstrap "interval" (95 %, over
-    rows; None for a single row) in all and by label."""
+    """The summary of `losses`, with "difference" from the full model (nats/token) and its bootstrap "interval" (95 %,
+    over rows; None for a single row) in all and by label."""
     result = evaluation.summary(*losses)
     extra = lambda where: difference(full[0][where], losses[0][where], losses[1][where])  # noqa: E731
     result |= extra(slice(None))

@@ -47,7 +47,8 @@ def choose_for_prompt(opened: Opened, prompts: Sequence[np.ndarray], keep: int) 
     return choose_one(opened, from_tokens(prompts, length), "router", Budget(keep=keep))
 
 
-def _layerwise(opened: Opened, calibration: Calibration, budget: Budget, layer_group: int, on_host: bool) -> list[Subset]:
+def _layerwise(opened: Opened, calibration: Calibration, budget: Budget, layer_group: int,
+               on_host: bool) -> list[Subset]:
     groups = len(calibration.names)
     scores = one_sweep(opened, calibration, "router") if budget.needs_scores else [None] * groups
     routed = np.stack([budget.routed(opened.config, s) for s in scores])

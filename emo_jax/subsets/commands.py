@@ -1,4 +1,4 @@
-"""What `emo-jax select`, `emo-jax subset ...` and `emo-jax eval` with subsets do: (result, text) of parsed arguments."""
+"""What `emo-jax select`, `emo-jax subset ...` and `emo-jax eval` with subsets do: arguments -> (result, text)."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def merge(args) -> Result:
 def suggest(args) -> Result:
     sharding.start_distributed()
     if not args.calibration:
-        raise InputError("subset suggest needs --calibration with two documents or more: one part chooses, the other is "
-                         "scored")
+        raise InputError("subset suggest needs --calibration with two documents or more: one part chooses, the other "
+                         "is scored")
     opened = open_model(args.checkpoint, args.overrides, data_path=args.calibration)
     source, numbers = documents_to_score(opened, own_text=False)
     groups = calibration_lib.by_label(source, numbers)
@@ -150,7 +150,8 @@ def finetune(args) -> Result:
     sharding.start_distributed()
     found = open_checkpoint(args.checkpoint)
     overrides = [f"optimizer.trainable={args.train_what}"] if args.train_what else []
-    result = run(found, subset_lib.load(args.subset, found.config), args.out, args.data or "", overrides + args.overrides)
+    chosen = subset_lib.load(args.subset, found.config)
+    result = run(found, chosen, args.out, args.data or "", overrides + args.overrides)
     return result, f"trained to step {result['step']} of {result['steps']}: {result['checkpoint']}"
 
 
@@ -159,7 +160,8 @@ def extend(args) -> Result:
 
     path = run(open_checkpoint(args.checkpoint), args.experts, args.out, init=args.init, forced=not args.not_forced)
     return {"checkpoint": str(path), "experts": args.experts, "init": args.init}, (
-        f"{path}: {args.experts} new experts in every layer ({args.init}). Train them with --train.init_params_from={path}")
+        f"{path}: {args.experts} new experts in every layer ({args.init}); train them with the config beside it and "
+        f"--train.init_params_from={path}")
 
 
 def disable(args) -> Result:
@@ -182,7 +184,8 @@ def _calibration(opened: Opened, args) -> Calibration:
                 raise InputError("--example is empty; give a text")
         source = Examples(args.example)
         return calibration_lib.from_source(opened.config, source, opened.tokenizer, {"": range(len(args.example))})
-    return calibration_lib.open_calibration(opened.config, opened.tokenizer, args.calibration, args.label, args.documents)
+    return calibration_lib.open_calibration(opened.config, opened.tokenizer, args.calibration, args.label,
+                                            args.documents)
 
 
 class Examples(Source):
@@ -204,8 +207,8 @@ def _keeps(opened: Opened, args) -> dict[str, Any]:
     """Subsets of every size of --keep (the size of the whole model is the full model itself)."""
     keeps = [k for k in args.keep if k != opened.config.model.num_experts]
     if not keeps:
-        raise InputError(f"--keep {','.join(map(str, args.keep))}: give sizes below the {opened.config.model.num_experts} "
-                         f"experts of the model")
+        raise InputError(f"--keep {','.join(map(str, args.keep))}: give sizes below the "
+                         f"{opened.config.model.num_experts} experts of the model")
     if not (args.calibration or args.example):
         return check_own_labels(opened, keeps, args.select, not args.data, args.documents, **_options(args))
     found = choose(opened, _calibration(opened, args), args.select, [Budget(keep=k) for k in keeps], **_options(args))

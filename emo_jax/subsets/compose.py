@@ -1,4 +1,4 @@
-"""Subsets from subsets: union, weighted merge under a budget, overlap, an order of the experts, the smallest that will do."""
+"""Subsets from subsets: union, weighted merge under a budget, overlap, an order of the experts, the smallest to do."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def weighted(subsets: Sequence[Subset], routed: int, weights: Sequence[float] | 
     require_same_model(subsets)
     weights = np.ones(len(subsets)) if weights is None else np.asarray(weights, float)
     if len(weights) != len(subsets) or (weights < 0).any() or weights.sum() == 0:
-        raise InputError(f"--weights {weights.tolist()} must be {len(subsets)} numbers that are not negative, one for each "
-                         f"subset")
+        raise InputError(f"--weights {weights.tolist()} must be {len(subsets)} numbers that are not negative, one for "
+                         f"each subset")
     kept = np.any([s.mask() for s in subsets], axis=0)
     scores = np.einsum("s,slr->lr", weights / weights.sum(), [_normalised(s) for s in subsets])
     mask = np.stack([pick(row, routed) for row in scores + kept])  # normalised scores are at most 1
@@ -45,8 +45,8 @@ def weighted(subsets: Sequence[Subset], routed: int, weights: Sequence[float] | 
 
 
 def by_marginal_need(subsets: Sequence[Subset]) -> list[list[int]]:
-    """Every layer's routed experts, in the order in which they add most to the worst-covered subset: each next one is what
-    the subset with the least covered score wants most."""
+    """Every layer's routed experts, in the order in which they add most to the worst-covered subset: each next one is
+    what the subset with the least covered score wants most."""
     require_same_model(subsets)
     scores, orders = np.stack([_normalised(s) for s in subsets]), []
     for layer in range(scores.shape[1]):
@@ -69,8 +69,8 @@ def needed(subsets: Sequence[Subset], routed: int) -> Subset:
 
 
 def similarity(subsets: Sequence[Subset]) -> dict[str, Any]:
-    """Between every two subsets, averaged over layers: "overlap" (shared part of the union of kept experts) and, where both
-    have scores, "cosine" of the scores; [S, S] lists."""
+    """Between every two subsets, averaged over layers: "overlap" (shared part of the union of kept experts) and, where
+    all have scores, "cosine" of the scores; [S, S] lists."""
     require_same_model(subsets)
     masks = np.stack([s.mask() for s in subsets])
     both = np.einsum("alr,blr->abl", masks.astype(float), masks.astype(float))
@@ -86,8 +86,8 @@ def similarity(subsets: Sequence[Subset]) -> dict[str, Any]:
 
 def suggest(opened: Opened, calibration: Calibration, evaluation: Evaluation, tolerance: float,
             method: str = "router", **options: Any) -> tuple[Subset, list[dict[str, Any]]]:
-    """The smallest subset whose loss on `evaluation` stays within `tolerance` (nats/token) of the full model's, found by
-    bisection over the number of experts, and the (keep, loss, difference) of every number tried."""
+    """The smallest subset whose loss on `evaluation` stays within `tolerance` (nats/token) of the full model's, found
+    by bisection over the number of experts, and the (keep, loss, difference) of every number tried."""
     if tolerance < 0:
         raise InputError(f"--tolerance {tolerance} must not be negative")
     m = opened.config.model

@@ -1,7 +1,7 @@
 """Greedy choice: each layer's experts are ranked on what the kept experts of the layers before it produce.
 
-Published as L partial forward passes. Here the text passes each layer once: the activations of all rows wait between the
-layers (tokens x D x the bytes of the compute dtype, on the devices or in host memory). Where that is too much, the
+Published as L partial forward passes. Here the text passes each layer once: the activations of all rows wait between
+the layers (tokens x D x the bytes of the compute dtype, on the devices or in host memory). Where that is too much, the
 activations are recomputed for every group of layers instead, with the layers inside a group ranked together.
 """
 
@@ -78,7 +78,7 @@ def _row_masks(opened: Opened, masks: np.ndarray, groups: np.ndarray) -> jax.Arr
 
 @functools.cache
 def _layer_steps(run: model.Run, eos_id: int):
-    """(params, batch) -> h of layer 0 and its statistics; (params, layer, h, batch, mask) -> those of the next layer."""
+    """(params, batch) -> h and statistics of layer 0; (params, layer, h, batch, mask) -> those of the next layer."""
 
     def enter(params, layer, x, rows):
         layer_params, present = layer_at(params, layer), model.allowed_experts(run.config.model, None)

@@ -61,9 +61,9 @@ def require_part(whole: Checkpoint, part: Checkpoint, subset: Subset) -> None:
     for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff",
                  "num_shared_experts"):
         if getattr(w, name) != getattr(p, name):
-            raise InputError(f"{part.path} has model.{name}={getattr(p, name)}, {whole.path} {getattr(w, name)}: it is no "
-                             f"part of it")
+            raise InputError(f"{part.path} has model.{name}={getattr(p, name)}, {whole.path} {getattr(w, name)}: it is "
+                             f"no part of it")
     have = list(p.experts_per_layer or [p.num_experts] * p.num_layers)
     if have != subset.keep:
-        raise InputError(f"{part.path} has {have} experts in its layers, the subset keeps {subset.keep}; give the subset "
-                         f"that it was extracted by (subset.json beside it)")
+        raise InputError(f"{part.path} has {have} experts in its layers, the subset keeps {subset.keep}; give the "
+                         f"subset that it was extracted by (subset.json beside it)")

@@ -30,15 +30,17 @@ class Modularity:
 
     name = "subsets"
 
-    def __init__(self, config: Config, mesh: Mesh, documents, scored: dict[str, list[int]], chosen_by: dict[str, list[int]]):
+    def __init__(self, config: Config, mesh: Mesh, documents, scored: dict[str, list[int]],
+                 chosen_by: dict[str, list[int]]):
         self._config, self._mesh, self._tokenizer = config, mesh, documents.tokenizer
         groups = {k: calibration_lib.sample(np.array(v), DOCUMENTS, config.seed) for k, v in chosen_by.items()}
         self._calibration = calibration_lib.from_source(config, documents.source, documents.tokenizer, groups)
-        rows = evaluation_rows(config, documents.source, documents.tokenizer, np.array(sorted(sum(scored.values(), []))))
+        numbers = np.array(sorted(sum(scored.values(), [])))
+        rows = evaluation_rows(config, documents.source, documents.tokenizer, numbers)
         self._evaluation = Evaluation(config, mesh, rows, documents.tokenizer)
         self._tokens = np.array([about["tokens"] for about in self._calibration.about], float)
         m = config.model
-        self._keeps = {share: max(round(share * m.num_experts), m.num_shared_experts + m.routed_top_k) for share in SHARES}
+        self._keeps = {share: max(round(share * m.num_experts), m.top_k) for share in SHARES}
 
     @classmethod
     def make(cls, config: Config, mesh: Mesh, documents) -> Modularity | None:
@@ -59,8 +61,8 @@ class Modularity:
         information = mutual_information(probabilities, self._tokens)
         at = {f"{share:.1%}".replace(".0", ""): self._loss(params, masks_of_labels(evaluation, names, subsets))
               for share, subsets in zip(self._keeps, chosen)}
-        return {"loss": self._loss(params, everything(self._config).mask()), "loss_at": at, "mutual_information": float(information.mean()),
-                "mutual_information_layers": information.tolist()}
+        return {"loss": self._loss(params, everything(self._config).mask()), "loss_at": at,
+                "mutual_information": float(information.mean()), "mutual_information_layers": information.tolist()}
 
     def _loss(self, params: Params, allowed: np.ndarray) -> float:
         loss, tokens = self._evaluation.losses(params, allowed)

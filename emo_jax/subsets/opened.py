@@ -51,8 +51,8 @@ def open_model(path: str, overrides: list[str] = (), step: int | None = None, da
 
 
 def fit_config(saved: Config, overrides: list[str], where: str, data_path: str = "") -> Config:
-    """The checkpoint's config for another use: `overrides` may change everything but the model, and the seed, which says
-    which documents were held out."""
+    """The checkpoint's config for another use: `overrides` may change everything but the model, and the seed, which
+    says which documents were held out."""
     require_experts(saved)
     config = dataclasses.replace(saved, mesh=MeshConfig())
     if data_path:

@@ -10,6 +10,7 @@ from emo_jax.subsets.check import check_own_labels
 from emo_jax.subsets.opened import open_model
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
+_HEAD = f"{'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"
 
 
 def keep_curve(checkpoints: dict[str, str], out: str = "", data: str = "", shares: Sequence[float] = SHARES,
@@ -32,7 +33,7 @@ def keep_curve(checkpoints: dict[str, str], out: str = "", data: str = "", share
 
 def curve_table(models: dict[str, dict[str, Any]]) -> str:
     """Loss by kept share, one line a model and share, averaged over all scored tokens; then by label."""
-    lines = [f"{'model':20} {'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"]
+    lines = [f"{'model':20} {_HEAD}"]
     for name, result in models.items():
         for row in [{"name": "full", "share": 1.0, "keep": "all"} | result["full"], *result["subsets"]]:
             lines.append(f"{name[:20]:20} {_keep(row):>8} {row['share']:7.1%} {_losses(row)}")
@@ -47,7 +48,7 @@ def curve_table(models: dict[str, dict[str, Any]]) -> str:
 
 def subset_table(result: dict[str, Any]) -> str:
     """The result of `check_subsets` for people: the full model and every subset, in all and by label."""
-    lines = [f"{'subset':32} {'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"]
+    lines = [f"{'subset':32} {_HEAD}"]
     for label in ["", *result["full"]["labels"]]:
         if label:
             lines.append(f"-- {label}")
@@ -104,7 +105,8 @@ def _losses(row: dict[str, Any]) -> str:
     if "difference" not in row:
         return text
     interval = row["interval"]
-    return text + f" {row['difference']:+11.4f}  " + (f"[{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else "one row")
+    between = f"[{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else "one row"
+    return f"{text} {row['difference']:+11.4f}  {between}"
 
 
 def _short(name: str) -> str:

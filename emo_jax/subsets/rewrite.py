@@ -1,6 +1,6 @@
 """New checkpoints from parts of others, on disk: one (layer, expert) in memory at a time, no device.
 
-A *part* is (leaf, index): of expert tables one expert of one layer, of other layer parameters one layer, else the whole.
+A *part* is (leaf, index): of expert tables one expert of one layer, of other layer parameters one layer, else all.
 """
 
 from __future__ import annotations

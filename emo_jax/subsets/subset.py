@@ -91,7 +91,8 @@ def load(path: str | Path, config: Config | None = None) -> Subset:
         raise InputError(f"subset {path}: not JSON ({e}); expected a file of `emo-jax select --out`") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
         version = content.get("version") if isinstance(content, dict) else None
-        raise InputError(f"subset {path}: version={version!r} must be {VERSION}; expected a file of `emo-jax select --out`")
+        raise InputError(f"subset {path}: version={version!r} must be {VERSION}; expected a file of "
+                         f"`emo-jax select --out`")
     names = {f.name: f for f in dataclasses.fields(Subset)}
     missing = [n for n in ("kept", "num_routed", "num_shared", "method") if n not in content]
     if missing:
