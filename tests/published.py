@@ -50,16 +50,28 @@ def open_params(path: Path):
         return found.config, mesh, found.restore_params(mesh)
 
 
-def outputs(config, mesh, params, tokens, segments=None, allowed=None):
-    """(logits, final activations, (inputs of the next layers, routing of every layer)) as numpy arrays."""
-    run = model.static_choices(config, mesh)
+def rows_of(mesh, tokens, segments=None):
+    """A batch for `model.forward`, every row one document unless `segments` say otherwise."""
     B, T = tokens.shape
-    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens) if segments is None else segments,
-             "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1))}
+    return sharding.global_batch(mesh, {
+        "tokens": tokens, "segment_ids": np.ones_like(tokens) if segments is None else segments,
+        "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1))})
+
+
+def forward_pass(config, mesh, allowed=None, everything=False):
+    """A jitted (params, batch) -> logits, or (logits, final activations, (inputs of the next layers, routing))."""
+    run = model.static_choices(config, mesh)
 
     def forward(params, batch):
         x, layers = model.forward(params, batch, run, allowed=allowed, per_layer=lambda x, route, rows: (x, route))
-        return model.logits(params, x, run), x, layers
+        logits = model.logits(params, x, run)
+        return (logits, x, layers) if everything else logits
 
+    return jax.jit(forward)
+
+
+def outputs(config, mesh, params, tokens, segments=None, allowed=None):
+    """All that `forward_pass` gives, as numpy arrays."""
     with jax.set_mesh(mesh):
-        return jax.tree.map(np.asarray, jax.jit(forward)(params, sharding.global_batch(mesh, batch)))
+        forward = forward_pass(config, mesh, allowed, everything=True)
+        return jax.tree.map(np.asarray, forward(params, rows_of(mesh, tokens, segments)))
