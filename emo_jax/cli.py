@@ -219,6 +219,10 @@ def train(args) -> Result:
         from emo_jax.subsets.modularity import Modularity
 
         evaluations.append(Modularity.make)
+    if config.train.eval_tasks:
+        from emo_jax.harness import TaskEvaluation
+
+        evaluations.append(TaskEvaluation.make)
     result = loop.train(config, args.out, evaluations)
     lines = [f"{'stopped at' if result['stopped'] else 'trained to'} step {result['step']} of {result['steps']}, "
              f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
