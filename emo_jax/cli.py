@@ -199,7 +199,16 @@ def add_export(commands) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
 
-COMMANDS = [add_train, add_eval, add_select, add_subset, add_generate, add_import, add_export, add_config, add_data, add_bench]
+def add_compile(commands) -> None:
+    parser = _command(commands, "compile", compile_step, "compile the training step ahead of time and say what bounds it",
+                      config=True)
+    parser.add_argument("config", metavar="CONFIG", help="a file of configs/, or its name")
+    parser.add_argument("--topology", metavar="CHIP:GRID", help="a TPU slice, e.g. v5p:4x4x4, v5p-128, v6e:16x16; needs "
+                        "emo-jax[tpu] but no TPU (default: the devices of this machine)")
+
+
+COMMANDS = [add_train, add_eval, add_select, add_subset, add_generate, add_import, add_export, add_config, add_data, add_bench,
+            add_compile]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -296,6 +305,14 @@ def export(args) -> Result:
     result = export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.step)
     return result, (f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB ({result['architecture']}, "
                     f"{result['dtype']}) in {result['out']}")
+
+
+def compile_step(args) -> Result:
+    from emo_jax.aot import compile as aot
+    from emo_jax.config import load_config
+
+    result = aot.compile_config(load_config(args.config, args.overrides), args.topology)
+    return result, aot.text(result)
 
 
 def config(args) -> Result:

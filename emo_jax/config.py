@@ -275,6 +275,8 @@ def mesh_shape(c: Config, num_devices: int) -> dict[str, int]:
     divides(sizes["fsdp"] * sizes["expert"], c.model.d_model, "mesh.fsdp x mesh.expert", "model.d_model")
     if c.model.num_experts:
         divides(sizes["expert"], c.model.num_experts, "mesh.expert", "model.num_experts")
+        if c.model.num_experts % (sizes["expert"] * sizes["fsdp"]):  # then the hidden width is sharded, not whole experts
+            divides(sizes["tensor"] * sizes["fsdp"], c.model.d_ff, "mesh.tensor x mesh.fsdp", "model.d_ff")
         if c.model.num_shared_experts > c.model.num_experts // sizes["expert"]:
             raise InputError(f"config {c.name}: model.num_shared_experts={c.model.num_shared_experts} must fit into one "
                              f"expert shard ({c.model.num_experts} experts / mesh.expert={sizes['expert']})")

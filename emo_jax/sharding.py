@@ -34,7 +34,7 @@ PARAMETER_SPECS = {
     "attention_norm": P(None), "mlp_norm": P(None), "final_norm": P(None),  # [D]
     # Expert tables whose experts do not divide into fsdp x expert; else see `parameter_spec`.
     "moe.gate": P("expert", "fsdp", "tensor"), "moe.up": P("expert", "fsdp", "tensor"),  # [E, D, F]
-    "moe.down": P("expert", "tensor", "fsdp"),  # [E, F, D]
+    "moe.down": P("expert", ("tensor", "fsdp"), None),  # [E, F, D]
     "mlp.gate": P(_FSDP, "tensor"), "mlp.up": P(_FSDP, "tensor"), "mlp.down": P("tensor", _FSDP),  # [D, F], [F, D]
 }
 

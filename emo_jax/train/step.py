@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from emo_jax import model
 from emo_jax.config import Config
+from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
 from emo_jax.sharding import BATCH, batch_shards, parameter_shardings, reshard
 from emo_jax.train.optimizer import learning_rate, make_optimizer
@@ -75,7 +76,8 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
             "tokens": totals.tokens, "loss_tokens": totals.loss_tokens}
         return TrainState(params, opt_state, state.step + 1), metrics
 
-    return _with_mesh(jax.jit(train_step, donate_argnums=0), mesh)
+    options = compiler_options(mesh.devices.flat[0])
+    return _with_mesh(jax.jit(train_step, donate_argnums=0, compiler_options=options), mesh)
 
 
 def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):

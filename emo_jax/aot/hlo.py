@@ -1,0 +1,202 @@
+"""Reads the text of a compiled, scheduled XLA program: computations, instructions, shapes, and what a fusion moves."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = dict(f64=8, s64=8, u64=8, f32=4, s32=4, u32=4, bf16=2, f16=2, s16=2, u16=2, s8=1, u8=1, pred=1, f8e4m3fn=1,
+              f8e5m2=1, s4=0.5, u4=0.5, token=0)
+_ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ON_CHIP = re.compile(r"S\([1-9]\)")  # a layout in a memory space other than the device's main memory
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str  # the rest of the line; for constants and parameters from the opcode on
+    is_root: bool
+
+    def called(self, key: str) -> str | None:
+        found = re.search(key + r"=%?([\w.\-]+)", self.attributes)
+        return found and found.group(1)
+
+
+class Module:
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current = None
+        for line in _logical_lines(text):
+            if line.startswith(("ENTRY", "%")):
+                name = re.match(r"(ENTRY )?%?([\w.\-]+)", line).group(2)
+                current = self.computations[name] = []
+                self.entry = name if line.startswith("ENTRY") else self.entry
+            elif current is not None and (instruction := _parse(line)):
+                current.append(instruction)
+        self._by_name = {name: {i.name: i for i in body} for name, body in self.computations.items()}
+
+    def find(self, computation: str, name: str) -> Instruction | None:
+        return self._by_name.get(computation, {}).get(name)
+
+    def operands(self, computation: str, instruction: Instruction) -> list[Instruction]:
+        found = (self.find(computation, name) for name in instruction.operands)
+        return [i for i in found if i is not None]
+
+    def moved_bytes(self, computation: str, instruction: Instruction) -> float:
+        """Main-memory bytes that an instruction reads and writes: operands and results once each; of a fusion's operand
+        only what a slice or gather inside takes, and of an in-place update only what is updated."""
+        body = instruction.called("calls") if instruction.opcode == "fusion" else None
+        if body not in self.computations:
+            return array_bytes(instruction.shape, main_memory=True) + sum(
+                array_bytes(o.shape, main_memory=True) for o in self.operands(computation, instruction))
+        users, parameters = {}, {}
+        for inner in self.computations[body]:
+            if inner.opcode == "parameter":
+                parameters[int(re.match(r"parameter\((\d+)\)", inner.attributes).group(1))] = inner.name
+            for operand in inner.operands:
+                users.setdefault(operand, []).append(inner)
+        total = 0.0
+        for index, name in enumerate(instruction.operands):
+            if operand := self.find(computation, name):
+                whole = array_bytes(operand.shape, main_memory=True)
+                total += _used_bytes(parameters[index], whole, users) if whole and index in parameters else whole
+        written = array_bytes(instruction.shape, main_memory=True)
+        root = next((i for i in self.computations[body] if i.is_root), None)
+        if root is not None and root.opcode == "dynamic-update-slice":
+            update = self.find(body, root.operands[1])
+            written = min(written, array_bytes(update.shape)) if update else written
+        return total + written
+
+    def matmul_flops(self, computation: str, instruction: Instruction) -> float:
+        """FLOPs of an instruction's matmuls, those inside a fusion included."""
+        if instruction.opcode in ("dot", "convolution"):
+            operands = self.operands(computation, instruction)[:2]
+            # Every dimension of a plain matmul is in two of the three arrays.
+            return 2 * math.sqrt(math.prod(_elements(a.shape) for a in (instruction, *operands))) if len(operands) == 2 else 0
+        body = instruction.called("calls") if instruction.opcode == "fusion" else None
+        return sum(self.matmul_flops(body, inner) for inner in self.computations.get(body, ()))
+
+    def trip_count(self, computation: str, loop: Instruction) -> int | None:
+        """Of a while loop, from XLA's annotation, a constant in its condition, or the bound in its initial values."""
+        if known := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
+            return int(known.group(1))
+        condition = loop.called("condition")
+        body = self.computations.get(condition, [])
+        constants = [n for i in body if i.opcode == "constant" and (n := _constant(i)) is not None]
+        if constants:
+            return max(constants)
+        for compare in (i for i in body if i.opcode == "compare"):
+            for operand in self.operands(condition, compare):
+                value = self._initial_value(computation, loop, operand)
+                if value:
+                    return value
+        return None
+
+    def _initial_value(self, computation, loop, element) -> int | None:
+        start = self.find(computation, loop.operands[0])
+        if element.opcode != "get-tuple-element" or start is None or start.opcode != "tuple":
+            return None
+        index = int(re.search(r"index=(\d+)", element.attributes).group(1))
+        value = self.find(computation, start.operands[index])
+        while value is not None and value.opcode in ("copy", "bitcast"):
+            value = self.find(computation, value.operands[0])
+        return _constant(value) if value is not None and value.opcode == "constant" else None
+
+
+def array_bytes(shape: str, main_memory: bool = False, largest: bool = False) -> float:
+    """Bytes of the arrays of a shape (or of the largest); with `main_memory` without those placed on the chip."""
+    sizes = [_BYTES.get(dtype, 4) * _product(dims) for dtype, dims, layout in _ARRAY.findall(shape)
+             if not (main_memory and _ON_CHIP.search(layout))]
+    return (max(sizes) if largest else sum(sizes)) if sizes else 0.0
+
+
+def group_size(attributes: str) -> int:
+    """Devices of each replica group of a collective."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(groups.group(1).split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(iota.group(2))
+    return 0
+
+
+def dimensions(shape: str) -> list[list[int]]:
+    return [[int(d) for d in dims.split(",") if d] for _, dims, _ in _ARRAY.findall(shape)]
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def _logical_lines(text: str):
+    """Lines of computations and instructions; long instructions are printed over several."""
+    current = None
+    for line in text.split("\n"):
+        if _INSTRUCTION.match(line) or (line and not line[0].isspace() and line.startswith(("%", "ENTRY", "}", "HloModule"))):
+            if current is not None:
+                yield current
+            current = line
+        elif current is not None:
+            current += " " + line
+    if current is not None:
+        yield current
+
+
+def _parse(line: str) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if not match:
+        return None
+    rest = line[match.end():]
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode = re.match(r"([\w\-]+)\(", rest)
+    if not opcode:
+        return None
+    end = _closing(rest, opcode.end() - 1)
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end(): end - 1]))
+    attributes = rest if opcode.group(1) in ("constant", "parameter") else rest[end:]
+    return Instruction(match.group(2), shape, opcode.group(1), operands, attributes, bool(match.group(1)))
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _used_bytes(name: str, whole: float, users: dict, depth: int = 0) -> float:
+    """What a fusion reads of its parameter of `whole` bytes."""
+    used = 0.0
+    for user in users.get(name, ()):
+        if user.opcode in ("dynamic-slice", "gather", "slice"):
+            used = max(used, array_bytes(user.shape))
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            pass
+        elif user.opcode in ("bitcast", "reshape", "convert", "copy", "transpose") and depth < 4:
+            used = max(used, _used_bytes(user.name, whole, users, depth + 1))
+        else:
+            return whole
+    return min(used, whole)
+
+
+def _constant(instruction: Instruction) -> int | None:
+    found = re.search(r"constant\((\d+)\)", instruction.attributes)
+    return found and int(found.group(1))
+
+
+def _product(dims: str) -> int:
+    return math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _elements(shape: str) -> int:
+    found = dimensions(shape)
+    return math.prod(found[0]) if found else 0

@@ -1,0 +1,243 @@
+"""Walks the schedule of a compiled program and adds up what it computes, moves and communicates.
+
+Loops count as often as they run; of a conditional the first branch counts (the MoE layer's fallback is the second). Two
+estimates of the time of everything but collectives: `roofline`, max(FLOPs / peak, bytes / bandwidth) of every kernel, and
+`cycles`, the compiler's own estimate of its fusions. A collective takes its ring bytes / link bandwidth; an asynchronous
+one is exposed only for what the work between its start and its end does not cover. These rank programs; they are no
+measurement: contention, launch and DMA overheads, and slow gathers are in neither.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from emo_jax.aot.chips import Chip
+from emo_jax.aot.hlo import Instruction, Module, array_bytes, dimensions, group_size
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+         "collective-broadcast")
+_FREE = ("copy-start", "copy-done", "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")
+
+
+@dataclass
+class Collective:
+    """All collectives of one kind, of one way of running, over groups of one size; of one device and step."""
+
+    kind: str
+    asynchronous: bool
+    group: int
+    count: int = 0
+    payload_bytes: float = 0.0  # of the whole array: the gathered, or the unreduced one
+    wire_bytes: float = 0.0  # that a device sends in a ring
+    seconds: float = 0.0
+    exposed_seconds: float = 0.0
+
+
+@dataclass
+class Schedule:
+    roofline_seconds: float = 0.0  # without communication
+    cycles_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    kernels: dict[str, tuple[int, float]] = field(default_factory=dict)  # Pallas: name -> (calls, seconds)
+    collectives: list[Collective] = field(default_factory=list)
+    unknown_loops: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Pending:
+    collective: Collective
+    seconds: float
+    times: int
+    covered: float = 0.0
+
+
+def schedule(module: Module, chip: Chip) -> Schedule:
+    walk = _Walk(module, chip)
+    walk.computation(module.entry, 1)
+    walk.result.collectives = sorted(walk.collectives.values(), key=lambda c: -c.wire_bytes)
+    return walk.result
+
+
+class _Walk:
+    def __init__(self, module: Module, chip: Chip):
+        self.module, self.chip, self.result = module, chip, Schedule()
+        self.collectives: dict[tuple, Collective] = {}
+        self.home = {id(i): name for name, body in module.computations.items() for i in body}
+
+    def computation(self, name: str, times: int) -> float:
+        """Adds a computation that runs `times` times; returns the seconds of one run, by the compiler's cycles."""
+        pending: dict[str, _Pending] = {}
+        total = 0.0
+        for i in self.module.computations[name]:
+            own = self.instruction(name, i, times, pending)
+            for key, collective in pending.items():
+                collective.covered += own if key != i.name else 0.0
+            total += own
+        for collective in pending.values():  # left open at the end of a loop body: runs into the next iteration
+            self._finish(collective)
+        return total
+
+    def instruction(self, home: str, i: Instruction, times: int, pending: dict[str, _Pending]) -> float:
+        if i.opcode == "while":
+            trips = self.module.trip_count(home, i)
+            if trips is None:
+                self.result.unknown_loops.append(i.name)
+            return self.computation(i.called("body"), times * (trips or 1)) * (trips or 1)
+        if i.opcode == "conditional":
+            first = re.search(r"(?:branch_computations=\{|false_computation=)%?([\w.\-]+)", i.attributes)
+            return self.computation(first.group(1), times) if first else 0.0
+        if i.opcode == "call" and "sparsecore" not in i.attributes:
+            return self.computation(i.called("to_apply"), times)
+        if i.opcode in KINDS:
+            return self._synchronous(i.opcode, i, times)
+        if i.opcode.endswith("-start") and i.opcode != "copy-start":
+            return self._start(i, times, pending)
+        if i.opcode.endswith("-done"):
+            started = pending.pop(i.operands[0], None) if i.operands else None
+            return self._finish(started) if started else 0.0
+        if i.opcode in _FREE:
+            return 0.0
+        if i.opcode == "fusion" and (inner := self._inner_collectives(i.called("calls"))):
+            return self._fused_collective(home, i, inner, times, pending)
+        if i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
+            return self._kernel(home, i, times)
+        return self._plain(home, i, times)
+
+    def _plain(self, home, i, times) -> float:
+        cycles = self._cycles(i)
+        counted = i.opcode == "fusion" or cycles
+        moved = self.module.moved_bytes(home, i) if counted else 0.0
+        self._add(cycles, self.module.matmul_flops(home, i), moved, times)
+        return cycles
+
+    def _kernel(self, home, i, times) -> float:
+        """A Pallas kernel: FLOPs as it declares them, bytes of its operands and results once."""
+        operands = self.module.operands(home, i)
+        moved = array_bytes(i.shape, True) + sum(array_bytes(o.shape, True) for o in {o.name: o for o in operands}.values())
+        declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.attributes)
+        name = re.sub(r"[.\d]+$", "", i.name)
+        flops = int(declared.group(1)) if declared else _attention_flops(name, [o.shape for o in operands])
+        seconds = self._add(None, flops, moved, times)
+        calls, before = self.result.kernels.get(name, (0, 0.0))
+        self.result.kernels[name] = calls + times, before + seconds * times
+        return seconds
+
+    def _add(self, cycles: float | None, flops: float, moved: float, times: int) -> float:
+        roofline = max(flops / self.chip.flops, moved / self.chip.bandwidth)
+        self.result.roofline_seconds += roofline * times
+        self.result.cycles_seconds += (roofline if cycles is None else cycles) * times
+        self.result.flops += flops * times
+        self.result.moved_bytes += moved * times
+        return roofline if cycles is None else cycles
+
+    def _cycles(self, i: Instruction) -> float:
+        found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        return int(found.group(1)) / (self.chip.clock or 1.75e9) if found else 0.0
+
+    # ---- collectives ----
+
+    def _synchronous(self, kind, i, times) -> float:
+        collective, seconds = self._count(kind, i, times, False)
+        collective.exposed_seconds += seconds * times
+        self.result.exposed_seconds += seconds * times
+        return seconds
+
+    def _start(self, i, times, pending) -> float:
+        kind, inner = i.opcode.removesuffix("-start"), i
+        if kind in ("async", "call"):
+            found = self._inner_collectives(i.called("calls") or i.called("to_apply"))
+            if not found:
+                return 0.0
+            kind, inner = found[0]
+        collective, seconds = self._count(kind, inner, times, True)
+        pending[i.name] = _Pending(collective, seconds, times)
+        return 0.0
+
+    def _fused_collective(self, home, i, inner, times, pending) -> float:
+        """A collective inside a fusion: an all-reduce and a slice, which is a reduce-scatter; or a step of a collective that
+        is spread over several fusions, told by its channel."""
+        cycles = self._cycles(i)
+        for kind, instruction in inner:
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = f"channel {channel.group(1)}" if channel else instruction.name
+            sliced = any(x.opcode == "dynamic-slice" for x in self.module.computations[self.home[id(instruction)]])
+            kind = "reduce-scatter" if kind == "all-reduce" and sliced else kind
+            if "async-collective-start" in i.name:
+                collective, seconds = self._count(kind, instruction, times, True)
+                pending[key] = _Pending(collective, seconds, times)
+            elif "async-collective-done" in i.name:
+                if key in pending:
+                    cycles += self._finish(pending.pop(key))
+            elif key not in pending:
+                cycles += self._synchronous(kind, instruction, times)
+        if "async-collective-" not in i.name:
+            in_flight = 2 * sum(array_bytes(x.shape) for _, x in inner)
+            moved = max(0.0, self.module.moved_bytes(home, i) - in_flight)
+            self._add(self._cycles(i), self.module.matmul_flops(home, i), moved, times)
+        return cycles
+
+    def _finish(self, pending: _Pending) -> float:
+        exposed = max(0.0, pending.seconds - pending.covered)
+        pending.collective.exposed_seconds += exposed * pending.times
+        self.result.exposed_seconds += exposed * pending.times
+        return exposed
+
+    def _count(self, kind, i, times, asynchronous) -> tuple[Collective, float]:
+        group = group_size(i.attributes)
+        payload = self._payload(kind, i)
+        # All-reduce: reduce-scatter and all-gather. What a device keeps does not travel.
+        passes = 2 if kind == "all-reduce" else 1
+        wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
+        seconds = wire / (self.chip.link * self._axes(group))
+        collective = self.collectives.setdefault((kind, asynchronous, group), Collective(kind, asynchronous, group))
+        collective.count += times
+        collective.payload_bytes += payload * times
+        collective.wire_bytes += wire * times
+        collective.seconds += seconds * times
+        return collective, seconds
+
+    def _payload(self, kind, i) -> float:
+        operands = [o.shape for o in self.module.operands(self.home[id(i)], i)]
+        if kind == "ragged-all-to-all":
+            return array_bytes(operands[0]) if operands else array_bytes(i.shape)
+        if kind == "reduce-scatter" or (kind == "all-reduce" and i.opcode.endswith("-start")):
+            return sum(map(array_bytes, operands))
+        return array_bytes(i.shape, largest=i.opcode.endswith("-start") or kind.startswith("collective"))
+
+    def _axes(self, group: int) -> int:
+        """Torus axes whose links a group of this size can use at the same time."""
+        if group >= 16:
+            return self.chip.axes
+        return max(1, self.chip.axes - 1) if group >= 8 and self.chip.axes > 2 else 1
+
+    def _inner_collectives(self, name: str | None, depth: int = 0) -> list[tuple[str, Instruction]]:
+        found = []
+        for i in self.module.computations.get(name, ()):
+            kind = i.opcode.removesuffix("-start")
+            if kind in KINDS:
+                found.append((kind, i))
+            elif i.opcode in ("fusion", "call", "async-start", "call-start") and depth < 8:
+                found += self._inner_collectives(i.called("calls") or i.called("to_apply"), depth + 1)
+        return found
+
+
+def _attention_flops(name: str, operand_shapes: list[str]) -> float:
+    """Of a flash attention kernel that declares none: matmuls of [rows x heads, T, K], half of them below the diagonal."""
+    if "splash" not in name and "flash" not in name:
+        return 0.0
+    largest = max((d for shape in operand_shapes for d in dimensions(shape)), key=lambda d: _product(d), default=[])
+    if len(largest) < 3:
+        return 0.0
+    *batch, length, width = largest
+    matmuls = 2 if "fwd" in name else 5  # the backward kernel is the fused one: dq, dk and dv
+    return matmuls * _product(batch) * length * length * width
+
+
+def _product(dims) -> int:
+    out = 1
+    for d in dims:
+        out *= d
+    return out
