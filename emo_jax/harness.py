@@ -184,6 +184,7 @@ class TaskEvaluation:
     def __call__(self, params: model.Params) -> dict[str, Any]:
         self._lm.set_params(params)
         results = self._tasks(self._lm)
+        self._lm.set_params(None)
         return {task: {k.removesuffix(",none"): v for k, v in metrics.items()} for task, metrics in results.items()}
 
 

@@ -33,11 +33,11 @@ class Scorer:
         self._run = model.static_choices(config, mesh)
         self._allowed = None if allowed is None else jnp.asarray(allowed)
         self._score = jax.jit(self._score_batch)
-        if params is not None:
-            self.set_params(params)
+        self.set_params(params)
 
-    def set_params(self, params: model.Params) -> None:
-        self._params = for_inference(params, self._run.dtype)
+    def set_params(self, params: model.Params | None) -> None:
+        """None: lets go of them."""
+        self._params = params and for_inference(params, self._run.dtype)
 
     def __call__(self, pairs: list[tuple[Ids, Ids]], progress: bool = False) -> list[tuple[float, bool]]:
         """(sum of the log probabilities of the continuation in nats, whether greedy decoding makes it) of every (context,
