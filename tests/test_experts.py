@@ -75,7 +75,7 @@ def assert_equals_oracle(got, load):
 CASES = [
     ("local", "blocked", None), ("local", "fused_interpret", None),
     ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "fused_interpret", (1, 4, 1, 1, 2)),
-    ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
+    ("local", "batched", (2, 1, 1, 1, 2)), ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
     ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 8, 1, 1)),
 ]
 

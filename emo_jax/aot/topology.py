@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 
@@ -34,9 +35,11 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 def devices(name: str) -> list:
     """The slice's devices, for meshes to compile for."""
+    chip, sizes = parse(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise RunError("compiling for TPU needs the TPU compiler, but no TPU: pip install 'emo-jax[tpu]'")
     from jax.experimental import topologies
 
-    chip, sizes = parse(name)
     # A torus axis wraps around where it is a multiple of 4 chips (16 on the two-dimensional ones).
     wrap = tuple(n % (4 if len(sizes) == 3 else 16) == 0 for n in sizes)
     options = {"chip_config_name": "megacore"} if chip == "v5p" else {}
@@ -46,7 +49,5 @@ def devices(name: str) -> list:
             platform="tpu", topology_name=f"{_LIBTPU[chip]}:{'x'.join(map(str, sizes))}", chips_per_host_bounds=bounds,
             wrap=(*wrap, *(False,) * (3 - len(wrap))), **options)
     except Exception as e:
-        if "libtpu" in str(e):
-            raise RunError(f"compiling for TPU needs libtpu: pip install 'emo-jax[tpu]' ({str(e).splitlines()[0]})") from None
         raise InputError(f"--topology {name}: the TPU compiler does not know it ({str(e).splitlines()[0]})") from None
     return list(slice_.devices)

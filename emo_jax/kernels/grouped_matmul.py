@@ -4,8 +4,14 @@
 by `weights[0]`, and so on. Groups may be empty. Rows past the last group come out as zeros and get zero gradients. Every
 group size is a multiple of the kernel's `ROW_ALIGNMENT` (the dispatch plan pads groups with zero rows).
 
-`jax.lax.ragged_dot` is not one of the choices for training: its weight gradient is dense on TPU (E times the FLOPs), and
-all of it is dense on CPU and GPU.
+Kernels (`kernels.grouped_matmul`); auto takes the first of the platform:
+    fused     TPU: the whole SwiGLU of the experts in five Pallas kernels (`expert_mlp_tpu`)
+    megablox  TPU: the Pallas kernels that ship with JAX, one matmul each
+    batched   GPU: batched matmuls of row blocks (`batched_matmul`)
+    blocked   CPU: a loop over row blocks, each one dense matmul
+    reference every expert on every row, masked: the oracle
+`jax.lax.ragged_dot` is not one of them: its weight gradient is dense on TPU (E times the FLOPs), and all of it is dense on
+CPU and GPU.
 """
 
 from __future__ import annotations
@@ -23,26 +29,24 @@ from emo_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("blocked", "fused", "megablox", "ragged_dot", "reference")
-# "fused" (TPU) is `expert_mlp` as a whole; a grouped matmul alone is then megablox. Its name and megablox's end in _interpret off TPU.
+KERNELS = ("fused", "megablox", "batched", "blocked", "reference")
+# Pallas TPU kernels; elsewhere they run interpreted (slow, for tests), and their names end in _interpret. They do not say
+# over which mesh axes their results vary, so `shard_map` cannot check it.
 PALLAS = ("fused", "megablox", "fused_interpret", "megablox_interpret")
-ROW_ALIGNMENT = {"blocked": 64} | dict.fromkeys(("ragged_dot", "reference", *PALLAS), 1)
-# Of the number of rows S, where that is not the alignment of a group.
-BUFFER_ALIGNMENT = dict.fromkeys(("fused", "megablox"), 512) | dict.fromkeys(("fused_interpret", "megablox_interpret"), 8)
-UNCHECKED = PALLAS  # they do not say over which mesh axes their results vary, so `shard_map` cannot check it
+# What the dispatch plan pads every group to, and the number of rows S to.
+ROW_ALIGNMENT = {"blocked": 64, "batched": 128} | dict.fromkeys(("reference", *PALLAS), 1)
+BUFFER_ALIGNMENT = ROW_ALIGNMENT | {"fused": 512, "megablox": 512, "fused_interpret": 8, "megablox_interpret": 8}
 
 
 @functools.cache
 def choose(kernel: str, platform: str) -> str:
-    """The kernel for "auto"; logged once. Pallas kernels of another platform run interpreted (slow, for tests)."""
+    """The kernel for "auto"; logged once."""
     if kernel not in ("auto", *KERNELS):
         raise InputError(f"kernels.grouped_matmul={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-    chosen = {"tpu": "fused", "cpu": "blocked"}.get(platform, "ragged_dot") if kernel == "auto" else kernel
+    chosen = {"tpu": "fused", "cpu": "blocked"}.get(platform, "batched") if kernel == "auto" else kernel
     if chosen in PALLAS and platform != "tpu":
         chosen += "_interpret"
     log.info("grouped matmul: %s", chosen)
-    if chosen == "ragged_dot":
-        log.warning("grouped matmul: ragged_dot computes every expert for every row in the weight gradient on %s", platform)
     return chosen
 
 
@@ -73,8 +77,10 @@ def grouped_matmul(
         from emo_jax.kernels.megablox import megablox
 
         return megablox(rows, weights, group_sizes, kernel.endswith("interpret"))
-    if kernel == "ragged_dot":
-        return jax.lax.ragged_dot(rows, weights, group_sizes)
+    if kernel == "batched":
+        from emo_jax.kernels.batched_matmul import batched
+
+        return batched(rows, weights, group_sizes)
     return reference(rows, weights, group_sizes)
 
 

@@ -75,7 +75,7 @@ def moe_experts(
     return compat.shard_map(
         functools.partial(local, axes=dict(mesh.shape), fsdp=fsdp),
         in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS), out_specs=(ACTIVATIONS, load_specs),
-        check_vma=kernel not in gmm.UNCHECKED,
+        check_vma=kernel not in gmm.PALLAS,
     )(table, x, expert_ids, weights, valid)
 
 
@@ -138,7 +138,7 @@ _split_shared.defvjp(lambda table, n: (_split_shared(table, n), None),
 
 def _grouped_experts(x, expert_ids, weights, valid, gate_up, down, first, kernel):
     plan = dispatch.plan_dispatch(expert_ids, valid, (first, gate_up.shape[0]), gmm.ROW_ALIGNMENT[kernel],
-                                  gmm.BUFFER_ALIGNMENT.get(kernel, 1))
+                                  gmm.BUFFER_ALIGNMENT[kernel])
     plan = jax.tree.map(lambda a: checkpoint_name(a, "routing"), plan)
     fill = gmm.ROW_ALIGNMENT[kernel] > 1  # padding inside the groups must be zeros; after the last group nobody looks
     rows = checkpoint_name(dispatch.gather_tokens(x, plan, fill), "moe_rows")
@@ -156,7 +156,7 @@ def _all_to_all(x, expert_ids, weights, valid, gate_up, down, first, kernel, buf
     counts = jax.lax.all_gather(here.group_sizes, "expert")
     plan = a2a.plan_exchange(counts, jax.lax.axis_index("expert"), alignment)
     here, plan = jax.tree.map(lambda a: checkpoint_name(a, "routing"), (here, plan))
-    multiple = max(alignment, gmm.BUFFER_ALIGNMENT.get(kernel, 1))
+    multiple = max(alignment, gmm.BUFFER_ALIGNMENT[kernel])
     largest = dispatch.buffer_rows(peers * tokens, k, count, alignment, multiple)
     room = min(largest, -(-int(buffer_factor * tokens * k + count * (alignment - 1)) // multiple) * multiple)
     num_rows = room if buffer_factor else largest

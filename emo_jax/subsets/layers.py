@@ -134,7 +134,7 @@ def _experts_and_norms(table, x: Float[Array, "B T D"], ids: Int[Array, "B T k"]
 
     def _local(x, ids, weights, valid, gate_up, down, first, kernel):
         plan = dispatch.plan_dispatch(ids, valid, (first, down.shape[0]), gmm.ROW_ALIGNMENT[kernel],
-                                      gmm.BUFFER_ALIGNMENT.get(kernel, 1))
+                                      gmm.BUFFER_ALIGNMENT[kernel])
         hidden = experts.swiglu(gmm.grouped_matmul(dispatch.gather_tokens(x, plan), gate_up, plan.group_sizes, kernel))
         hidden = hidden * dispatch.slots_to_rows(weights, plan)[:, None].astype(x.dtype)
         out = jax.lax.psum(gmm.grouped_matmul(hidden, down, plan.group_sizes, kernel), "tensor")
@@ -144,4 +144,4 @@ def _experts_and_norms(table, x: Float[Array, "B T D"], ids: Int[Array, "B T k"]
     specs = {name: P(*spec) for name, spec in _TABLE.items()}
     return compat.shard_map(
         device, in_specs=(specs, ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS), out_specs=(ACTIVATIONS, ACTIVATIONS),
-        check_vma=kernel not in gmm.UNCHECKED)(table, x, ids, weights, valid)
+        check_vma=kernel not in gmm.PALLAS)(table, x, ids, weights, valid)
