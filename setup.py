@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
 report = ["matplotlib", "scikit-learn"]
-evaluation = ["lm-eval", "torch", "transformers", "safetensors"]
+evaluation = ["lm-eval>=0.4.13"]
 
 setup(
     name="emo-jax",
@@ -24,14 +24,14 @@ setup(
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich", "tensorboardX",
-        "safetensors", "numpy",
+        "ml_dtypes", "numpy",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "report": report,
         "eval": evaluation,
-        "test": ["pytest", *report],
+        "test": ["pytest", "pytest-xdist", *report, *evaluation, "torch==2.13.0", "transformers>=5", "safetensors"],
     },
     entry_points={"console_scripts": ["emo-jax=emo_jax.cli:main"]},
 )

@@ -218,3 +218,27 @@ def test_export_refuses_what_it_cannot_write(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="checksum"):
         export_checkpoint(str(run), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_imported_model_can_be_trained_on(tmp_path):
+    from dataclasses import replace
+
+    import tiny_run
+
+    from emo_jax.train import loop
+
+    folder, _ = golden("emo")
+    import_checkpoint(str(folder), str(tmp_path / "run"))
+    imported, _, before = open_params(tmp_path / "run")
+    own = tiny_run.tiny_config(tmp_path)
+    config = replace(own, model=imported.model, router=imported.router,
+                     train=replace(own.train, steps=1, init_from=str(tmp_path / "run")))
+    with pytest.raises(InputError, match="parameters only .* train.init_params_from"):
+        loop.train(config, tmp_path / "out")
+    config = replace(config, train=replace(config.train, init_from="", init_params_from=str(tmp_path / "run")),
+                     optimizer=replace(config.optimizer, learning_rate=1e-6))
+    loop.train(config, tmp_path / "out")
+    _, _, after = open_params(tmp_path / "out")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), before, after)
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -149,6 +149,9 @@ def find_start(config: Config, out: Path) -> tuple[Config, Checkpoint | None]:
         return _with_start(config, 0), None
     origin = checkpoint.open_checkpoint(config.train.init_from)
     require_same_model(origin.config, config, f"train.init_from={config.train.init_from}", anneal=True)
+    if "opt_state" not in origin.meta["checksums"]:
+        raise InputError(f"train.init_from={config.train.init_from} holds parameters only (it was imported or extracted); "
+                         f"give train.init_params_from instead, which begins with a new optimizer")
     if origin.step >= config.train.steps:
         raise InputError(f"train.steps={config.train.steps} is the final step and must be more than the "
                          f"{origin.step} steps of train.init_from={config.train.init_from}")
