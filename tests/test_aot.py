@@ -1,0 +1,114 @@
+"""The compile report: reading compiled programs, and golden summaries of small ones that catch a lost sharding."""
+
+import json
+
+import jax
+import pytest
+
+from emo_jax import cli
+from emo_jax.aot import compile as aot
+from emo_jax.aot import topology
+from emo_jax.aot.chips import CHIPS, Chip, chip_name
+from emo_jax.aot.hlo import Module, array_bytes, group_size
+from emo_jax.aot.schedule import schedule
+from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
+from emo_jax.errors import InputError
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%body (arg: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %arg = (s32[], bf16[64,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = bf16[64,128]{1,0} get-tuple-element(%arg), index=1
+  %gather.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %square = bf16[128,128]{1,0} dot(%x, %x), lhs_contracting_dims={0}, rhs_contracting_dims={0}, backend_config={"estimated_cycles":"2"}
+  %gather.2 = bf16[256,128]{1,0} all-gather-done(%gather.1)
+  %sum = bf16[64,128]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %next = (s32[], bf16[64,128]{1,0}) tuple(%i, %sum)
+}
+
+%condition (arg: (s32[], bf16[64,128])) -> pred[] {
+  %arg = (s32[], bf16[64,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %bound = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[64,128]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[64,128]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[64,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+SLOW = Chip(flops=1e9, memory=1e9, bandwidth=1e6, link=1e6, axes=2, clock=1.0)
+
+
+def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered():
+    walked = schedule(Module(PROGRAM), SLOW)
+    gather, reduce = sorted(walked.collectives, key=lambda c: c.kind)
+    size = 64 * 128 * 2
+    assert (gather.kind, gather.asynchronous, gather.group, gather.count) == ("all-gather", True, 4, 3)
+    assert (reduce.kind, reduce.asynchronous, reduce.group, reduce.count) == ("all-reduce", False, 2, 3)
+    assert gather.payload_bytes == 3 * 4 * size and gather.wire_bytes == 3 * 3 * size
+    assert reduce.payload_bytes == 3 * size and reduce.wire_bytes == 3 * 2 * size / 2
+    assert walked.flops == pytest.approx(3 * 2 * 128 * 128 * 64)
+    # The matmul takes two seconds by the compiler's cycles; the gather takes less, the reduction is not covered at all.
+    assert gather.exposed_seconds == 0
+    assert walked.exposed_seconds == pytest.approx(reduce.seconds) == pytest.approx(3 * size / SLOW.link)
+    assert not walked.unknown_loops
+
+
+def test_shapes_and_groups():
+    assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0:S(1)}, pred[])") == 24 + 8 + 1
+    assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0:S(1)})", main_memory=True) == 24
+    assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0})", largest=True) == 24
+    assert group_size("replica_groups=mesh['a'=2,'b'=8] {'b'}, x") == 8
+
+
+def test_topologies():
+    assert topology.parse("v5p-128") == topology.parse("v5p:4x4x4") == ("v5p", (4, 4, 4))
+    assert topology.parse("v6e:16x16") == ("v6e", (16, 16))
+    for name in ("v5p:4x4", "h100:8", "v5p", "v6e:4x4x4"):
+        with pytest.raises(InputError, match="v5p:4x4x4"):
+            topology.parse(name)
+    assert all(chip_name(kind) in CHIPS for kind in ("TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x"))
+
+
+def tiny(mesh: MeshConfig) -> Config:
+    return Config(
+        name="golden", mesh=mesh, router=RouterConfig(pool_min=2, pool_max=7),
+        model=ModelConfig(vocab_size=256, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=32,
+                          num_experts=16, top_k=3),
+        data=DataConfig(sequence_length=64, max_documents_per_row=4), train=TrainConfig(batch_size=16, remat="full"))
+
+
+# Collectives of one step by kind, over more than one device, and peak megabytes of a device, in the supported JAX that needs
+# most. Fewer is progress: lower them.
+GOLDEN = {
+    "fsdp": (MeshConfig(fsdp=8), {"all-gather": 34, "reduce-scatter": 5, "all-reduce": 8}, 4.32),
+    "ring": (MeshConfig(fsdp=2, expert=4), {"all-gather": 84, "reduce-scatter": 5, "all-reduce": 19}, 3.96),
+    "tensor and sequence": (MeshConfig(fsdp=2, tensor=2, sequence=2),
+                            {"all-gather": 48, "reduce-scatter": 5, "all-reduce": 46}, 4.65),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_summary(name):
+    mesh, collectives, megabytes = GOLDEN[name]
+    config = tiny(mesh)
+    compiled, _ = aot.compile_step(config, jax.devices()[:8])
+    report = aot.report(config, jax.devices()[:8], compiled)
+    counted = {}
+    for c in report["collectives"]:
+        if c["group"] != 1:
+            counted[c["kind"]] = counted.get(c["kind"], 0) + c["count"]
+    peak = report["memory"]["peak"] / 1e6
+    assert all(n <= collectives.get(kind, 0) for kind, n in counted.items()), f"{counted} exceeds {collectives}"
+    assert peak <= 1.05 * megabytes, f"peak {peak:.2f} MB exceeds {megabytes} MB by more than 5 %"
+
+
+def test_a_wrong_topology_is_named(capsys):
+    assert cli.main(["compile", "emo_tiny", "--topology", "v5p:nine", "--json"]) == 2
+    assert "v5p:4x4x4" in json.loads(capsys.readouterr().out)["error"]
