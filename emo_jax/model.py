@@ -45,6 +45,8 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "moe": jax.checkpoint_policies.save_only_these_names("routing", "moe_exchanged", "moe_rows", "moe_out"),
     "attention": jax.checkpoint_policies.save_only_these_names("routing", "moe_exchanged", "attention"),
+    "projections": jax.checkpoint_policies.save_only_these_names(
+        "routing", "moe_exchanged", "attention", "attention_qkv", "residual"),
     "light": jax.checkpoint_policies.save_only_these_names(
         "routing", "moe_exchanged", "attention", "attention_qkv", "residual", "moe_hidden"),
 }
