@@ -106,7 +106,8 @@ class TrainConfig:
     microbatches: int = 1  # gradient accumulation: the rows of a step are split into this many passes
     output_z_weight: float = 1e-5
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
-    remat: Literal["none", "light", "projections", "attention", "moe", "full"] = "full"  # what the backward pass recomputes, see model.REMAT_POLICIES
+    # What the backward pass recomputes, ever more of it; see model.REMAT_POLICIES.
+    remat: Literal["none", "light", "projections", "attention", "moe", "full"] = "full"
     log_every: int = 10
     eval_every: int = 250  # 0: only at the end
     eval_rows: int = 256  # rows of held-out text per evaluation, shared out over the labels
