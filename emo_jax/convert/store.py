@@ -1,7 +1,7 @@
 """The parameters of a checkpoint on disk, read and written in parts: no device, no mesh, no whole array in memory.
 
 They are Zarr arrays in one OCDBT database, as Orbax lays them out: expert tables in one chunk per layer and expert, other
-layer parameters in one per layer.
+layer parameters in one per layer, the embedding and the head in pieces.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 Leaf = tuple[str, ...]
+PIECE_BYTES = 64 * 2**20  # of what is not split by layers
 
 
 class ParameterStore:
@@ -32,6 +33,8 @@ class ParameterStore:
         for leaf, shape in shapes.items():
             split = {3: 1, 4: 2 if "moe" in leaf else 1}.get(len(shape), 1 if leaf[0] == "layers" else 0)
             chunks = [1] * split + list(shape[split:])
+            if not split:
+                chunks[0] = max(1, min(shape[0], PIECE_BYTES // (4 * int(np.prod(shape[1:])))))
             self._arrays[leaf] = ts.open(
                 self._spec(leaf) | {"metadata": {
                     "shape": list(shape), "chunks": chunks, "dtype": "<f4", "fill_value": None, "order": "C",
@@ -40,10 +43,16 @@ class ParameterStore:
         self._write_metadata(shapes)
 
     def write(self, parts: Iterable[tuple[Leaf, tuple, np.ndarray]]) -> None:
-        """Writes (array, index, values) parts and commits them together."""
+        """Writes (array, index, values) parts and commits them together; large ones piece by piece, for memory."""
         transaction = ts.Transaction()
         for leaf, index, values in parts:
-            self._array(leaf).with_transaction(transaction)[index].write(values).result()
+            if index or values.nbytes <= PIECE_BYTES:
+                self._array(leaf).with_transaction(transaction)[index].write(values).result()
+                continue
+            step = self._array(leaf).chunk_layout.write_chunk.shape[0]
+            for start in range(0, len(values), step):
+                piece = values[start : start + step]
+                self._array(leaf)[start : start + len(piece)].write(piece).result()
         transaction.commit_async().result()
 
     def read(self, leaf: Leaf, index: tuple) -> np.ndarray:
@@ -87,6 +96,9 @@ class BitSum:
         self.total, self.finite = total, finite
 
     def add(self, leaf: Leaf, part: np.ndarray) -> None:
-        bits = int(np.ascontiguousarray(part).view(np.uint32).sum(dtype=np.uint64)) * self._weight[leaf]
-        self.total = (self.total + bits) % 2**32
-        self.finite = self.finite and bool(np.isfinite(part).all())
+        step = max(1, PIECE_BYTES * len(part) // max(part.nbytes, 1))
+        for start in range(0, len(part), step):
+            piece = np.ascontiguousarray(part[start : start + step])
+            bits = int(piece.view(np.uint32).sum(dtype=np.uint64)) * self._weight[leaf]
+            self.total = (self.total + bits) % 2**32
+            self.finite = self.finite and bool(np.isfinite(piece).all())
