@@ -96,6 +96,29 @@ def test_attention(kernel, kv_heads):
         np.testing.assert_allclose(g, w, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernel, shape", [("splash_interpret", (1, 1, 1, 1, 2)), ("splash_interpret", (1, 2, 1, 2, 2)),
+                                           ("blocked", (1, 2, 1, 2, 2))])
+def test_attention_on_a_mesh(kernel, shape):
+    q, k, v, segments = attention_inputs()
+    seen = (segments > 0)[..., None, None]
+
+    def loss(q, k, v, segments, kernel):
+        whole = sharding.reshard(segments, sharding.BATCH, None)
+        k, v = (sharding.reshard(a, sharding.BATCH, None, "tensor", None) for a in (k, v))
+        return jnp.sum(jnp.where(seen, jnp.sin(attention.attention(q, k, v, segments, whole, kernel)), 0))
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=4)
+    want = step(q, k, v, segments, "reference")
+    mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 5,
+                         devices=jax.devices()[: int(np.prod(shape))])
+    place = lambda a, *spec: jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    heads = (sharding.BATCH, "sequence", "tensor", None)
+    with jax.set_mesh(mesh):
+        got = step(*(place(a, *heads) for a in (q, k, v)), place(segments, sharding.BATCH, "sequence"), kernel)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-4)
+
+
 def test_one_document_does_not_reach_another():
     q, k, v, segments = attention_inputs()
     first = segments[0] == segments[0, 0]

@@ -57,13 +57,13 @@ def attention(
 
 def _device_attention(q, k, v, q_segments, k_segments, *, kernel, shards):
     length = q.shape[1]
-    if shards > 1:
-        positions = jax.lax.axis_index("sequence") * length + jnp.arange(length)
-        return masked_attention(q, k, v, q_segments, k_segments, positions)
     if kernel.startswith("splash"):
         from emo_jax.kernels.attention_tpu import splash_attention
 
-        return splash_attention(q, k, v, q_segments, k_segments, kernel.endswith("interpret"))
+        return splash_attention(q, k, v, q_segments, k_segments, kernel.endswith("interpret"), shards)
+    if shards > 1:
+        positions = jax.lax.axis_index("sequence") * length + jnp.arange(length)
+        return masked_attention(q, k, v, q_segments, k_segments, positions)
     if kernel == "reference":
         return masked_attention(q, k, v, q_segments, k_segments, jnp.arange(length))
     return blocked_attention(q, *(compat.vary_like(a, q) for a in (k, v, k_segments)))
