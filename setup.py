@@ -2,13 +2,26 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
-report = ["matplotlib", "scikit-learn"]
+report = ["matplotlib"]
 evaluation = ["lm-eval>=0.4.13"]
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/ inside the installed package, so that `emo-jax train NAME` works outside a checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(here / "configs", pathlib.Path(self.build_lib, "emo_jax", "configs"),
+                            ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
 
 setup(
     name="emo-jax",
@@ -18,9 +31,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # configs/ is installed inside the package, so that `emo-jax train NAME` works outside a checkout.
-    packages=[*find_packages(include=["emo_jax", "emo_jax.*"]), "emo_jax.configs"],
-    package_dir={"emo_jax": "emo_jax", "emo_jax.configs": "configs"},
+    packages=find_packages(include=["emo_jax", "emo_jax.*"]),
+    cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich", "tensorboardX",

@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(args, 1, str(e))
     except KeyboardInterrupt:
         return _fail(args, 1, "interrupted")
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = None
+        return 0
     except MemoryError as e:
         return _fail(args, 1, f"out of memory: {e}")
     except Exception as e:
