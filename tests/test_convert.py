@@ -88,7 +88,7 @@ def test_out_of_a_checkpoint_and_back_is_bit_exact(changes, tmp_path):
 
 def test_layers_of_a_pruned_model_may_keep_different_numbers_of_experts(tmp_path):
     folder, io = golden("emo")
-    keep = [[0, 3, 4, 8, 9, 14, 15], [1, 2, 15], list(range(16))]
+    keep = [[0, 3, 4, 8, 9, 14, 15], [1, 2, 11, 15], list(range(16))]
 
     def prune(w):
         out = {k: v for k, v in w.items() if ".mlp." not in k}
@@ -100,7 +100,7 @@ def test_layers_of_a_pruned_model_may_keep_different_numbers_of_experts(tmp_path
                     out[f"{p}experts.{new}.{n}_proj.weight"] = w[f"{p}experts.{old}.{n}_proj.weight"]
         return out
 
-    source = copy("emo", tmp_path / "hf", prune, num_experts_per_layer=[7, 3, 16], num_shared_experts_per_layer=[1] * 3)
+    source = copy("emo", tmp_path / "hf", prune, num_experts_per_layer=[7, 4, 16], num_shared_experts_per_layer=[1] * 3)
     import_checkpoint(str(source), str(tmp_path / "pruned"))
     import_checkpoint(str(folder), str(tmp_path / "full"))
     allowed = np.array([[e in ids for e in range(15)] for ids in keep])
@@ -203,6 +203,9 @@ def test_damaged_files_are_named(tmp_path):
 def test_export_refuses_what_it_cannot_write(tmp_path):
     run, _ = save_new(tiny.config(router=dict(semantics="emo_v2")), tmp_path / "v2")
     with pytest.raises(InputError, match="router.semantics=emo_v2 cannot be exported"):
+        export_checkpoint(str(run), str(tmp_path / "out"))
+    run, _ = save_new(tiny.config(model=dict(experts_per_layer=(16, 3))), tmp_path / "few")
+    with pytest.raises(InputError, match="model.top_k=4 experts in every layer; layer 1 has 3"):
         export_checkpoint(str(run), str(tmp_path / "out"))
     run, _ = save_new(tiny.config(), tmp_path / "run")
     with pytest.raises(InputError, match="--format llama is for dense models"):

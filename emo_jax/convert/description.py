@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from emo_jax.config import Config, DataConfig, ModelConfig, RouterConfig, flatten
 from emo_jax.convert.layouts import experts_of_layer
 from emo_jax.errors import InputError
@@ -137,6 +139,9 @@ def require_exportable(layout: str, c: Config) -> None:
     if m.num_experts and c.router.semantics != "emo_v1":
         raise InputError(f"router.semantics={c.router.semantics} cannot be exported: the weights of its experts are "
                          f"normalised over the chosen ones and scaled; the published architecture (emo_v1) does neither")
+    if layout == "emo" and min(m.experts_per_layer, default=m.top_k) < m.top_k:
+        raise InputError(f"the published code chooses model.top_k={m.top_k} experts in every layer; layer "
+                         f"{int(np.argmin(m.experts_per_layer))} has {min(m.experts_per_layer)}")
     if layout == "qwen2_moe":
         if m.head_dim * m.num_heads != m.d_model:
             raise InputError(f"--format qwen2_moe needs model.head_dim x model.num_heads = model.d_model, not "
