@@ -37,9 +37,9 @@ from emo_jax.sharding import BATCH, gather_weight, reshard, spec
 
 Params = dict[str, Any]
 
-# What the backward pass keeps of a layer instead of recomputing it, by the names that checkpoint_name gives. In units of one
-# bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D, routing 0.2; and under
-# expert parallelism moe_exchanged, the size of the expert axis (ring) or k (all_to_all).
+# What the backward pass keeps of a layer instead of recomputing it, by the names that checkpoint_name gives. In units of
+# one bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D, routing 0.2;
+# and under expert parallelism moe_exchanged, the size of the expert axis (ring) or k (all_to_all).
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -21,7 +21,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %i = s32[] get-tuple-element(%arg), index=0
   %x = bf16[64,128]{1,0} get-tuple-element(%arg), index=1
   %gather.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
-  %square = bf16[128,128]{1,0} dot(%x, %x), lhs_contracting_dims={0}, rhs_contracting_dims={0}, backend_config={"estimated_cycles":"2"}
+  %square = bf16[128,128]{1,0} dot(%x, %x), lhs_contracting_dims={0}, backend_config={"estimated_cycles":"2"}
   %gather.2 = bf16[256,128]{1,0} all-gather-done(%gather.1)
   %sum = bf16[64,128]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
   ROOT %next = (s32[], bf16[64,128]{1,0}) tuple(%i, %sum)

@@ -75,7 +75,8 @@ def assert_equals_oracle(got, load):
 CASES = [
     ("local", "blocked", None), ("local", "fused_interpret", None),
     ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "fused_interpret", (1, 4, 1, 1, 2)),
-    ("local", "batched", (2, 1, 1, 1, 2)), ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
+    ("local", "batched", (2, 1, 1, 1, 2)),
+    ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
     ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 8, 1, 1)),
 ]
 
@@ -115,7 +116,8 @@ def test_all_to_all_uses_a_bounded_buffer_when_the_load_fits():
 def test_an_expert_gradient_is_a_sum_over_all_devices_that_served_it():
     """One token on each device, all on expert 0: its gradient is not that of any one device's token."""
     load = "all tokens on the same experts"
-    for strategy, shape in [("local", (8, 1, 1, 1, 1)), ("local", (1, 8, 1, 1, 1)), ("all_to_all_portable", (2, 2, 2, 1, 1))]:
+    for strategy, shape in [("local", (8, 1, 1, 1, 1)), ("local", (1, 8, 1, 1, 1)),
+                            ("all_to_all_portable", (2, 2, 2, 1, 1))]:
         (_, _), (grads, _, _) = run(strategy, "blocked", shape, load)
         np.testing.assert_allclose(np.asarray(grads["down"])[0], oracle(load)[1][0]["down"][0], atol=1e-5)
 
@@ -150,8 +152,8 @@ def test_the_way_back_undoes_the_exchange():
         return a2a.send_back(rows, plan, slots, portable=True) - sent, jnp.sum(rows != 0)[None], plan.group_sizes
 
     P = jax.sharding.PartitionSpec
-    difference, arrived, sizes = jax.jit(jax.shard_map(there_and_back, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))(
-        jnp.asarray(counts, jnp.int32))
+    on_devices = jax.shard_map(there_and_back, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    difference, arrived, sizes = jax.jit(on_devices)(jnp.asarray(counts, jnp.int32))
     assert not np.any(difference)
     np.testing.assert_array_equal(arrived, counts.reshape(peers, peers, local).sum((0, 2)))
     np.testing.assert_array_equal(sizes, -(-counts.sum(0) // 4) * 4)

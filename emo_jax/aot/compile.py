@@ -73,7 +73,7 @@ def report(config: Config, devices, compiled) -> dict[str, Any]:
                    "peak": peak, "of_chip": chip.memory or None, "fits": peak <= chip.memory if name else None},
         "flops": {"model": model_flops, "hardware": walked.flops},
         "moved_bytes": walked.moved_bytes,
-        "collectives": [dataclasses.asdict(c) if name else dataclasses.asdict(c) | {"seconds": None, "exposed_seconds": None}
+        "collectives": [dataclasses.asdict(c) | ({} if name else {"seconds": None, "exposed_seconds": None})
                         for c in walked.collectives],
         "kernels": {kernel: {"calls": n, "seconds": s if name else None} for kernel, (n, s) in walked.kernels.items()},
         "bounds": _bounds(walked, chip, model_flops) if name else None,
@@ -98,8 +98,8 @@ def text(r: dict[str, Any]) -> str:
     m, f, b = r["memory"], r["flops"], r["bounds"]
     mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
     lines = [
-        f"{r['config']} for {r['topology']}: {r['devices']} x {r['chip']}, mesh {mesh}, {r['rows_per_device']:g} rows a device "
-        f"in {r['microbatches']} microbatches, {r['tokens_per_step']:,} tokens a step, remat {r['remat']}",
+        f"{r['config']} for {r['topology']}: {r['devices']} x {r['chip']}, mesh {mesh}, {r['rows_per_device']:g} rows a "
+        f"device in {r['microbatches']} microbatches, {r['tokens_per_step']:,} tokens a step, remat {r['remat']}",
         f"compiled in {r['compile_seconds']:.0f} s",
         f"memory of a device   {m['peak'] / 1e9:.2f} GB" + (f" of {m['of_chip'] / 1e9:.1f}" if m["of_chip"] else "")
         + f" (arguments {m['arguments'] / 1e9:.2f}, temporaries {m['temporaries'] / 1e9:.2f})"
@@ -116,7 +116,7 @@ def text(r: dict[str, Any]) -> str:
         lines += [
             f"bounds               compute {b['compute_seconds']:.3f} s, memory {b['memory_seconds']:.3f} s, interconnect "
             f"{b['interconnect_seconds']:.3f} s (of which exposed {b['exposed_seconds']:.3f})",
-            f"step, at best        {b['step_seconds_roofline']:.3f} s, MFU {b['mfu_roofline']:.1%} (rooflines of the kernels)"
+            f"step, at best        {b['step_seconds_roofline']:.3f} s, MFU {b['mfu_roofline']:.1%} (kernel rooflines)"
             + (f"; {b['step_seconds_cycles']:.3f} s, MFU {b['mfu_cycles']:.1%} (the compiler's cycles)"
                if b["step_seconds_cycles"] else ""),
             NOTE,

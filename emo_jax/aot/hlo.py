@@ -77,7 +77,9 @@ class Module:
         if instruction.opcode in ("dot", "convolution"):
             operands = self.operands(computation, instruction)[:2]
             # Every dimension of a plain matmul is in two of the three arrays.
-            return 2 * math.sqrt(math.prod(_elements(a.shape) for a in (instruction, *operands))) if len(operands) == 2 else 0
+            if len(operands) < 2:
+                return 0.0
+            return 2 * math.sqrt(math.prod(_elements(a.shape) for a in (instruction, *operands)))
         body = instruction.called("calls") if instruction.opcode == "fusion" else None
         return sum(self.matmul_flops(body, inner) for inner in self.computations.get(body, ()))
 
@@ -138,7 +140,7 @@ def _logical_lines(text: str):
     """Lines of computations and instructions; long instructions are printed over several."""
     current = None
     for line in text.split("\n"):
-        if _INSTRUCTION.match(line) or (line and not line[0].isspace() and line.startswith(("%", "ENTRY", "}", "HloModule"))):
+        if _INSTRUCTION.match(line) or line.startswith(("%", "ENTRY", "}", "HloModule")):
             if current is not None:
                 yield current
             current = line

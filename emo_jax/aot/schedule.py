@@ -157,8 +157,8 @@ class _Walk:
         return 0.0
 
     def _fused_collective(self, home, i, inner, times, pending) -> float:
-        """A collective inside a fusion: an all-reduce and a slice, which is a reduce-scatter; or a step of a collective that
-        is spread over several fusions, told by its channel."""
+        """A collective inside a fusion: an all-reduce and a slice, which is a reduce-scatter; or a step of one that is
+        spread over several fusions, told by its channel."""
         cycles = self._cycles(i)
         for kind, instruction in inner:
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)

@@ -19,6 +19,7 @@ Shapes: S rows, D width, F expert hidden width, E local experts; gate_up [E, D, 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 TILE, SUB = 512, 128  # rows
+VMEM_LIMIT = 60 * 2**20  # bytes; every supported chip has 64 MB a core
 WEIGHT_BLOCK = 2**22  # bytes of a weight block on the chip, at most; there are up to four
 
 
@@ -98,8 +100,8 @@ def row_tile(num_rows: int) -> int:
 
 
 def _for_each_part(visits, tile, axis, body):
-    """Visit `program_id(axis)`. Calls `body(rows, inside)` for the parts of a tile that the visit's expert has rows in: the whole tile with
-    `inside` None, or its sub-tiles with a mask [rows, 1]."""
+    """Calls `body(rows, inside)` for the parts of a tile that the expert of visit `program_id(axis)` has rows in: the whole
+    tile with `inside` None, or its sub-tiles with a mask [rows, 1]."""
     at = pl.program_id(axis)
     expert, first = visits.expert[at], visits.tile[at] * tile
     start, end = visits.start[expert], visits.end[expert]
@@ -272,7 +274,7 @@ def _call(kernel, visits: Visits, columns: tuple[int], interpret: bool, *, flops
         return lambda n, v, expert, tile, *_: of(n, expert[v], tile[v])
 
     moved = sum(a.size * a.dtype.itemsize for a in {id(a): a for a, _, _ in inputs}.values())
-    moved += sum(jnp.dtype(dtype).itemsize * functools.reduce(lambda x, y: x * y, shape) for shape, dtype, _, _ in outputs)
+    moved += sum(jnp.dtype(dtype).itemsize * math.prod(shape) for shape, dtype, _, _ in outputs)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -281,7 +283,7 @@ def _call(kernel, visits: Visits, columns: tuple[int], interpret: bool, *, flops
             out_specs=[pl.BlockSpec(block, index_map(of)) for _, _, block, of in outputs],
             scratch_shapes=list(scratch)),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _, _ in outputs],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret, name=kernel.__qualname__.split(".")[0],
     )(*visits, *(a for a, _, _ in inputs))

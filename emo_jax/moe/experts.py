@@ -11,8 +11,8 @@ multiplies them, and combines. Strategies (`kernels.dispatch`):
     dense  every local expert on every token, exchanged as in ring: the oracle, E / k times the FLOPs.
 
 All are dropless. Buffers hold any routing, but for all_to_all's receive buffer: that holds `kernels.buffer_factor` times
-the balanced load, and a layer whose load exceeds it in any step is computed by ring instead, source by source. `few_tokens` is not a choice of `kernels.dispatch` but what decoding uses on CPU,
-on the same meshes as ring and local.
+the balanced load, and a layer whose load exceeds it in any step is computed by ring instead, source by source. `few_tokens`
+is not a choice of `kernels.dispatch` but what decoding uses on CPU, on the same meshes as ring and local.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def moe_experts(
     kernel: str,
     buffer_factor: float = 0.0,
 ) -> tuple[Float[Array, "B T D"], BufferLoad | None]:
-    """(y, load); y is sum_j weights_j * expert_j(x) over the chosen routed experts, plus the shared experts (the last rows of the table)
-    with weight 1. `table`: gate, up [E, D, F] and down [E, F, D], fp32 masters. Padding tokens (`valid` False) use none of
-    the routed experts. `load` and `buffer_factor` (0: room for any routing) are all_to_all's."""
+    """(y, load); y is sum_j weights_j * expert_j(x) over the chosen routed experts, plus the shared experts (the last rows
+    of the table) with weight 1. `table`: gate, up [E, D, F] and down [E, F, D], fp32 masters. Padding tokens (`valid`
+    False) use none of the routed experts. `load` and `buffer_factor` (0: room for any routing) are all_to_all's."""
     local = functools.partial(_device_experts, num_shared=num_shared, strategy=strategy, kernel=kernel,
                               buffer_factor=buffer_factor)
     if strategy == "few_tokens":
@@ -108,7 +108,7 @@ def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_sha
 
 
 def _ring(compute, tokens, experts, axes):
-    """`compute` on the tokens of the whole `expert` axis, if there is one, and the sums of what its devices have for each."""
+    """`compute` on the tokens of the whole `expert` axis, if there is one, and the sums of what its devices found."""
     if not axes or axes["expert"] == 1:
         return compute(*tokens, *experts)
     tokens = [checkpoint_name(jax.lax.all_gather(a, "expert", tiled=True), "moe_exchanged") for a in tokens]
@@ -128,7 +128,7 @@ def _gather_table(table, dtype, fsdp):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _split_shared(table, num_shared):
-    """(the table, its last `num_shared` experts). The adjoint adds their gradient in place, without a pass over the table."""
+    """(the table, its last `num_shared` experts). The adjoint adds their gradient in place: no pass over the table."""
     return table, table[-num_shared:]
 
 
