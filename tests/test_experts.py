@@ -37,7 +37,7 @@ def loads():
     }
 
 
-def run(strategy, kernel, shape, load, buffer_factor=0.0):
+def run(strategy, kernel, shape, load, buffer_factor=0.0, whole_experts=True):
     """(value, gradients of the table, the tokens and the weights, y, BufferLoad)"""
     (table, x, weights), (ids, valid) = table_and_tokens(), loads()[load]
 
@@ -54,7 +54,8 @@ def run(strategy, kernel, shape, load, buffer_factor=0.0):
                          devices=jax.devices()[: int(np.prod(shape))])
     place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
-        table = {name: place(a, sharding.parameter_spec(("moe", name), a.shape, mesh)) for name, a in table.items()}
+        spec = lambda name, a: sharding.parameter_spec(("moe", name), *((a.shape, mesh) if whole_experts else ()))
+        table = {name: place(a, spec(name, a)) for name, a in table.items()}
         specs = (sharding.ACTIVATIONS,) * 3 + (sharding.TOKENS,)
         return step(table, *(place(a, spec) for a, spec in zip(args[1:], specs)))
 
@@ -85,6 +86,14 @@ CASES = [
 def test_equals_the_dense_oracle(strategy, kernel, shape):
     load = "random, with padding"
     assert_equals_oracle(run(strategy, kernel, shape, load), load)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 1, 1), (2, 2, 1, 2, 1)])
+def test_experts_sharded_along_their_widths(shape, monkeypatch):
+    """As where the experts do not divide into fsdp x expert; gradients scattered in three parts."""
+    monkeypatch.setattr(experts, "SCATTER_BYTES", 2 * E * D * 2 * F // shape[2] // 2)
+    load = "random, with padding"
+    assert_equals_oracle(run("ring", "blocked", shape, load, whole_experts=False), load)
 
 
 @pytest.mark.parametrize("load", [name for name in loads() if "random" not in name])

@@ -17,7 +17,8 @@ from emo_jax.aot.hlo import Instruction, Module, array_bytes, dimensions, group_
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
-_FREE = ("copy-start", "copy-done", "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")
+_FREE = ("copy-start", "copy-done", "slice-start", "slice-done", "dynamic-slice-start", "dynamic-slice-done",
+         "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")
 
 
 @dataclass
@@ -93,7 +94,7 @@ class _Walk:
             return self.computation(i.called("to_apply"), times)
         if i.opcode in KINDS:
             return self._synchronous(i.opcode, i, times)
-        if i.opcode.endswith("-start") and i.opcode != "copy-start":
+        if i.opcode.removesuffix("-start") in (*KINDS, "async", "call") and i.opcode.endswith("-start"):
             return self._start(i, times, pending)
         if i.opcode.endswith("-done"):
             started = pending.pop(i.operands[0], None) if i.operands else None
