@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our checkpoints: an adapter to its interface for language models, and the evaluation of its tasks.
+"""lm-evaluation-harness on our checkpoints: an adapter to its interface for language models, and its tasks.
 
 Needs the extra `eval` (lm_eval). Imported only where tasks are asked for.
 """
@@ -89,8 +89,8 @@ class EmoLM(TemplateLM):
     def _generate(self, contexts: list[str], until: tuple[str, ...], count: int, sampling: Sampling) -> list[str]:
         room = self._scorer.max_length - count
         if room < 1:
-            raise InputError(f"a task asks for {count} new tokens, which leaves nothing of the {self._scorer.max_length} "
-                             f"tokens of a row for its prompt")
+            raise InputError(f"a task asks for {count} new tokens, which leaves its prompt nothing of the "
+                             f"{self._scorer.max_length} tokens of a row")
         prompts = [(self.tok_encode(c) or [self.prefix_token_id])[-room:] for c in contexts]
 
         def stop(row: int, tokens: list[int]) -> bool:
@@ -115,8 +115,8 @@ def _settings(kwargs: dict[str, Any]) -> tuple[tuple[str, ...], int, Sampling]:
 
 
 class Tasks:
-    """`wanted`: names and YAML files, separated by commas. Paths in a file are relative to it. They are loaded at once, so
-    that what is missing is known before anything runs."""
+    """`wanted`: names and YAML files, separated by commas. Paths in a file are relative to it. They are loaded at once,
+    so that what is missing is known before anything runs."""
 
     def __init__(self, wanted: str, num_fewshot: int | None = None, limit: int | None = None):
         items = [item.strip() for item in wanted.split(",") if item.strip()]
@@ -130,8 +130,8 @@ class Tasks:
         known = set(self.manager.all_tasks)
         unknown = [item for item in items if Path(item) not in files and item not in known]
         if unknown:
-            raise InputError(f"--tasks: no task, group or tag {', '.join(unknown)} in lm-evaluation-harness, and no such "
-                             f"YAML file")
+            raise InputError(f"--tasks: no task, group or tag {', '.join(unknown)} in lm-evaluation-harness, and no "
+                             f"such YAML file")
         self.num_fewshot, self.limit = num_fewshot, limit
         self.loaded = [task for item in items for task in self._load(item, Path(item) if Path(item) in files else None)]
 
@@ -141,8 +141,9 @@ class Tasks:
             with contextlib.chdir(file.resolve().parent if file else "."):
                 found = self.manager.load(file.name if file else name)
         except Exception as e:
-            raise InputError(f"--tasks {name} cannot be loaded: {type(e).__name__}: {str(e).strip()[:500]}\n(its data may "
-                             f"need the network; a task file can name local data, see dataset_kwargs.data_files)") from None
+            raise InputError(f"--tasks {name} cannot be loaded: {type(e).__name__}: {str(e).strip()[:500]}\n(its data "
+                             f"may need the network; a task file can name local data, see dataset_kwargs.data_files)"
+                             ) from None
         groups = found.get("groups") or {}
         return [groups[name]] if name in groups else list(groups.values() or found["tasks"].values())
 
@@ -157,8 +158,8 @@ class Tasks:
                 for task, metrics in {**found["results"], **(found.get("groups") or {})}.items()}
 
 
-def evaluate_tasks(path: str, wanted: str, *, subset: str = "", num_fewshot: int | None = None, limit: int | None = None,
-                   step: int | None = None, overrides: list[str] = ()) -> dict[str, Any]:
+def evaluate_tasks(path: str, wanted: str, *, subset: str = "", num_fewshot: int | None = None,
+                   limit: int | None = None, step: int | None = None, overrides: list[str] = ()) -> dict[str, Any]:
     """`emo-jax eval --tasks`."""
     tasks = Tasks(wanted, num_fewshot, limit)
     opened = open_for_inference(path, subset, step, overrides)

@@ -40,7 +40,7 @@ def read_model(published: dict[str, Any], where: Path) -> tuple[str, ModelConfig
         raise InputError(f"{where}: architectures={published.get('architectures')}; expected {' or '.join(LAYOUT_OF)}")
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
     if rope.get("rope_type", "default") != "default":
-        raise InputError(f"{where}: rope_type={rope['rope_type']!r} is not supported; only unscaled rotary positions are")
+        raise InputError(f"{where}: rope_type={rope['rope_type']!r} is not supported, only unscaled positions are")
     for key, value in FIXED.items():
         if published.get(key, value) != value and key != "rope_scaling":
             raise InputError(f"{where}: {key}={published[key]!r} is not supported; only {value!r} is")
@@ -100,7 +100,8 @@ def written_keys(layout: str, c: Config, dtype: str) -> dict[str, Any]:
     """The config.json of our model in a layout."""
     m = c.model
     common = {
-        "attention_dropout": 0.0, "dtype": dtype, "head_dim": m.head_dim, "hidden_act": "silu", "hidden_size": m.d_model,
+        "attention_dropout": 0.0, "dtype": dtype, "head_dim": m.head_dim, "hidden_act": "silu",
+        "hidden_size": m.d_model,
         "initializer_range": m.init_std, "intermediate_size": m.d_ff, "max_position_embeddings": c.data.sequence_length,
         "num_attention_heads": m.num_heads, "num_hidden_layers": m.num_layers, "num_key_value_heads": m.num_kv_heads,
         "rms_norm_eps": m.norm_eps, "rope_scaling": None, "rope_theta": m.rope_theta, "tie_word_embeddings": False,
@@ -135,10 +136,11 @@ def require_exportable(layout: str, c: Config) -> None:
     m = c.model
     moe = layout in ("emo", "qwen2_moe")
     if moe != bool(m.num_experts):
-        raise InputError(f"--format {layout} is for {'MoE' if moe else 'dense'} models; model.num_experts={m.num_experts}")
+        kind = "MoE" if moe else "dense"
+        raise InputError(f"--format {layout} is for {kind} models; model.num_experts={m.num_experts}")
     if m.num_experts and c.router.semantics != "emo_v1":
         raise InputError(f"router.semantics={c.router.semantics} cannot be exported: the weights of its experts are "
-                         f"normalised over the chosen ones and scaled; the published architecture (emo_v1) does neither")
+                         f"normalised over the chosen ones and scaled; the published emo_v1 knows neither")
     if layout == "emo" and min(m.experts_per_layer, default=m.top_k) < m.top_k:
         raise InputError(f"the published code chooses model.top_k={m.top_k} experts in every layer; layer "
                          f"{int(np.argmin(m.experts_per_layer))} has {min(m.experts_per_layer)}")

@@ -1,10 +1,10 @@
 """`emo-jax export`: a checkpoint -> a folder that transformers and vLLM load.
 
-Formats: `hf`, the published layout of the model (EmoForCausalLM, whose code transformers fetches with trust_remote_code;
-dense: Olmo2NoQKNormPrenormForCausalLM), and the same function in architectures that stock transformers and vLLM have:
-`qwen2_moe` for MoE models, `llama` for dense ones. `deepseek` is another name for `qwen2_moe`: transformers has no
-DeepSeek-MoE (the first version, without latent attention), and Qwen2-MoE is the same additive shared expert, softmax over
-the routed experts and top-k without normalisation.
+Formats: `hf`, the published layout of the model (EmoForCausalLM, whose code transformers fetches with
+trust_remote_code; dense: Olmo2NoQKNormPrenormForCausalLM), and the same function in architectures that stock
+transformers and vLLM have: `qwen2_moe` for MoE models, `llama` for dense ones. `deepseek` is another name for
+`qwen2_moe`: transformers has no DeepSeek-MoE (the first version, without latent attention), and Qwen2-MoE is the same
+additive shared expert, softmax over the routed experts and top-k without normalisation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
         raise InputError(f"--out {out} exists and is not an empty folder")
     if layout == "emo" and config.model.num_shared_experts > 1:
         print(f"warning: the published code weights {config.model.num_shared_experts} shared experts by a softmax over "
-              f"their router rows, where training gives each the weight 1; --format qwen2_moe is exact", file=sys.stderr)
+              f"their router rows, training gives each the weight 1; --format qwen2_moe is exact", file=sys.stderr)
 
     plan = list(entries(layout, config.model))
     partial = target.absolute().with_name(target.name + ".partial")
@@ -79,7 +79,8 @@ def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[n
             try:
                 values = store.read(e.leaf, e.index)
             except Exception as error:
-                raise DamagedCheckpoint(f"checkpoint {found.path}: {'.'.join(e.leaf)} cannot be read ({error})") from None
+                leaf = ".".join(e.leaf)
+                raise DamagedCheckpoint(f"checkpoint {found.path}: {leaf} cannot be read ({error})") from None
             sums.add(e.leaf, values)
         tensor = e.to_theirs(values)
         if e.dead_rows and dead_rows is not None:

@@ -47,7 +47,7 @@ def import_checkpoint(source: str, out: str, config_name: str = "", overrides: l
     if any(name.startswith("blocks.") for name in reader.tensors):
         layout = "olmo_core"
         if not config_name:
-            raise InputError(f"{source} is a state dict of the trainer, which does not say how many heads the model has; "
+            raise InputError(f"{source} is a state dict of the trainer, which does not say how many heads it has; "
                              f"name its config with --config, e.g. --config emo_1b14b_1t")
         config = config_lib.load_config(config_name, list(overrides))
     else:
@@ -84,7 +84,8 @@ def _check_names_and_shapes(plan: list[Entry], reader: Reader) -> None:
                  for name, e in expected.items() if name in reader.tensors and not _fits(e, reader.tensors[name].shape)]
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise InputError(f"{reader.path}: its tensors are not those of its config:\n  " + "\n  ".join(problems[:20]) + more)
+        shown = "\n  ".join(problems[:20])
+        raise InputError(f"{reader.path}: its tensors are not those of its config:\n  {shown}{more}")
 
 
 def _fits(e: Entry, shape: tuple[int, ...]) -> bool:

@@ -1,8 +1,9 @@
 """How published checkpoints name and lay out our parameters: one table, read in both directions.
 
-An `Entry` is one published tensor and the part of one of our arrays that it holds. Published weights are (out, in); ours
-are (in, out), heads apart. Layouts: `emo` (EmoForCausalLM), `dense` (Olmo2NoQKNormPrenormForCausalLM), `llama`, `qwen2_moe`
-(what stock transformers and vLLM support), `olmo_core` (the trainer's own state dict). D, V, ...: see `emo_jax.model`.
+An `Entry` is one published tensor and the part of one of our arrays that it holds. Published weights are (out, in);
+ours are (in, out), heads apart. Layouts: `emo` (EmoForCausalLM), `dense` (Olmo2NoQKNormPrenormForCausalLM), `llama` and
+`qwen2_moe` (what stock transformers and vLLM support), `olmo_core` (the trainer's own state dict). D, V, ...: see
+`emo_jax.model`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The parameters of a checkpoint on disk, read and written in parts: no device, no mesh, no whole array in memory.
 
-They are Zarr arrays in one OCDBT database, as Orbax lays them out: expert tables in one chunk per layer and expert, other
-layer parameters in one per layer, the embedding and the head in pieces.
+They are Zarr arrays in one OCDBT database, as Orbax lays them out: expert tables in one chunk per layer and expert,
+other layer parameters in one per layer, the embedding and the head in pieces.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Safetensors files, read and written one tensor at a time.
 
-A file is 8 bytes of header length (little endian), a JSON header {name: {"dtype", "shape", "data_offsets"}}, and the data.
-A folder holds one `model.safetensors`, or several files and `model.safetensors.index.json` with {"weight_map": {name: file}}.
+A file is 8 bytes of header length (little endian), a JSON header {name: {"dtype", "shape", "data_offsets"}}, and the
+data. A folder holds one `model.safetensors`, or several files and `model.safetensors.index.json` with
+{"weight_map": {name: file}}.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class Planned(NamedTuple):
 
 def write_folder(folder: Path, planned: list[Planned], data: Iterable[np.ndarray], dtype: np.dtype,
                  shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the tensors in order into files of at most `shard_bytes` (or one tensor), with an index if there are several.
-    `data` yields the array of every planned tensor in turn."""
+    """Writes the tensors in order into files of at most `shard_bytes` (or one tensor), with an index if there are
+    several. `data` yields the array of every planned tensor in turn."""
     shards, size = [[]], 0
     for tensor in planned:
         nbytes = math.prod(tensor.shape) * dtype.itemsize

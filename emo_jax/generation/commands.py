@@ -23,8 +23,8 @@ def generate(path: str, prompts: list[str], max_new_tokens: int, sampling: Sampl
              keep: int = 0, step: int | None = None, overrides: list[str] = (), batch_size: int = 16,
              write: Write | None = None) -> dict[str, Any]:
     """Continues the prompts; an empty one begins a document. With one prompt and `write`, its text goes there piece by
-    piece as it is made. `max_new_tokens` 0: 256, or what is left of a row. `subset`: a file, or AUTO for the `keep` experts of
-    every layer that the prompts route to most."""
+    piece as it is made. `max_new_tokens` 0: 256, or what is left of a row. `subset`: a file, or AUTO for the `keep`
+    experts of every layer that the prompts route to most."""
     sampling.check()
     if (subset == AUTO) != (keep > 0):
         raise InputError(f"--subset {AUTO} and --keep K go together")

@@ -40,8 +40,8 @@ class State(NamedTuple):
 
 
 class Generator:
-    """Makes tokens from `params` (as `checkpoint.restore_params` gives them); copies of them in the compute dtype are made,
-    so `params` can be dropped.
+    """Makes tokens from `params` (as `checkpoint.restore_params` gives them). It keeps a copy of them in the compute
+    dtype, so `params` can be dropped.
 
     allowed: bool [L, R], the routed experts of a subset. batch_size: rows at a time.
     """
@@ -81,8 +81,8 @@ class Generator:
             if not len(prompt):
                 raise InputError(f"prompt {i + 1} is empty")
             if len(prompt) + max_new_tokens > self.max_length:
-                raise InputError(f"prompt {i + 1} of {len(prompt)} tokens and max-new-tokens={max_new_tokens} do not fit "
-                                 f"into the {self.max_length} tokens of a row (data.sequence_length)")
+                raise InputError(f"prompt {i + 1} of {len(prompt)} tokens and max-new-tokens={max_new_tokens} do not "
+                                 f"fit into the {self.max_length} tokens of a row (data.sequence_length)")
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -140,8 +140,8 @@ class Generator:
                     (("tokens", tokens), ("segment_ids", segments), ("positions", positions))}
             cache, logits = self._prefill(self._params, cache, part)
         finished = np.arange(rows) >= len(prompts)
-        state = State(cache, logits, place(self.mesh, positions[:, -1] + 1, P(BATCH)), place(self.mesh, finished, P(BATCH)))
-        return state, slots - length
+        position, finished = (place(self.mesh, x, P(BATCH)) for x in (positions[:, -1] + 1, finished))
+        return State(cache, logits, position, finished), slots - length
 
     # ---- on the device ----
 
@@ -153,8 +153,8 @@ class Generator:
         return reshard(model.logits(params, x, self._run)[:, 0], BATCH, None)
 
     def _decode_chunk(self, params, state: State, rows, temperature, top_p, seed, *, kind, count):
-        """`count` more tokens of every row [B, count]; after its end-of-document token a row makes arbitrary ones. Stops when
-        all rows are finished."""
+        """`count` more tokens of every row [B, count]; after its end-of-document token a row makes any. Stops
+        when all rows are finished."""
         def more(carry):
             step, state, _ = carry
             return (step < count) & ~jnp.all(reshard(state.finished, None))

@@ -35,7 +35,8 @@ class Opened:
 def open_for_inference(path: str, subset: str = "", step: int | None = None, overrides: list[str] = ()) -> Opened:
     """Raises `InputError` for what cannot be opened, a run without tokenizer, or a subset of another model."""
     found = open_checkpoint(path, step)
-    config = override(dataclasses.replace(found.config, mesh=_mesh_of(found.config, jax.device_count())), list(overrides))
+    mesh = _mesh_of(found.config, jax.device_count())
+    config = override(dataclasses.replace(found.config, mesh=mesh), list(overrides))
     require_same_model(found.config, config, str(found.path), anneal=True)
     allowed = subset_lib.load(subset, config).mask() if subset else None
     if not (found.run / "tokenizer.json").is_file():
@@ -56,7 +57,7 @@ def _mesh_of(config: Config, devices: int) -> MeshConfig:
 
 
 def _eos_ids(found: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end-of-document token, and what the generation config of an imported model adds, e.g. the end of a chat turn."""
+    """The end-of-document token, and what an imported generation config adds, e.g. the end of a chat turn."""
     path = found.run / KEPT / "generation_config.json"
     more = read_json(path).get("eos_token_id") if path.is_file() else None
     more = more if isinstance(more, list) else [] if more is None else [more]

@@ -22,7 +22,8 @@ def for_inference(params: Params, dtype) -> Params:
         where = leaf.sharding.spec
         if names[-2:-1] != ["moe"] or names[-1] == "router":
             where = P(*("tensor" if axes == "tensor" else None for axes in where))
-        return jax.device_put(leaf if names[-1] in FP32 else leaf.astype(dtype), NamedSharding(leaf.sharding.mesh, where))
+        leaf = leaf if names[-1] in FP32 else leaf.astype(dtype)
+        return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, where))
 
     return jax.tree_util.tree_map_with_path(prepare, params)
 

@@ -25,9 +25,10 @@ LOGITS = 1 << 26  # values on each shard at a time
 
 
 class Scorer:
-    """`params` may be replaced between calls; nothing is compiled anew. allowed: bool [L, R], the experts of a subset."""
+    """`params` may be replaced between calls; nothing is compiled anew. allowed: bool [L, R], a subset's experts."""
 
-    def __init__(self, config: Config, mesh: Mesh, params: model.Params | None = None, allowed: np.ndarray | None = None):
+    def __init__(self, config: Config, mesh: Mesh, params: model.Params | None = None,
+                 allowed: np.ndarray | None = None):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
         self.config, self.mesh, self.max_length = config, mesh, config.data.sequence_length
         self._run = model.static_choices(config, mesh)
@@ -40,10 +41,11 @@ class Scorer:
         self._params = params and for_inference(params, self._run.dtype)
 
     def __call__(self, pairs: list[tuple[Ids, Ids]], progress: bool = False) -> list[tuple[float, bool]]:
-        """(sum of the log probabilities of the continuation in nats, whether greedy decoding makes it) of every (context,
-        continuation). A pair that is longer than a row loses the beginning of its context; contexts must not be empty."""
+        """(sum of the log probabilities of the continuation in nats, whether greedy decoding makes it) of every
+        (context, continuation). A pair that is longer than a row loses the beginning of its context; contexts must not
+        be empty."""
         out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        rows = [([*context, *continuation][-self.max_length - 1:], len(continuation)) for context, continuation in pairs]
+        rows = [([*context, *new][-self.max_length - 1:], len(new)) for context, new in pairs]
         order = [i for i in sorted(range(len(pairs)), key=lambda i: (-len(rows[i][0]), rows[i][1])) if rows[i][1]]
         done = 0
         while done < len(order):
@@ -67,7 +69,8 @@ class Scorer:
             n = min(n, len(tokens) - 1)
             fields["tokens"][b, : len(tokens) - 1] = tokens[:-1]
             fields["segment_ids"][b, : len(tokens) - 1] = 1
-            at[b, :n], targets[b, :n], counts[b, :n] = np.arange(len(tokens) - 1 - n, len(tokens) - 1), tokens[-n:], True
+            at[b, :n], targets[b, :n] = np.arange(len(tokens) - 1 - n, len(tokens) - 1), tokens[-n:]
+            counts[b, :n] = True
         with jax.set_mesh(self.mesh):
             batch = {name: place(self.mesh, x, TOKENS) for name, x in fields.items()}
             wanted = [place(self.mesh, x, P(BATCH, None)) for x in (at, targets, counts)]

@@ -18,12 +18,14 @@ def cached_attention(
     past_k: Float[Array, "B G S K"], past_v: Float[Array, "B G S K"],
     segments: Int[Array, "B T"], past_segments: Int[Array, "B S"],
 ) -> Float[Array, "B T H K"]:
-    """A token sees the cached tokens of its segment, and the new ones at or before it; softmax in fp32. Slots of the cache
-    that are not in use have segment 0. Heads lead in the cache, so that its matmuls move no data. On a mesh every device works on its rows and heads; mesh.sequence must be 1."""
+    """A token sees the cached tokens of its segment, and the new ones at or before it; softmax in fp32. Slots of the
+    cache that are not in use have segment 0. Heads lead in the cache, so that its matmuls move no data. On a mesh every
+    device works on its rows and heads; mesh.sequence must be 1."""
     args = (q, k, v, past_k, past_v, segments, past_segments)
     if jax.sharding.get_abstract_mesh().empty:
         return _device_attention(*args)
-    queries, new, past = P(BATCH, "sequence", "tensor", None), P(BATCH, None, "tensor", None), P(BATCH, "tensor", None, None)
+    queries, new = P(BATCH, "sequence", "tensor", None), P(BATCH, None, "tensor", None)
+    past = P(BATCH, "tensor", None, None)
     return compat.shard_map(_device_attention, in_specs=(queries, new, new, past, past, TOKENS, P(BATCH, None)),
                             out_specs=queries)(*args)
 

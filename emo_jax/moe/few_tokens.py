@@ -1,7 +1,7 @@
 """Experts for a few tokens, as in decoding: a loop over the experts that any token chose, each applied to all tokens.
 
-Moves every used weight once and nothing else; there is no buffer of rows, which for a few tokens would be mostly padding.
-Used on CPU; on accelerators a loop of small matmuls waits for its launches, and the grouped matmul is better.
+Moves every used weight once and nothing else; there is no buffer of rows, which for a few tokens would be mostly
+padding. Used on CPU; on accelerators a loop of small matmuls waits for its launches, and the grouped matmul is better.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from emo_jax.sharding import AXES
 
 
 def device_experts(table, x, expert_ids, weights, valid, *, axes, num_shared, fsdp):
-    """The body of one device, as `experts.moe_experts` describes it. `axes`: sizes of the mesh axes, None without a mesh;
-    `fsdp`: the dimension of each table that this axis shards."""
+    """The body of one device, as `experts.moe_experts` describes it. `axes`: sizes of the mesh axes, None without a
+    mesh; `fsdp`: the dimension of each table that this axis shards."""
     batch_shape, width = x.shape[:2], x.shape[2]
     x, expert_ids, weights, valid = (a.reshape(-1, *a.shape[2:]) for a in (x, expert_ids, weights, valid))
     expert_axis = 1
