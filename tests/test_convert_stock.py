@@ -11,6 +11,9 @@ from published import golden, open_params, outputs, save_new
 
 from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.convert.importing import import_checkpoint
+from emo_jax.subsets.extract import extract
+from emo_jax.subsets.subset import full
+from emo_jax.train.checkpoint import open_checkpoint
 
 
 def stock(folder, tokens):
@@ -47,3 +50,18 @@ def test_own_models_with_grouped_queries_and_any_number_of_shared_experts(shared
     ours, _, _ = outputs(*open_params(run), tokens)
     _, theirs, _ = stock(tmp_path / "hf", tokens)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * np.abs(ours).max())
+
+
+def test_an_extracted_subset_is_a_smaller_model_there(tmp_path):
+    folder, io = golden("emo")
+    import_checkpoint(str(folder), str(tmp_path / "run"))
+    found = open_checkpoint(tmp_path / "run")
+    kept = (np.arange(15) + np.arange(3)[:, None]) % 3 == 0  # 5 of 15 routed experts, others in every layer
+    extract(found, full(found.config).with_mask(kept), tmp_path / "small")
+    export_checkpoint(str(tmp_path / "small"), str(tmp_path / "hf"), "qwen2_moe")
+    masked, _, _ = outputs(*open_params(tmp_path / "run"), io["input_ids"], allowed=kept)
+    _, logits, _ = stock(tmp_path / "hf", io["input_ids"])
+    np.testing.assert_allclose(logits, masked, rtol=0, atol=2e-5)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["num_experts"] == 5
+    export_checkpoint(str(tmp_path / "small"), str(tmp_path / "published"))
+    assert json.loads((tmp_path / "published/config.json").read_text())["num_experts"] == 6  # with the shared one

@@ -97,6 +97,8 @@ def test_a_row_draws_the_same_tokens_in_any_batch(published):
     assert g.generate([prompts[0], prompts[0]], 12, sampling)[0] == first[0]
     assert g.generate(prompts, 12, sampling) == first
     assert g.generate(prompts, 12, sampling._replace(seed=8)) != first
+    g.generate([prompts[0][:7], prompts[1][:2]], 20, Sampling(0.5, 0.8))
+    assert g._prefill._cache_size() == g._decode._cache_size() == 1  # other lengths and settings of the same buckets
 
 
 def test_sampling_follows_the_distribution():
