@@ -60,6 +60,47 @@ def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered(
     assert not walked.unknown_loops
 
 
+FUSIONS = """HloModule jit_step
+
+%inner (p: bf16[16,64,128]) -> bf16[64,128] {
+  %p = bf16[16,64,128]{2,1,0} parameter(0)
+  %one = bf16[1,64,128]{2,1,0} slice(%p), slice={[3:4], [0:64], [0:128]}
+  ROOT %flat = bf16[64,128]{1,0} bitcast(%one)
+}
+
+%update (stack: bf16[16,64,128], table: bf16[16,64,128], at: s32[]) -> (bf16[16,64,128], bf16[64,128]) {
+  %stack = bf16[16,64,128]{2,1,0} parameter(0)
+  %table = bf16[16,64,128]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %row = bf16[64,128]{1,0} fusion(%table), kind=kLoop, calls=%inner
+  %new = bf16[1,64,128]{2,1,0} bitcast(%row)
+  %done = bf16[16,64,128]{2,1,0} dynamic-update-slice(%stack, %new, %at)
+  ROOT %both = (bf16[16,64,128]{2,1,0}, bf16[64,128]{1,0}) tuple(%done, %row)
+}
+
+%cast (p: bf16[64,128]) -> f32[64,128] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  ROOT %wide = f32[64,128]{1,0} convert(%p)
+}
+
+ENTRY %main (stack: bf16[16,64,128], table: bf16[16,64,128], at: s32[]) -> f32[64,128] {
+  %stack = bf16[16,64,128]{2,1,0} parameter(0)
+  %table = bf16[16,64,128]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %f = (bf16[16,64,128]{2,1,0}, bf16[64,128]{1,0}) fusion(%stack, %table, %at), kind=kLoop, calls=%update
+  %row = bf16[64,128]{1,0} get-tuple-element(%f), index=1
+  ROOT %out = f32[64,128]{1,0} fusion(%row), kind=kLoop, calls=%cast
+}
+"""
+
+
+def test_a_fusion_moves_only_the_slices_that_it_reads_and_updates():
+    module, row = Module(FUSIONS), 64 * 128 * 2
+    update, cast = module.find("main", "f"), module.find("main", "out")
+    assert module.moved_bytes("main", update) == 4 + 3 * row  # the index; one slice read, and written twice
+    assert module.moved_bytes("main", cast) == row + 2 * row
+
+
 def test_shapes_and_groups():
     assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0:S(1)}, pred[])") == 24 + 8 + 1
     assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0:S(1)})", main_memory=True) == 24

@@ -49,28 +49,54 @@ class Module:
 
     def moved_bytes(self, computation: str, instruction: Instruction) -> float:
         """Main-memory bytes that an instruction reads and writes: operands and results once each; of a fusion's operand
-        only what a slice or gather inside takes, and of an in-place update only what is updated."""
+        only what slices and gathers inside take, and of an in-place update only what is updated."""
         body = instruction.called("calls") if instruction.opcode == "fusion" else None
         if body not in self.computations:
             return array_bytes(instruction.shape, main_memory=True) + sum(
                 array_bytes(o.shape, main_memory=True) for o in self.operands(computation, instruction))
-        users, parameters = {}, {}
-        for inner in self.computations[body]:
-            if inner.opcode == "parameter":
-                parameters[int(re.match(r"parameter\((\d+)\)", inner.attributes).group(1))] = inner.name
-            for operand in inner.operands:
-                users.setdefault(operand, []).append(inner)
-        total = 0.0
+        read = 0.0
         for index, name in enumerate(instruction.operands):
             if operand := self.find(computation, name):
-                whole = array_bytes(operand.shape, main_memory=True)
-                total += _used_bytes(parameters[index], whole, users) if whole and index in parameters else whole
-        written = array_bytes(instruction.shape, main_memory=True)
+                read += self._read_bytes(body, index, array_bytes(operand.shape, main_memory=True))
+        return read + self._written_bytes(body, instruction.shape)
+
+    def _read_bytes(self, body: str, index: int, whole: float) -> float:
+        """What a fusion reads of its parameter number `index`, of `whole` bytes in main memory."""
+        names, used = {self._parameter(body, index)}, 0.0
+        for user in self.computations[body]:  # in order: users come after what they use
+            if not whole or not names & set(user.operands):
+                continue
+            if user.opcode in ("dynamic-slice", "gather", "slice"):
+                used = max(used, array_bytes(user.shape))
+            elif user.opcode == "fusion":
+                for at in (at for at, name in enumerate(user.operands) if name in names):
+                    used = max(used, self._read_bytes(user.called("calls"), at, whole))
+            elif user.opcode in ("bitcast", "reshape", "convert", "copy", "transpose") and not user.is_root:
+                names.add(user.name)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] not in names:
+                return whole
+        return min(used, whole)
+
+    def _written_bytes(self, body: str, shape: str) -> float:
         root = next((i for i in self.computations[body] if i.is_root), None)
-        if root is not None and root.opcode == "dynamic-update-slice":
-            update = self.find(body, root.operands[1])
-            written = min(written, array_bytes(update.shape)) if update else written
-        return total + written
+        results = self.operands(body, root) if root is not None and root.opcode == "tuple" else [root]
+        arrays = [match.group(0) for match in _ARRAY.finditer(shape)]
+        if None in results or len(results) != len(arrays):
+            return array_bytes(shape, main_memory=True)
+        return sum(min(array_bytes(array, main_memory=True), self._updated_bytes(body, result))
+                   for array, result in zip(arrays, results))
+
+    def _updated_bytes(self, body: str, result: Instruction) -> float:
+        """Of a result inside a fusion: of an in-place update what is updated, else all of it."""
+        while result.opcode == "bitcast" and (inner := self.find(body, result.operands[0])):
+            result = inner
+        if result.opcode != "dynamic-update-slice":
+            return array_bytes(result.shape)
+        update = self.find(body, result.operands[1])
+        return array_bytes((update or result).shape)
+
+    def _parameter(self, body: str, index: int) -> str | None:
+        return next((i.name for i in self.computations[body] if i.attributes.startswith(f"parameter({index})")), None)
 
     def matmul_flops(self, computation: str, instruction: Instruction) -> float:
         """FLOPs of an instruction's matmuls, those inside a fusion included."""
@@ -173,21 +199,6 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return i + 1
     return len(text)
-
-
-def _used_bytes(name: str, whole: float, users: dict, depth: int = 0) -> float:
-    """What a fusion reads of its parameter of `whole` bytes."""
-    used = 0.0
-    for user in users.get(name, ()):
-        if user.opcode in ("dynamic-slice", "gather", "slice"):
-            used = max(used, array_bytes(user.shape))
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            pass
-        elif user.opcode in ("bitcast", "reshape", "convert", "copy", "transpose") and depth < 4:
-            used = max(used, _used_bytes(user.name, whole, users, depth + 1))
-        else:
-            return whole
-    return min(used, whole)
 
 
 def _constant(instruction: Instruction) -> int | None:
