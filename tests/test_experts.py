@@ -75,10 +75,10 @@ def assert_equals_oracle(got, load):
 
 CASES = [
     ("local", "blocked", None), ("local", "fused_interpret", None),
-    ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "fused_interpret", (1, 4, 1, 1, 2)),
+    ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "reference", (1, 4, 1, 1, 2)),
     ("local", "batched", (2, 1, 1, 1, 2)),
     ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
-    ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 8, 1, 1)),
+    ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 4, 1, 2)),
 ]
 
 
@@ -99,11 +99,10 @@ def test_experts_sharded_along_their_widths(shape, monkeypatch):
 @pytest.mark.parametrize("load", [name for name in loads() if "random" not in name])
 def test_skewed_loads(load):
     assert_equals_oracle(run("ring", "blocked", (1, 1, 4, 1, 1), load), load)
-    assert_equals_oracle(run("local", "fused_interpret", None, load), load)
 
 
 @pytest.mark.parametrize("load, kernel", [("all tokens on the same experts", "reference"),
-                                          ("empty experts", "fused_interpret")])
+                                          ("empty experts", "reference")])
 def test_all_to_all_falls_back_to_ring_when_the_buffer_is_too_small(load, kernel):
     got = run("all_to_all_portable", kernel, (1, 1, 4, 1, 1), load, buffer_factor=1.0)
     buffer_load = got[0][1][1]
@@ -113,7 +112,7 @@ def test_all_to_all_falls_back_to_ring_when_the_buffer_is_too_small(load, kernel
 
 def test_all_to_all_uses_a_bounded_buffer_when_the_load_fits():
     load = "random, with padding"
-    got = run("all_to_all_portable", "fused_interpret", (1, 1, 4, 1, 1), load, buffer_factor=3.0)
+    got = run("all_to_all_portable", "reference", (1, 1, 4, 1, 1), load, buffer_factor=3.0)
     buffer_load = got[0][1][1]
     ids, valid = loads()[load]
     busiest = np.bincount((ids[valid] // (E // 4)).ravel(), minlength=4).max()
@@ -125,9 +124,8 @@ def test_all_to_all_uses_a_bounded_buffer_when_the_load_fits():
 def test_an_expert_gradient_is_a_sum_over_all_devices_that_served_it():
     """One token on each device, all on expert 0: its gradient is not that of any one device's token."""
     load = "all tokens on the same experts"
-    for strategy, shape in [("local", (8, 1, 1, 1, 1)), ("local", (1, 8, 1, 1, 1)),
-                            ("all_to_all_portable", (2, 2, 2, 1, 1))]:
-        (_, _), (grads, _, _) = run(strategy, "blocked", shape, load)
+    for strategy, shape in [("local", (2, 4, 1, 1, 1)), ("all_to_all_portable", (2, 2, 2, 1, 1))]:
+        (_, _), (grads, _, _) = run(strategy, "reference", shape, load)
         np.testing.assert_allclose(np.asarray(grads["down"])[0], oracle(load)[1][0]["down"][0], atol=1e-5)
 
 
