@@ -89,9 +89,8 @@ def test_equals_the_dense_oracle(strategy, kernel, shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2, 1, 1), (2, 2, 1, 2, 1)])
-def test_experts_sharded_along_their_widths(shape, monkeypatch):
-    """As where the experts do not divide into fsdp x expert; gradients scattered in three parts."""
-    monkeypatch.setattr(experts, "SCATTER_BYTES", 2 * E * D * 2 * F // shape[2] // 2)
+def test_experts_sharded_along_their_widths(shape):
+    """As where the experts do not divide into fsdp x expert."""
     load = "random, with padding"
     assert_equals_oracle(run("ring", "blocked", shape, load, whole_experts=False), load)
 

@@ -44,7 +44,6 @@ class BufferLoad(NamedTuple):
     fallback: Float[Array, ""]  # 1 if that was too much for the buffer
 
 
-SCATTER_BYTES = 2**29
 log = logging.getLogger(__name__)
 
 
@@ -122,25 +121,9 @@ def _gather_table(table, dtype, fsdp):
     gate_up = jnp.concatenate([table["gate"], table["up"]], axis=-1).astype(dtype)
     down = table["down"].astype(dtype)
     if fsdp:
-        gate_up, down = _gather(gate_up, fsdp["gate"]), _gather(down, fsdp["down"])
+        gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=fsdp["gate"], tiled=True)
+        down = jax.lax.all_gather(down, "fsdp", axis=fsdp["down"], tiled=True)
     return gate_up, down
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(table, axis):
-    return jax.lax.all_gather(table, "fsdp", axis=axis, tiled=True)
-
-
-def _scatter(axis, _, d_table):
-    """The adjoint, in parts of at most SCATTER_BYTES unless it scatters whole experts: of larger arrays XLA:TPU makes an
-    all-reduce, twice the bytes, where it makes a reduce-scatter of the parts (seen in programs for v6e 16x16)."""
-    parts = 1 if axis == 0 else min(d_table.shape[0], -(-d_table.size * d_table.dtype.itemsize // SCATTER_BYTES))
-    scattered = [jax.lax.psum_scatter(part, "fsdp", scatter_dimension=axis, tiled=True)
-                 for part in jnp.array_split(d_table, parts)]
-    return (jnp.concatenate(scattered),)
-
-
-_gather.defvjp(lambda table, axis: (_gather(table, axis), None), _scatter)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
