@@ -17,6 +17,6 @@ def config() -> Config:
         router=RouterConfig(pool_min=4, pool_max=32),
         data=DataConfig(sequence_length=256, max_documents_per_row=32, eval_fraction=0.05, workers=1),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        train=TrainConfig(steps=500, batch_size=16, remat="none", log_every=10, eval_every=250),
+        train=TrainConfig(steps=300, batch_size=16, remat="none", log_every=10, eval_every=150),
         checkpoint=CheckpointConfig(every=100, keep_every=0),
     )
