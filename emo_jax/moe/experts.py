@@ -35,6 +35,7 @@ from emo_jax.moe import dispatch, few_tokens
 from emo_jax.moe import dispatch_all_to_all as a2a
 from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, fsdp_dimension
 
+log = logging.getLogger(__name__)
 
 
 class BufferLoad(NamedTuple):
@@ -42,9 +43,6 @@ class BufferLoad(NamedTuple):
 
     required_capacity_factor: Float[Array, ""]  # rows of the busiest device / rows of each at balanced load
     fallback: Float[Array, ""]  # 1 if that was too much for the buffer
-
-
-log = logging.getLogger(__name__)
 
 
 def moe_experts(
