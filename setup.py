@@ -1,4 +1,4 @@
-"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval,test]` for figures, evaluation tasks, tests."""
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval,test]` for figures and clusters, evaluation tasks, tests."""
 
 import pathlib
 import re
@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
-report = ["matplotlib"]
+report = ["matplotlib", "scikit-learn"]
 evaluation = ["lm-eval>=0.4.13"]
 
 

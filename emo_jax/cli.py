@@ -17,6 +17,7 @@ from typing import Any, Callable
 
 import emo_jax
 from emo_jax.errors import InputError, RunError
+from emo_jax.study import commands as study_commands
 from emo_jax.subsets import arguments as subset_arguments
 
 Result = tuple[dict[str, Any], str]
@@ -133,6 +134,10 @@ def add_subset(commands) -> None:
     subset_arguments.add_subset(commands, _command)
 
 
+def add_study(commands) -> None:
+    study_commands.add(commands, _command)
+
+
 def add_generate(commands) -> None:
     parser = _command(commands, "generate", generate, "continue prompts", config=True)
     parser.add_argument("checkpoint", metavar="CKPT", help="a run's folder, its checkpoints/, or one step folder")
@@ -210,8 +215,8 @@ def add_compile(commands) -> None:
                         "emo-jax[tpu] but no TPU (default: the devices of this machine)")
 
 
-COMMANDS = [add_train, add_eval, add_select, add_subset, add_generate, add_import, add_export, add_config, add_data, add_bench,
-            add_compile]
+COMMANDS = [add_train, add_eval, add_select, add_subset, add_study, add_generate, add_import, add_export, add_config, add_data,
+            add_bench, add_compile]
 
 
 # ---- running --------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class DataConfig:
     format: Literal["auto", "embedded", "jsonl", "text", "tfds"] = "auto"
     text_field: str = "text"
     label_field: str = "source"  # label of a document, for evaluation by label
+    leave_out_labels: str = ""  # "a,b": documents of these labels are neither trained on nor held out
     tfds_split: str = "train"  # split of a TFDS dataset; slices such as train[:10%] are allowed
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
@@ -82,6 +83,10 @@ class DataConfig:
     eval_fraction: float = 0.005  # of the documents, by document
     shuffle: bool = True
     workers: int = 2  # tokenizing processes of each host; 0: in the training process
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return tuple(label for label in self.leave_out_labels.split(",") if label)
 
 
 @dataclass(frozen=True, kw_only=True)

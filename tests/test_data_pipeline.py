@@ -37,7 +37,7 @@ def setup(tmp_path_factory):
                                     max_documents_per_row=6))
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     source = open_source(config.data)
-    return config, source, load_tokenizer(config, source, split(source, 0.1, 0)[0], folder)
+    return config, source, load_tokenizer(config, source, split(source, config.data, 0)[0], folder)
 
 
 def change(config, **fields):
@@ -120,7 +120,7 @@ def test_every_epoch_has_every_document_once_in_a_new_order():
 
 def test_batches_have_no_held_out_document_and_follow_the_seed(setup):
     config, source, tokenizer = setup
-    _, held_out = split(source, config.data.eval_fraction, config.seed)
+    _, held_out = split(source, config.data, config.seed)
     got, _ = batches(setup, 40)
     seen = {i for b in got for i in b["document_ids"][b["segment_ids"] > 0].tolist()}
     assert not seen & set(held_out.tolist()) and len(seen) > 100
@@ -229,7 +229,7 @@ def _runs(pid):
 
 def test_evaluation_rows_are_held_out_and_of_one_label(setup):
     config, source, tokenizer = setup
-    _, held_out = split(source, config.data.eval_fraction, config.seed)
+    _, held_out = split(source, config.data, config.seed)
     result = evaluation_rows(config, source, tokenizer, held_out)
     assert [label for label, _ in result] == ["label0", "label1", "label2"]
     for label, rows in result:

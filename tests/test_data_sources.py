@@ -191,20 +191,32 @@ print("done")
 
 def test_split_is_by_document_and_stable(tmp_path):
     source = open_source(DataConfig(path=str(write(tmp_path / "d.jsonl", lines(30_000)))))
-    train, held_out = split(source, 0.05, seed=1)
+    train, held_out = split(source, DataConfig(eval_fraction=0.05), seed=1)
     numbers = np.array([train[i] for i in range(len(train))])
     assert np.array_equal(np.sort(np.concatenate([numbers, held_out])), np.arange(30_000))  # each exactly once
     assert 1300 < len(held_out) < 1700
     longer = open_source(DataConfig(path=str(write(tmp_path / "e.jsonl", lines(40_000)))))
-    assert np.array_equal(split(longer, 0.05, seed=1)[1][:len(held_out)], held_out)
-    assert not np.array_equal(split(source, 0.05, seed=2)[1], held_out)
-    assert len(split(source, 0.0, seed=1)[1]) == 0
+    assert np.array_equal(split(longer, DataConfig(eval_fraction=0.05), seed=1)[1][:len(held_out)], held_out)
+    assert not np.array_equal(split(source, DataConfig(eval_fraction=0.05), seed=2)[1], held_out)
+    assert len(split(source, DataConfig(eval_fraction=0.0), seed=1)[1]) == 0
 
 
 def test_split_of_a_small_source_takes_one_of_each_label(tmp_path):
     path = write(tmp_path / "d.jsonl", lines(3, "a") + lines(1, "b") + lines(2, "c"))
     source = open_source(DataConfig(path=str(path)))
-    train, held_out = split(source, 1e-9, seed=0)
+    train, held_out = split(source, DataConfig(eval_fraction=1e-9), seed=0)
     assert sorted(source.label(i) for i in held_out) == ["a", "c"] and len(train) == 4
     alone = open_source(DataConfig(path=str(write(tmp_path / "one.jsonl", lines(1)))))
-    assert len(split(alone, 0.9, seed=0)[0]) == 1
+    assert len(split(alone, DataConfig(eval_fraction=0.9), seed=0)[0]) == 1
+
+
+def test_labels_can_be_left_out(tmp_path):
+    path = write(tmp_path / "d.jsonl", lines(30, "a") + lines(20, "b") + lines(10, "c"))
+    source = open_source(DataConfig(path=str(path)))
+    train, held_out = split(source, DataConfig(eval_fraction=0.2, leave_out_labels="b,c"), seed=0)
+    read = [train[i] for i in range(len(train))] + held_out.tolist()
+    assert sorted(read) == list(range(30)) and len(held_out)
+    with pytest.raises(InputError, match="no document of label 'd'; there are a, b, c"):
+        split(source, DataConfig(leave_out_labels="a,d"), seed=0)
+    with pytest.raises(InputError, match="no documents to train on besides those of data.leave_out_labels='a,b,c'"):
+        split(source, DataConfig(leave_out_labels="a,b,c"), seed=0)

@@ -24,7 +24,7 @@ LOOK_AT = 2_000  # documents that `inspect` reads
 def open_data(config: Config, folder: str | Path) -> tuple[Source, Tokenizer]:
     """The source and the tokenizer of a config; `folder` holds or receives a tokenizer that has to be trained."""
     source = open_source(config.data)
-    train_indices, _ = split(source, config.data.eval_fraction, config.seed)
+    train_indices, _ = split(source, config.data, config.seed)
     return source, load_tokenizer(config, source, train_indices, folder)
 
 
@@ -64,7 +64,7 @@ def inspect(config: Config, folder: str | Path, documents: int = 3) -> dict:
     """What is in the data, and how it looks in a row: counts from a sample of up to LOOK_AT documents spread over the
     source, the first documents, and one training row with its document boundaries."""
     source, tokenizer = open_data(config, folder)
-    train_indices, eval_indices = split(source, config.data.eval_fraction, config.seed)
+    train_indices, eval_indices = split(source, config.data, config.seed)
     sample = np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOK_AT)).astype(np.int64))
     labels, num_bytes, num_tokens = Counter(), 0, 0
     for i in sample:

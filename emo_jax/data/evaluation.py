@@ -12,25 +12,27 @@ from emo_jax.data.tokenizer import Tokenizer
 MAX_DOCUMENTS = 20_000  # held-out documents that are looked at
 
 
-def evaluation_rows(config: Config, source: Source, tokenizer: Tokenizer,
-                    eval_indices: np.ndarray) -> list[tuple[str, Row]]:
+def evaluation_rows(config: Config, source: Source, tokenizer: Tokenizer, eval_indices: np.ndarray,
+                    tokens: int | None = None) -> list[tuple[str, Row]]:
     """[(label, rows)] in the order of the labels: fields as in training, arrays [n, T].
 
     Each label has up to train.eval_rows / number of labels rows (at least one), concatenated and split from held-out
-    documents of that label only; the last row may be padded. Repetitive rows keep their loss.
+    documents of that label only, of each the first `tokens` (None: all); the last row may be padded. Repetitive rows keep
+    their loss.
     """
     by_label = {}
     for i in eval_indices[:MAX_DOCUMENTS]:
         by_label.setdefault(source.label(int(i)), []).append(int(i))
     per_label = max(1, config.train.eval_rows // max(1, len(by_label)))
-    return [(label, _rows(config, source, tokenizer, by_label[label], per_label)) for label in sorted(by_label)]
+    return [(label, _rows(config, source, tokenizer, by_label[label], per_label, tokens)) for label in sorted(by_label)]
 
 
-def _rows(config: Config, source: Source, tokenizer: Tokenizer, documents: list[int], limit: int) -> Row:
+def _rows(config: Config, source: Source, tokenizer: Tokenizer, documents: list[int], limit: int,
+          tokens: int | None) -> Row:
     def read(count: int) -> tuple[np.ndarray, int] | None:
         if count == len(documents):
             return None
-        return tokenizer.encode_document(source[documents[count]].text), documents[count]
+        return tokenizer.encode_document(source[documents[count]].text)[:tokens], documents[count]
 
     d, rows = config.data, []
     for row, _ in pack("concat_and_split", read, d.sequence_length, d.max_documents_per_row,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from grain.experimental import index_shuffle
 
+from emo_jax.config import DataConfig
 from emo_jax.data.documents import Source
 from emo_jax.errors import InputError
 
@@ -13,11 +14,11 @@ _MASK = (1 << 64) - 1
 
 
 class TrainIndices:
-    """The document numbers of 0..total-1 that are not in `held_out` (sorted): a sequence that is not stored."""
+    """The document numbers of 0..total-1 that are not in `others` (sorted): a sequence that is not stored."""
 
-    def __init__(self, total: int, held_out: np.ndarray):
-        self._count = total - len(held_out)
-        self._smaller = held_out - np.arange(len(held_out))  # training documents below each held-out one
+    def __init__(self, total: int, others: np.ndarray):
+        self._count = total - len(others)
+        self._smaller = others - np.arange(len(others))  # training documents below each other one
 
     def __len__(self) -> int:
         return self._count
@@ -28,19 +29,35 @@ class TrainIndices:
         return int(i + np.searchsorted(self._smaller, i, side="right"))
 
 
-def split(source: Source, fraction: float, seed: int) -> tuple[TrainIndices, np.ndarray]:
-    """(training documents, held-out documents [n] int64 sorted). A document is held out by a hash of the seed and its
-    number, so whether it is does not depend on the others; in a small source, every label of two documents or more that
-    the hash missed gives one."""
-    total = len(source)
-    held_out = _hashed(total, fraction, seed)
-    if fraction > 0 and (total <= SMALL or not len(held_out)):
+def split(source: Source, data: DataConfig, seed: int) -> tuple[TrainIndices, np.ndarray]:
+    """(training documents, held-out documents [n] int64 sorted), none of a label of `data.leave_out_labels`. A document is
+    held out by a hash of the seed and its number, so whether it is does not depend on the others; in a small source, every
+    label of two documents or more that the hash missed gives one."""
+    total, left_out = len(source), documents_of_labels(source, data.left_out)
+    held_out = _hashed(total, data.eval_fraction, seed)
+    if data.eval_fraction > 0 and (total <= SMALL or not len(held_out)):
         held_out = np.union1d(held_out, _missed_labels(source, seed, held_out))
-    if len(held_out) == total:
+    held_out = np.setdiff1d(held_out, left_out)
+    if len(held_out) and len(held_out) + len(left_out) == total:
         held_out = held_out[:-1]
-    if total == len(held_out):
-        raise InputError(f"{source.name}: no documents to train on")
-    return TrainIndices(total, held_out), held_out
+    others = np.union1d(held_out, left_out)
+    if len(others) == total:
+        raise InputError(f"{source.name}: no documents to train on"
+                         + f" besides those of data.leave_out_labels={data.leave_out_labels!r}" * bool(len(left_out)))
+    return TrainIndices(total, others), held_out
+
+
+def documents_of_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
+    """[n] int64 sorted. Reads the label of every document, if there are `labels`. Raises `InputError` for one without
+    documents."""
+    if not labels:
+        return np.zeros(0, np.int64)
+    of_document = np.array([source.label(i) for i in range(len(source))])
+    known = sorted(set(of_document.tolist()))
+    for label in labels:
+        if label not in known:
+            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(known[:50])}")
+    return np.flatnonzero(np.isin(of_document, labels))
 
 
 def _hashed(total: int, fraction: float, seed: int, block: int = 1 << 22) -> np.ndarray:

@@ -127,7 +127,7 @@ def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, pr
         raise InputError(f"train.batch_size={batch_size}: the checkpoint's data position is for a batch of "
                          f"{len(states)} rows; keep the batch size, or start from the parameters only")
     if train_indices is None:
-        train_indices, _ = split(source, config.data.eval_fraction, config.seed)
+        train_indices, _ = split(source, config.data, config.seed)
     order = DocumentOrder(train_indices, batch_size, config.seed, config.data.shuffle)
     per_host = batch_size // process_count
     numbers = list(range(process_index * per_host, (process_index + 1) * per_host))

@@ -63,14 +63,15 @@ def from_tokens(documents: Sequence[np.ndarray], length: int | None = None) -> C
     return Calibration(_fields(tokens, segments), np.zeros(len(documents), int), ("",), (about,))
 
 
-def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: dict[str, Sequence[int]]) -> Calibration:
-    """The documents of every group by their numbers in `source`."""
+def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: dict[str, Sequence[int]],
+                tokens: int | None = None) -> Calibration:
+    """The documents of every group by their numbers in `source`, of each the first `tokens` (None: all)."""
     rows, owners, about = [], [], []
     for number, (name, documents) in enumerate(groups.items()):
         if not len(documents):
             raise InputError(f"{source.name}: no documents {f'of label {name!r} ' if name else ''}to choose experts by")
         texts = [source[int(i)].text for i in documents]
-        packed = _pack(config.data, [tokenizer.encode_document(text) for text in texts])
+        packed = _pack(config.data, [tokenizer.encode_document(text)[:tokens] for text in texts])
         rows += packed
         owners += [number] * len(packed)
         hashes = [document_hash(text) for text in texts]

@@ -32,7 +32,7 @@ def documents_to_score(opened: Opened, own_text: bool) -> tuple[Source, np.ndarr
     source = open_source(config.data)
     if not own_text:
         return source, np.arange(len(source))
-    chosen = split(source, config.data.eval_fraction, config.seed)[1]
+    chosen = split(source, config.data, config.seed)[1]
     if not len(chosen):
         raise InputError(f"the run held out no documents (data.eval_fraction={config.data.eval_fraction}); give --data")
     return source, chosen

@@ -109,7 +109,7 @@ def evaluate_checkpoint(path: str, data_path: str = "", step: int | None = None,
     require_same_model(found.config, config, str(found.path), anneal=True)
     source = open_source(config.data)
     tokenizer = Tokenizer(found.run / "tokenizer.json", config.data.eos_token)
-    chosen = np.arange(len(source)) if data_path else split(source, config.data.eval_fraction, config.seed)[1]
+    chosen = np.arange(len(source)) if data_path else split(source, config.data, config.seed)[1]
     if not len(chosen):
         raise InputError(f"{found.run} held out no documents (data.eval_fraction={config.data.eval_fraction}); give "
                          f"--data")

@@ -91,7 +91,7 @@ class Documents:
 def open_documents(config: Config, out: Path) -> Documents:
     """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
     source = open_source(config.data)
-    train, held_out = split(source, config.data.eval_fraction, config.seed)
+    train, held_out = split(source, config.data, config.seed)
     if not hosts.is_primary():
         multihost_utils.sync_global_devices("tokenizer")
     tokenizer = load_tokenizer(config, source, train, out)

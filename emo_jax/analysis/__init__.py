@@ -1,0 +1,1 @@
+"""What the experts of a trained model became: the activations of its routers, their clusters, what they tell of the text."""

@@ -1,0 +1,70 @@
+"""`emo-jax study ...`: arguments, and arguments -> (result, text). Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+from emo_jax.errors import InputError
+from emo_jax.subsets.arguments import CKPT, METHODS, numbers
+
+Result = tuple[dict[str, Any], str]
+
+
+def add(commands, command: Callable) -> None:
+    group = commands.add_parser("study", help="whether modules emerged: measure a model, compare many")
+    group = group.add_subparsers(required=True, metavar="measure|report")
+    one = command(group, "measure", measure, "loss with few experts by label, and what experts tell of the text",
+                  config=True)
+    one.add_argument("checkpoint", metavar="CKPT", help=CKPT)
+    one.add_argument("--data", default="", metavar="PATH", help="labelled documents (default: those held out and left out)")
+    one.add_argument("--methods", type=_methods, default=("router",), metavar="M,M,...",
+                     help=f"of choosing experts: {', '.join(METHODS)} (default: router)")
+    one.add_argument("--documents", type=numbers, default=(50,), metavar="N,N,...", help="of each label that choose: all "
+                     "methods with the largest number, the first method also with the others (default: 50)")
+    one.add_argument("--out", required=True, metavar="FILE", help="the measures (JSON)")
+    many = command(group, "report", report, "compare the models of DIR/VARIANT/SEED/measures.json: study.md, study.png")
+    many.add_argument("folder", metavar="DIR")
+    many.add_argument("--main", default="emo", metavar="VARIANT")
+    many.add_argument("--baseline", default="stdmoe", metavar="VARIANT")
+    for parser in (one, many):
+        parser.set_defaults(command=f"study {parser.prog.split()[-1]}")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    given = tuple(text.split(","))
+    if not set(given) <= set(METHODS):
+        raise argparse.ArgumentTypeError(f"{text!r} must be some of {','.join(METHODS)}")
+    return given
+
+
+def measure(args) -> Result:
+    from emo_jax import sharding
+    from emo_jax.study import measure as lib
+
+    sharding.start_distributed()
+    if min(args.documents) < 1:
+        raise InputError(f"--documents {','.join(map(str, args.documents))}: numbers must be positive")
+    result = lib.measure(args.checkpoint, args.data, args.methods, args.documents, args.overrides)
+    out = Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(out.name + ".tmp")
+        temporary.write_text(json.dumps(result) + "\n")
+        temporary.replace(out)
+    except OSError as e:
+        raise InputError(f"--out {out} cannot be written: {e.strerror}") from None
+    lines = [f"full model: {result['full']['trained']:.4f} nats/token"]
+    lines += [f"{r['share']:.1%} kept ({r['method']}, {r['documents']} documents): {r['trained']:+.4f}"
+              for r in result["subsets"]]
+    return result | {"out": str(out)}, "\n".join([*lines, f"measures: {out}"])
+
+
+def report(args) -> Result:
+    from emo_jax.study import report as lib
+
+    result = lib.compare(args.folder, args.main, args.baseline)
+    text = result.pop("text")
+    return result, text + (f"\n\n{result['figure']}" if result["figure"] else "")

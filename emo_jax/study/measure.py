@@ -1,0 +1,134 @@
+"""Everything that the study wants to know of one trained model, from text that it was not trained on.
+
+Of every label some documents choose experts and others are scored, whatever the model; labels that the model was trained
+on (`trained`) and those that `data.leave_out_labels` kept from it (`left_out`) are kept apart. Numbers over labels are
+means of the labels' means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Sequence
+
+import numpy as np
+
+from emo_jax.analysis import information
+from emo_jax.analysis.activations import collect
+from emo_jax.analysis.clusters import agreement, cluster
+from emo_jax.data.evaluation import MAX_DOCUMENTS, evaluation_rows
+from emo_jax.data.order import documents_of_labels
+from emo_jax.errors import InputError
+from emo_jax.subsets import calibration as calibration_lib
+from emo_jax.subsets.budget import Budget
+from emo_jax.subsets.check import documents_to_score, full_losses, masks_of_labels
+from emo_jax.subsets.choose import choose
+from emo_jax.subsets.opened import Opened, open_model
+from emo_jax.train.evaluate import Evaluation
+from emo_jax.train.start import say
+
+SHARES = (0.5, 0.25, 0.125)
+CHOOSING = (1, 5, 50)  # documents of each label
+SCORED = 16  # documents of each label, at most
+TOKENS = 512  # of a document: what comes after neither chooses nor is scored
+
+
+def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), choosing: Sequence[int] = (50,),
+            overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The measures of the checkpoint `path`, on the documents `data` (default: those it held out and left out).
+
+    `methods`: of choosing experts, each with the most documents of `choosing`; the first one also with the other numbers
+    of documents. Raises `InputError` if no label has two documents.
+    """
+    began = time.monotonic()
+    opened = open_model(path, list(overrides), data_path=data)
+    text = _Text(opened, bool(data), max(choosing))
+    evaluation = text.evaluation(opened.mesh)
+    full = full_losses(opened, evaluation)
+    summary = evaluation.summary(*full)["labels"]
+    result = {
+        "checkpoint": str(opened.checkpoint.path), "config": opened.config.name, "seed": opened.config.seed,
+        "tokens": opened.checkpoint.meta["tokens"], "step": opened.checkpoint.step, "data": text.source.name,
+        "labels": {"trained": text.trained, "left_out": text.left_out},
+        "full": text.means({label: part["loss"] for label, part in summary.items()}),
+        "subsets": [],
+    }
+    settings = [(method, max(choosing)) for method in methods]
+    settings += [(methods[0], count) for count in sorted(choosing) if count != max(choosing)]
+    for method, count in settings:
+        say(f"{path}: experts chosen by {method} from {count} documents of each label")
+        result["subsets"] += _subsets(opened, evaluation, full, text, method, count)
+    say(f"{path}: activations of the routers")
+    return result | {"information": _information(opened, text), "seconds": time.monotonic() - began}
+
+
+class _Text:
+    """Which documents of which label choose, and which are scored."""
+
+    def __init__(self, opened: Opened, own_path: bool, most: int):
+        config = opened.config
+        self.config, self.tokenizer = config, opened.tokenizer
+        self.source, numbers = documents_to_score(opened, own_text=not own_path)
+        if not own_path:
+            left_out = documents_of_labels(self.source, config.data.left_out)
+            numbers = np.concatenate([numbers, calibration_lib.sample(left_out, MAX_DOCUMENTS, config.seed)])
+        by_label = {label: documents for label, documents in calibration_lib.by_label(self.source, numbers).items()
+                    if len(documents) > 1}
+        if not by_label:
+            raise InputError(f"{self.source.name}: no label has two documents, one to choose experts by and one to score")
+        self.left_out = sorted(set(config.data.left_out) & set(by_label))
+        self.trained = sorted(set(by_label) - set(self.left_out))
+        self._choosing, self.scored = {}, {}
+        for label, documents in by_label.items():
+            count = min(most, len(documents) - max(1, len(documents) // 6))
+            # The seed is none of the model's: models of other seeds are scored on the same documents.
+            self._choosing[label] = calibration_lib.sample(documents, count, 0)
+            rest = np.setdiff1d(documents, self._choosing[label])
+            self.scored[label] = calibration_lib.sample(rest, SCORED, 0)
+
+    def choosing(self, count: int) -> calibration_lib.Calibration:
+        """The first `count` documents of every label: a smaller number is part of a larger one."""
+        groups = {label: calibration_lib.sample(documents, count, 0) for label, documents in self._choosing.items()}
+        return calibration_lib.from_source(self.config, self.source, self.tokenizer, groups, TOKENS)
+
+    def evaluation(self, mesh) -> Evaluation:
+        """Of the scored documents, all of them."""
+        c = self.config
+        rows = -(-SCORED * TOKENS // c.data.sequence_length) * len(self.scored)
+        c = dataclasses.replace(c, train=dataclasses.replace(c.train, eval_rows=rows))
+        numbers = np.sort(np.concatenate(list(self.scored.values())))
+        return Evaluation(c, mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)
+
+    def to_look_at(self) -> calibration_lib.Calibration:
+        """The scored documents, a document in as few rows as it can be."""
+        return calibration_lib.from_source(self.config, self.source, self.tokenizer, self.scored, TOKENS)
+
+    def means(self, by_label: dict[str, float]) -> dict[str, Any]:
+        """{"trained", "left_out" (None without such labels), "labels"}"""
+        mean = lambda labels: float(np.mean([by_label[label] for label in labels])) if labels else None  # noqa: E731
+        return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
+
+
+def _subsets(opened: Opened, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
+    """The loss above the full model's with a subset for every label, by kept share."""
+    m, calibration = opened.config.model, text.choosing(count)
+    keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in SHARES]
+    rows = []
+    for share, keep, subsets in zip(SHARES, keeps, choose(opened, calibration, method, [Budget(keep=k) for k in keeps])):
+        loss, tokens = evaluation.losses(opened.params, masks_of_labels(evaluation, calibration.names, subsets))
+        above = {label: float((loss - full[0])[evaluation.labels == label].sum()
+                              / max(tokens[evaluation.labels == label].sum(), 1)) for label in calibration.names}
+        rows.append({"method": method, "documents": count, "share": share, "keep": keep} | text.means(above))
+    return rows
+
+
+def _information(opened: Opened, text: _Text) -> dict[str, Any]:
+    """Means over the layers, and the layers. `effective_experts` is None where no document is long enough."""
+    activations = collect(opened, text.to_look_at())
+    by_layer = {"expert_label": information.label_information(activations),
+                "expert_token": information.token_information(activations),
+                "effective_experts": information.effective_experts(activations)}
+    clusters = agreement(activations, cluster(activations))
+    return ({name: None if values is None else float(values.mean()) for name, values in by_layer.items()}
+            | {"cluster_label": clusters["label"], "cluster_token": clusters["token"], "tokens": len(activations.tokens),
+               "layers": {name: None if values is None else values.tolist() for name, values in by_layer.items()}})
