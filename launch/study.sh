@@ -33,7 +33,7 @@ fields() {
   case "$1" in
     emo) ;;
     stdmoe) echo --router.document_pool=false ;;                                   # no document pools
-    local_balance) echo --router.balance_scope=shard --router.balance_shards=8 ;;  # balanced over 2 rows of a step (CPU)
+    local_balance) echo --router.balance_scope=shard --router.balance_shards=8 ;;  # each eighth of the rows by itself
     fixed_pool) echo "--router.pool_min=$fixed" "--router.pool_max=$fixed" ;;      # a quarter of the experts
     beta_pool) echo --router.pool_distribution=beta ;;                             # Beta(4, 1): mostly large pools
     emo_v2) echo --router.semantics=emo_v2 --router.load_balance_weight=0.01 --router.router_z_weight=1e-5 ;;
