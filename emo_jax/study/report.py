@@ -201,13 +201,12 @@ def _figure(runs: Runs, main: str, baseline: str, path: Path) -> str | None:
 
     figure, (by_share, by_documents, by_variant) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     shares = _shares(runs)
+    counts = sorted({r["documents"] for m in runs[main].values() for r in m["subsets"] if r["method"] == _method(m)})
     colors = dict(zip(runs, plt.rcParams["axes.prop_cycle"].by_key()["color"] * 3))
     for name in (main, baseline):
         for part, style in (("trained", "-"), ("left_out", "--")):
             _line(by_share, [100 * s for s in shares], [over_seeds(runs[name], above(part, s)) for s in shares],
                   color=colors[name], linestyle=style, label=f"{name}, {part.replace('_', '-')} labels")
-        counts = sorted({r["documents"] for m in runs[name].values() for r in m["subsets"]
-                         if r["method"] == _method(m)})
         for share, style in zip(shares[-2:], ("--", "-")):
             _line(by_documents, counts, [over_seeds(runs[name], above("trained", share, documents=n)) for n in counts],
                   color=colors[name], linestyle=style, label=f"{name}, {share:.1%} kept")
@@ -221,11 +220,13 @@ def _figure(runs: Runs, main: str, baseline: str, path: Path) -> str | None:
     by_share.set_xscale("log", base=2)
     by_share.set_xticks([100 * s for s in shares], [f"{100 * s:g}" for s in shares])
     by_documents.set_xscale("log")
-    for axis, title, label in ((by_share, "by kept share", "experts kept (%)"),
-                               (by_documents, "by what chose the experts", "documents of a label"),
-                               (by_variant, f"{shares[-2]:.1%} (light) and {shares[-1]:.1%} kept", "nats/token")):
-        axis.set(title=f"loss above the full model: {title}", xlabel=label)
+    by_documents.set_xticks(counts, list(map(str, counts)))
+    by_documents.minorticks_off()
+    for axis, label in ((by_share, "experts kept (%)"), (by_documents, "documents that chose the experts of a label"),
+                        (by_variant, f"nats/token, {shares[-2]:.1%} (light) and {shares[-1]:.1%} kept")):
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    figure.suptitle("Loss above the full model's (mean over labels; bands and bars: 95 % over seeds)", fontsize=11)
     by_share.set_ylabel("nats/token")
     by_share.legend(fontsize=8)
     by_documents.legend(fontsize=8)
