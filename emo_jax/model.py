@@ -142,7 +142,6 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
         route = self.route(x_BTD, rows, pool_sizes, allowed, run)
-        route = jax.tree.map(lambda a: checkpoint_name(a, "routing"), route)
         valid = rows.router_segments > 0
         table = {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
         c = run.config
