@@ -22,7 +22,7 @@ def attention(rows: int, length: int, heads: int, head_dim: int, documents: int,
     kernel, dtype = kernels.choose(kernel, jax.default_backend(), head_dim), compute_dtype()
     segments = random_segments(rows, length, documents)
     pairs = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
-    arrays = [jax.random.normal(key, (rows, length, heads, head_dim), dtype) for key in jax.random.split(jax.random.key(0), 4)]
+    arrays = jax.random.normal(jax.random.key(0), (4, rows, length, heads, head_dim), dtype)
 
     def timed(kernel):
         attend = lambda q, k, v: kernels.attention(q, k, v, segments, segments, kernel)
@@ -50,8 +50,9 @@ def attention(rows: int, length: int, heads: int, head_dim: int, documents: int,
 
 
 def report(r: dict[str, Any]) -> str:
-    return (f"{r['kernel']} on {r['device']}: {r['rows']} rows of {r['length']:,} tokens in about {r['documents']} documents, "
-            f"{r['heads']} heads of {r['head_dim']}, median of {r['rounds']} rounds\n"
-            f"                     over the plain form   over the FLOP floor ({r['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s)\n"
+    return (f"{r['kernel']} on {r['device']}: {r['rows']} rows of {r['length']:,} tokens in about {r['documents']} documents,"
+            f" {r['heads']} heads of {r['head_dim']}, median of {r['rounds']} rounds\n"
+            "                     over the plain form   over the FLOP floor"
+            f" ({r['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s)\n"
             f"forward              {r['forward_over_plain']:>19.2f}   {r['forward_over_floor']:>19.2f}\n"
             f"forward + backward   {r['forward_backward_over_plain']:>19.2f}   {r['forward_backward_over_floor']:>19.2f}")
