@@ -1,5 +1,7 @@
 """Every kernel equals its plain reference, values and gradients; Pallas kernels run interpreted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,12 +118,21 @@ def test_flash_attention_in_bfloat16(width):
 
 
 def test_flash_attention_compiles_to_gpu_kernels():
-    """Forward and gradient at the published shape lower to the kernels' Triton programs; XLA compiles those on the GPU."""
-    q, segments = jax.ShapeDtypeStruct((1, 4096, 16, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 4096), jnp.int32)
-    attend = lambda q, k, v, s: attention.attention(q, k, v, s, s, "flash")
+    """Forward and gradient at the published shape lower to the kernels' Triton programs, on a mesh of eight H100s; XLA
+    compiles those on the GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2, 1), sharding.AXES, (jax.sharding.AxisType.Explicit,) * 5,
+                                     abstract_device=device)
+    array = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    q, k = (array((4, 4096, 16, 128), jnp.bfloat16, sharding.BATCH, axis, "tensor", None) for axis in ("sequence", None))
+    q_segments, k_segments = (array((4, 4096), jnp.int32, sharding.BATCH, axis) for axis in ("sequence", None))
+    attend = functools.partial(attention.attention, kernel="flash")
     loss = lambda *args: jnp.sum(attend(*args).astype(jnp.float32))
-    lower = lambda f: jax.jit(f).trace(q, q, q, segments).lower(lowering_platforms=("cuda",)).as_text()
-    for text, kernels in ((lower(attend), 1), (lower(jax.grad(loss, (0, 1, 2))), 3)):  # 3: forward, delta, backward
+    with jax.sharding.use_abstract_mesh(mesh):
+        lower = lambda f: jax.jit(f).trace(q, k, k, q_segments, k_segments).lower(lowering_platforms=("cuda",)).as_text()
+        forward, gradient = lower(attend), lower(jax.grad(loss, (0, 1, 2)))
+    for text, kernels in ((forward, 1), (gradient, 3)):  # 3: forward, the sums of out * d_out, backward
         assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == kernels
 
 
