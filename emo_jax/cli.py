@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -26,6 +27,8 @@ _OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
 def main(argv: list[str] | None = None) -> int:
     argv, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
     args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
+    logging.getLogger("emo_jax").setLevel(logging.INFO)
     try:
         if overrides and not args.takes_overrides:
             raise InputError(f"emo-jax {args.command} has no config to override: {' '.join(overrides)}")
