@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -27,6 +28,8 @@ _OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
 def main(argv: list[str] | None = None) -> int:
     argv, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
     args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
+    logging.getLogger("emo_jax").setLevel(logging.INFO)
     try:
         if overrides and not args.takes_overrides:
             raise InputError(f"emo-jax {args.command} has no config to override: {' '.join(overrides)}")
@@ -175,14 +178,18 @@ def add_data(commands) -> None:
 
 def add_bench(commands) -> None:
     group = commands.add_parser("bench", help="speed against the ideal of this machine")
-    group = group.add_subparsers(required=True, metavar="step|moe")
+    group = group.add_subparsers(required=True, metavar="step|moe|attention")
     step = _command(group, "step", bench_step, "the training step, and EMO against the standard MoE", config=True)
     step.add_argument("config", metavar="CONFIG", nargs="?", help="default: a small step for CPUs")
     moe = _command(group, "moe", bench_moe, "the experts' grouped matmul against a dense one of equal FLOPs")
-    for flag, default in (("tokens", 4096), ("top-k", 3), ("experts", 32), ("d-model", 256), ("d-ff", 256)):
-        moe.add_argument(f"--{flag}", type=int, default=default)
-    moe.add_argument("--kernel", default="auto")
-    for parser in (step, moe):
+    attention = _command(group, "attention", bench_attention, "attention against the plain form and the FLOP floor")
+    attention.add_argument("--documents", type=int, default=4, metavar="N", help="of a row (default: 4)")
+    for parser, flags in ((moe, ("tokens", "top-k", "experts", "d-model", "d-ff")),
+                          (attention, ("rows", "length", "heads", "head-dim"))):
+        for flag in flags:
+            parser.add_argument(f"--{flag}", type=int, metavar="N", help="default: small on CPU, else the published model's")
+        parser.add_argument("--kernel", default="auto")
+    for parser in (step, moe, attention):
         parser.add_argument("--rounds", type=int, default=10)
         parser.set_defaults(command=f"bench {parser.prog.split()[-1]}")
 
@@ -375,10 +382,18 @@ def bench_step(args) -> Result:
 
 
 def bench_moe(args) -> Result:
-    from emo_jax.bench import moe
+    from emo_jax.bench import moe, shape
 
-    result = moe.moe(args.tokens, args.top_k, args.experts, args.d_model, args.d_ff, args.rounds, args.kernel)
+    result = moe.moe(**shape(moe.SMALL, moe.PUBLISHED, args), rounds=args.rounds, kernel=args.kernel)
     return result, moe.report(result)
+
+
+def bench_attention(args) -> Result:
+    from emo_jax.bench import attention, shape
+
+    result = attention.attention(**shape(attention.SMALL, attention.PUBLISHED, args), documents=args.documents,
+                                 rounds=args.rounds, kernel=args.kernel)
+    return result, attention.report(result)
 
 
 def _folder(path: str | None):

@@ -142,7 +142,6 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
         route = self.route(x_BTD, rows, pool_sizes, allowed, run)
-        route = jax.tree.map(lambda a: checkpoint_name(a, "routing"), route)
         valid = rows.router_segments > 0
         table = {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
         c = run.config
@@ -229,7 +228,8 @@ def static_choices(config: Config, mesh: jax.sharding.Mesh) -> Run:
     platform = mesh.devices.flat[0].platform
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
         config.train.compute_dtype, jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    return Run(config, dtype, attention_kernels.choose(config.kernels.attention, platform),
+    attention = attention_kernels.choose(config.kernels.attention, platform, config.model.head_dim, mesh.shape["sequence"])
+    return Run(config, dtype, attention,
                gmm.choose(config.kernels.grouped_matmul, platform),
                choose_strategy(config.kernels.dispatch, mesh.shape["expert"], config.model.routed_top_k, platform))
 

@@ -110,6 +110,8 @@ def test_sigterm_saves_and_exits_0_and_the_checkpoint_can_be_evaluated(config, t
     assert result["stopped"] == "SIGTERM" and result["step"] >= 3
     assert checkpoint.steps(out / "checkpoints") == [result["step"]] == [records(out)[-1]["step"]]
     assert "step 2/1000000" in stderr
+    for choice in ("attention: blocked", "grouped matmul: blocked", "MoE dispatch: local"):
+        assert stderr.count(choice) == 1
     evaluated = subprocess.run([sys.executable, "-m", "emo_jax", "eval", str(out), "--json"], env=env,
                                capture_output=True, text=True, timeout=120)
     assert evaluated.returncode == 0, evaluated.stderr

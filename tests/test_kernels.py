@@ -1,14 +1,18 @@
 """Every kernel equals its plain reference, values and gradients; Pallas kernels run interpreted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import equations
 
 from emo_jax import sharding
 from emo_jax.errors import InputError
 from emo_jax.kernels import attention, cross_entropy, expert_mlp_tpu
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.model import REMAT_POLICIES
 
 S, D, F, E = 384, 32, 16, 5
 GROUPS = {  # multiples of 128, the alignment of the batched kernel; blocked has 64
@@ -82,9 +86,11 @@ def attention_inputs(heads=2, kv_heads=2, length=256, width=128):
     return array(heads), array(kv_heads), array(kv_heads), segments
 
 
-@pytest.mark.parametrize("kernel, kv_heads", [("splash_interpret", 2), ("splash_interpret", 1), ("blocked", 1)])
-def test_attention(kernel, kv_heads):
-    q, k, v, segments = attention_inputs(kv_heads=kv_heads)
+@pytest.mark.parametrize("kernel, kv_heads, length", [
+    ("splash_interpret", 2, 256), ("splash_interpret", 1, 256), ("blocked", 1, 256), ("blocked", 2, 200),
+    ("flash_interpret", 1, 256), ("flash_interpret", 2, 200)])
+def test_attention(kernel, kv_heads, length):
+    q, k, v, segments = attention_inputs(kv_heads=kv_heads, length=length)
     seen = (segments > 0)[..., None, None]
 
     def loss(q, k, v, kernel):
@@ -93,10 +99,57 @@ def test_attention(kernel, kv_heads):
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
     got, want = step(q, k, v, kernel), step(q, k, v, "reference")
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-4)
+        np.testing.assert_allclose(g, w, rtol=2e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_flash_attention_in_bfloat16(width):
+    """Values and gradients of a random projection, against fp32: as near as the plain form in bfloat16 comes."""
+    inputs = attention_inputs(kv_heads=1, width=width)
+    q, k, v, segments = *(a.astype(jnp.bfloat16) for a in inputs[:3]), inputs[3]
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+    loss = lambda q, k, v, kernel: jnp.vdot(weights, attention.attention(q, k, v, segments, segments, kernel))
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
+    _, want = step(*(a.astype(jnp.float32) for a in (q, k, v)), "reference")
+    error = lambda kernel: [float(jnp.linalg.norm(g.astype(jnp.float32) - w) / jnp.linalg.norm(w))
+                            for g, w in zip(step(q, k, v, kernel)[1], want, strict=True)]
+    flash, plain = error("flash_interpret"), error("reference")
+    assert all(f <= 1.5 * p < 0.02 for f, p in zip(flash, plain)), f"{flash} against {plain}"
+
+
+def test_flash_attention_compiles_to_gpu_kernels():
+    """Forward and gradient at the published shape lower to the kernels' Triton programs, on a mesh of eight H100s; XLA
+    compiles those on the GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2, 1), sharding.AXES, (jax.sharding.AxisType.Explicit,) * 5,
+                                     abstract_device=device)
+    array = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    q, k = (array((4, 4096, 16, 128), jnp.bfloat16, sharding.BATCH, axis, "tensor", None) for axis in ("sequence", None))
+    q_segments, k_segments = (array((4, 4096), jnp.int32, sharding.BATCH, axis) for axis in ("sequence", None))
+    attend = functools.partial(attention.attention, kernel="flash")
+    loss = lambda *args: jnp.sum(attend(*args).astype(jnp.float32))
+    with jax.sharding.use_abstract_mesh(mesh):
+        lower = lambda f: jax.jit(f).trace(q, k, k, q_segments, k_segments).lower(lowering_platforms=("cuda",)).as_text()
+        forward, gradient = lower(attend), lower(jax.grad(loss, (0, 1, 2)))
+    for text, kernels in ((forward, 1), (gradient, 3)):  # 3: forward, the sums of out * d_out, backward
+        assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == kernels
+
+
+@pytest.mark.parametrize("remat, times", [("full", 2), ("moe", 2), ("attention", 1), ("projections", 1), ("light", 1)])
+@pytest.mark.parametrize("kernel, forward", [("flash_interpret", "mha_forward"), ("splash_interpret", "fwd")])
+def test_rematerialisation_keeps_the_attention_that_it_names(kernel, forward, remat, times):
+    """How often the forward kernel runs in a gradient, by policy."""
+    q, k, v, segments = attention_inputs()
+    layer = jax.checkpoint(lambda q, k, v: jnp.sin(attention.attention(q, k, v, segments, segments, kernel)),
+                           policy=REMAT_POLICIES[remat], prevent_cse=False)
+    step = jax.value_and_grad(lambda *args: jnp.sum(layer(*args)), (0, 1, 2))
+    kernels = [str(e.params["name"]) for e in equations(step, q, k, v) if e.primitive.name == "pallas_call"]
+    assert sum(forward in name for name in kernels) == times
 
 
 @pytest.mark.parametrize("kernel, shape", [("splash_interpret", (1, 1, 1, 1, 2)), ("splash_interpret", (1, 2, 1, 2, 2)),
+                                           ("flash_interpret", (2, 1, 1, 2, 1)), ("reference", (1, 1, 1, 1, 2)),
                                            ("blocked", (1, 2, 1, 2, 2))])
 def test_attention_on_a_mesh(kernel, shape):
     q, k, v, segments = attention_inputs()
@@ -123,7 +176,7 @@ def test_one_document_does_not_reach_another():
     q, k, v, segments = attention_inputs()
     first = segments[0] == segments[0, 0]
     other = v.at[0].set(jnp.where(first[:, None, None], 100.0, v[0]))
-    for kernel in ("splash_interpret", "blocked"):
+    for kernel in ("splash_interpret", "flash_interpret", "blocked"):
         run = lambda v: attention.attention(q, k, v, segments, segments, kernel)[0][~first]
         np.testing.assert_array_equal(run(v), run(other))
 
@@ -169,7 +222,16 @@ def test_choices():
     assert gmm.choose("auto", "tpu") == "fused" and gmm.choose("auto", "cpu") == "blocked"
     assert gmm.choose("auto", "gpu") == "batched"
     assert gmm.choose("fused", "cpu") == "fused_interpret"
-    assert attention.choose("auto", "tpu") == "splash" and attention.choose("splash", "cpu") == "splash_interpret"
+    assert [attention.choose("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["splash", "flash", "blocked"]
+    assert attention.choose("splash", "cpu") == "splash_interpret" and attention.choose("flash", "cpu") == "flash_interpret"
     for choose in (gmm.choose, attention.choose):
         with pytest.raises(InputError, match="must be auto or one of"):
             choose("best", "cpu")
+
+
+@pytest.mark.parametrize("head_dim, sequence, field", [(8, 1, "model.head_dim"), (128, 2, "mesh.sequence")])
+def test_a_slow_path_names_itself(head_dim, sequence, field, caplog):
+    attention.choose.cache_clear()
+    with caplog.at_level("INFO"):
+        assert attention.choose("auto", "gpu", head_dim, sequence) == "blocked"
+    assert f"blocked in place of flash, which needs {field}" in caplog.text and "blocked is slow on gpu" in caplog.text

@@ -1,12 +1,15 @@
 """Losses, gradients and one optimizer step do not depend on the mesh, on microbatches, or on padding."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jaxprs import equations
 
-from emo_jax import sharding
-from emo_jax.train.step import init_state, make_train_step
+from emo_jax import model, sharding
+from emo_jax.model import REMAT_POLICIES
+from emo_jax.train.step import Objective, Totals, init_state, make_train_step
 
 MESHES = {
     "data": dict(data=8, fsdp=1), "fsdp": dict(fsdp=8), "expert": dict(fsdp=1, expert=8),
@@ -52,6 +55,29 @@ def test_the_dense_oracle_agrees(reference, dispatch, mesh):
 @pytest.mark.parametrize("remat", ["full", "moe"])
 def test_rematerialisation_changes_nothing(reference, remat):
     assert_same(reference, one_step(tiny.config(train=dict(remat=remat)), devices=1), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dispatch, exchange", [("ring", "all_gather"), ("all_to_all", "ragged_all_to_all")])
+def test_rematerialisation_repeats_no_exchange_and_no_routing(dispatch, exchange):
+    """Counted in the equations of loss and gradient. (Where the buffer overflows, ring's gathers are repeated: saving them
+    would take the memory in every step.)"""
+    config = tiny.config(mesh=dict(fsdp=1, expert=4))
+    mesh = sharding.make_mesh(config, jax.devices()[:4])
+    params, batch = model.init_params(config, mesh), sharding.global_batch(mesh, tiny.batch(config))
+
+    def counts(remat):
+        config = tiny.config(train=dict(remat=remat), mesh=dict(fsdp=1, expert=4))
+        run = model.static_choices(config, mesh)._replace(dispatch=dispatch)  # the real exchange, which CPUs cannot run
+        objective = Objective(config, run, 4, Totals(jnp.float32(256), jnp.float32(256)), jnp.int32(0), -1)
+        with jax.set_mesh(mesh):
+            found = equations(jax.value_and_grad(objective, has_aux=True), params, batch, None)
+        exchanged = [e for e in found if e.primitive.name == exchange and "expert" in e.params["axis_name"]]
+        return len(exchanged), *(sum(e.primitive.name == name for e in found) for name in ("top_k", "sort"))
+
+    without = counts("none")
+    assert {remat: counts(remat) for remat in REMAT_POLICIES if remat != "full"} == dict.fromkeys(
+        REMAT_POLICIES.keys() - {"full"}, without)
+    assert all(more > once for more, once in zip(counts("full"), without))
 
 
 def test_microbatches_change_nothing_when_balanced_over_the_step(reference):

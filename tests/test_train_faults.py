@@ -75,6 +75,16 @@ def test_stops_at_a_loss_that_is_not_finite(folder, tmp_path, monkeypatch):
     assert [r["step"] for r in records(tmp_path / "run")] == [4]
 
 
+def test_a_receive_buffer_that_is_too_small_is_counted_and_named(folder, tmp_path, capfd):
+    """Over all steps since the last record, not only the logged ones."""
+    train(tiny_config(folder, "mesh.fsdp=2", "mesh.expert=4", "kernels.buffer_factor=1.0", "train.steps=4",
+                      "kernels.grouped_matmul=reference", "train.log_every=4"), tmp_path / "run")
+    (record,) = records(tmp_path / "run")
+    assert 1 < record["fallback_steps"] <= 4 and 1 < record["required_capacity_factor"] < 4
+    message = capfd.readouterr().err
+    assert message.count("kernels.buffer_factor=1.0, and was computed by ring") == 1
+
+
 def test_the_best_evaluation_is_kept(folder, tmp_path, monkeypatch):
     """Evaluated every second step, best at step 4; nothing else asks for a checkpoint before the end."""
     losses = {2: 5.0, 4: 1.0, 6: 2.0, 8: 3.0}

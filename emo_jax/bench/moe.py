@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emo_jax.bench import interleaved, ratio
+from emo_jax.bench import compute_dtype, interleaved, ratio
 from emo_jax.kernels import grouped_matmul as gmm
+
+SMALL = dict(tokens=4096, top_k=3, experts=32, d_model=256, d_ff=256)
+PUBLISHED = dict(tokens=16384, top_k=7, experts=127, d_model=2048, d_ff=2048)  # d_ff: gate and up are one matmul
 
 
 def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: int, kernel: str = "auto") -> dict[str, Any]:
     """Forward, and forward with backward, of rows [tokens * top_k, d_model] times [experts, d_model, d_ff] with uneven
     groups, one of them empty."""
     kernel = gmm.choose(kernel, jax.default_backend())
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = compute_dtype()
     sizes, rows = uneven_groups(tokens * top_k, experts, gmm.ROW_ALIGNMENT[kernel])
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, d_model), dtype)

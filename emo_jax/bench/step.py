@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emo_jax import model, sharding
-from emo_jax.bench import interleaved, ratio
+from emo_jax.bench import interleaved, matmul, random_segments, ratio
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig, TrainConfig
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.step import Objective, Totals, init_state, make_train_step
@@ -37,14 +37,15 @@ def step(config: Config | None, rounds: int) -> dict[str, Any]:
     plain = dataclasses.replace(emo, router=dataclasses.replace(emo.router, document_pool=False))
     mesh = sharding.make_mesh(emo)
     batch = sharding.global_batch(mesh, random_batch(emo, documents=4))
-    timed = {"matmul": _matmul(jnp.bfloat16 if jax.default_backend() != "cpu" else jnp.float32)}
+    dense, dense_flops = matmul()
+    timed = {"matmul": dense}
     for name, c in (("emo", emo), ("standard", plain)):
         timed[name] = _train_step(c, mesh, batch)
         timed[f"{name}_gradient"] = _gradient(c, mesh, batch)
     times = interleaved(timed, rounds)
 
     tokens = emo.train.batch_size * emo.data.sequence_length
-    matmul_rate = _MATMUL_FLOPS / np.median(times["matmul"])
+    matmul_rate = dense_flops / np.median(times["matmul"])
     useful = flops_per_token(emo) * tokens / jax.device_count()
     seconds = {name: float(np.median(values)) for name, values in times.items()}
     return {
@@ -73,9 +74,7 @@ def random_batch(config: Config, documents: int) -> dict[str, np.ndarray]:
     """Random tokens in rows of about `documents` documents."""
     rng = np.random.default_rng(0)
     B, T = config.train.batch_size, config.data.sequence_length
-    starts = np.zeros((B, T), np.int32)
-    starts[np.arange(B)[:, None], rng.integers(1, T, (B, documents - 1))] = 1
-    segments = np.cumsum(starts, axis=1, dtype=np.int32) + 1
+    segments = random_segments(B, T, documents)
     tokens = rng.integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones((B, T), np.float32),
             "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)), "segment_ids": segments,
@@ -107,13 +106,3 @@ def _gradient(config, mesh, batch):
             return gradient(params, batch)
 
     return call
-
-
-_SIDE = 2048
-_MATMUL_FLOPS = 2 * _SIDE**3
-
-
-def _matmul(dtype):
-    a = jnp.ones((_SIDE, _SIDE), dtype)
-    multiply = jax.jit(lambda a, b: a @ b)
-    return lambda: multiply(a, a)

@@ -6,6 +6,7 @@ H query heads share G key/value heads. A query sees the keys of its own segment 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import math
 
@@ -21,21 +22,35 @@ from emo_jax.sharding import BATCH, TOKENS
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("blocked", "splash", "reference")
+KERNELS = ("splash", "flash", "blocked", "reference")
+PALLAS = {"splash": "tpu", "flash": "gpu"}  # where they run; elsewhere they are interpreted, their names end in _interpret
 
 
 @functools.cache
-def choose(kernel: str, platform: str) -> str:
-    """The kernel for "auto"; logged once."""
+def choose(kernel: str, platform: str, head_dim: int = 128, sequence: int = 1) -> str:
+    """The kernel for "auto": splash on TPU, flash on GPU, blocked elsewhere; logged once, and if it is slow there."""
     if kernel not in ("auto", *KERNELS):
         raise InputError(f"kernels.attention={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-    chosen = {"tpu": "splash"}.get(platform, "blocked") if kernel == "auto" else kernel
-    if chosen == "splash" and platform != "tpu":
-        chosen = "splash_interpret"
+    chosen = {"tpu": "splash", "gpu": "flash"}.get(platform, "blocked") if kernel == "auto" else kernel
+    if chosen == "flash" and (missing := _flash_needs(head_dim, sequence)):
+        log.warning("attention: blocked in place of flash, which needs %s", missing)
+        chosen = "blocked"
+    if chosen in PALLAS and platform != PALLAS[chosen]:
+        chosen += "_interpret"
     log.info("attention: %s", chosen)
-    if platform != "cpu" and chosen != "splash":
-        log.warning("attention: %s is plain XLA and slow on %s", chosen, platform)
+    if platform != "cpu" and chosen not in PALLAS:
+        log.warning("attention: %s is slow on %s", chosen, platform)
     return chosen
+
+
+def _flash_needs(head_dim: int, sequence: int) -> str:
+    """What keeps flash from running, if anything."""
+    if sequence > 1:
+        return f"mesh.sequence=1, not {sequence}"
+    if head_dim < 16:
+        return f"model.head_dim of 16 or more, not {head_dim}"
+    here = importlib.util.find_spec("jax.experimental.pallas.ops.gpu.attention")
+    return "" if here else "a JAX that still has jax.experimental.pallas.ops.gpu.attention"
 
 
 def attention(
@@ -51,7 +66,7 @@ def attention(
         functools.partial(_device_attention, kernel=kernel, shards=mesh.shape["sequence"]),
         in_specs=(P(BATCH, "sequence", "tensor", None), heads, heads, TOKENS, P(BATCH, None)),
         out_specs=P(BATCH, "sequence", "tensor", None),
-        check_vma=not kernel.startswith("splash"),  # Pallas kernels do not say over which axes their results vary
+        check_vma=not kernel.startswith(tuple(PALLAS)),  # Pallas kernels do not say over which axes their results vary
     )(q, k, v, q_segments, k_segments)
 
 
@@ -61,12 +76,15 @@ def _device_attention(q, k, v, q_segments, k_segments, *, kernel, shards):
         from emo_jax.kernels.attention_tpu import splash_attention
 
         return splash_attention(q, k, v, q_segments, k_segments, kernel.endswith("interpret"), shards)
-    if shards > 1:
-        positions = jax.lax.axis_index("sequence") * length + jnp.arange(length)
-        return masked_attention(q, k, v, q_segments, k_segments, positions)
+    if kernel.startswith("flash"):
+        from emo_jax.kernels.attention_gpu import flash_attention
+
+        return flash_attention(q, k, v, q_segments, kernel.endswith("interpret"))
+    start = jax.lax.axis_index("sequence") * length if shards > 1 else jnp.int32(0)
     if kernel == "reference":
-        return masked_attention(q, k, v, q_segments, k_segments, jnp.arange(length))
-    return blocked_attention(q, *(compat.vary_like(a, q) for a in (k, v, k_segments)))
+        return masked_attention(q, k, v, q_segments, k_segments, start + jnp.arange(length))
+    k, v, k_segments, start = (compat.vary_like(a, q) for a in (k, v, k_segments, start))
+    return blocked_attention(q, k, v, q_segments, k_segments, start)
 
 
 def masked_attention(

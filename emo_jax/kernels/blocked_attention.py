@@ -1,7 +1,8 @@
 """Causal document attention over blocks of queries in plain XLA, with the backward pass of FlashAttention (arXiv 2205.14135):
 probabilities are recomputed from the saved logsumexp, so that neither pass keeps a [T, T] array.
 
-A block of queries sees the keys up to its own end: about half the FLOPs of the whole square.
+A block of queries sees the keys up to its own end: about half the FLOPs of the whole square. Under sequence sharding, where
+a device has a part of a row's queries (`start` is the position of the first), a block sees all keys.
 """
 
 from __future__ import annotations
@@ -15,41 +16,42 @@ from jaxtyping import Array, Float, Int
 
 @jax.custom_vjp
 def blocked_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], segments: Int[Array, "B T"]
+    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"],
+    q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], start: Int[Array, ""],
 ) -> Float[Array, "B T H K"]:
-    return _forward(q, k, v, segments)[0]
+    return _forward(q, k, v, q_segments, k_segments, start)[0]
 
 
-def _forward(q, k, v, segments):
+def _forward(q, k, v, *where):
     """(output [B, T, H, K], logsumexp of every query's logits [B, G, M, T, 1])"""
     groups = k.shape[2]
     qs, ks, vs = _queries(q, groups), _keys(k), _keys(v)
     outs, lses = [], []
-    for i, j in _blocks(q.shape[1]):
-        logits = _logits(qs[..., i:j, :], ks[:, :, :j], segments, i, j)
+    for i, j, seen in _blocks(q, k):
+        logits = _logits(qs[..., i:j, :], ks[:, :, :seen], *where, i)
         top = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bgmts,bgsk->bgmtk", weights.astype(v.dtype), vs[:, :, :j], preferred_element_type=jnp.float32)
+        out = jnp.einsum("bgmts,bgsk->bgmtk", weights.astype(v.dtype), vs[:, :, :seen], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
     return _from_queries(jnp.concatenate(outs, axis=3)), jnp.concatenate(lses, axis=3)
 
 
-def _forward_saved(q, k, v, segments):
-    out, lse = _forward(q, k, v, segments)
-    return out, (q, k, v, segments, out, lse)
+def _forward_saved(*args):
+    out, lse = _forward(*args)
+    return out, (*args, out, lse)
 
 
 def _backward(saved, d_out):
-    q, k, v, segments, out, lse = saved
+    q, k, v, *where, out, lse = saved
     groups, dtype = k.shape[2], q.dtype
     qs, ks, vs, ds = _queries(q, groups), _keys(k), _keys(v), _split_heads(d_out, groups)
     delta = jnp.sum(ds.astype(jnp.float32) * _split_heads(out, groups), axis=-1, keepdims=True)
     d_q, d_k, d_v = [], jnp.zeros_like(ks, jnp.float32), jnp.zeros_like(vs, jnp.float32)
-    for i, j in _blocks(q.shape[1]):
-        at, keys = (slice(None),) * 3 + (slice(i, j),), (slice(None), slice(None), slice(0, j))
-        probs = jnp.exp(_logits(qs[at], ks[keys], segments, i, j) - lse[at])
+    for i, j, seen in _blocks(q, k):
+        at, keys = (slice(None),) * 3 + (slice(i, j),), (slice(None), slice(None), slice(0, seen))
+        probs = jnp.exp(_logits(qs[at], ks[keys], *where, i) - lse[at])
         d_probs = jnp.einsum("bgmtk,bgsk->bgmts", ds[at], vs[keys], preferred_element_type=jnp.float32)
         d_logits = (probs * (d_probs - delta[at])).astype(dtype)
         d_q.append(jnp.einsum("bgmts,bgsk->bgmtk", d_logits, ks[keys]))
@@ -57,21 +59,25 @@ def _backward(saved, d_out):
         d_v = d_v.at[keys].add(jnp.einsum("bgmts,bgmtk->bgsk", probs.astype(dtype), ds[at],
                                           preferred_element_type=jnp.float32))
     d_q = _from_queries(jnp.concatenate(d_q, axis=3)) / math.sqrt(q.shape[-1])
-    return d_q.astype(dtype), *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (d_k, d_v)), None
+    return d_q.astype(dtype), *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (d_k, d_v)), None, None, None
 
 
 blocked_attention.defvjp(_forward_saved, _backward)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
+def _blocks(q, k) -> list[tuple[int, int, int]]:
+    """(first query, end of the queries, end of the keys that they may see)"""
+    length, keys = q.shape[1], k.shape[1]
     block = max(128, -(-length // 16))  # at most 16 blocks are unrolled
-    return [(i, min(i + block, length)) for i in range(0, length, block)]
+    ends = [(i, min(i + block, length)) for i in range(0, length, block)]
+    return [(i, j, j if length == keys else keys) for i, j in ends]
 
 
-def _logits(q_block, keys, segments, i, j):
+def _logits(q_block, keys, q_segments, k_segments, start, i):
     logits = jnp.einsum("bgmtk,bgsk->bgmts", q_block, keys, preferred_element_type=jnp.float32)
-    causal = jnp.arange(i, j)[:, None] >= jnp.arange(j)
-    visible = causal & (segments[:, i:j, None] == segments[:, None, :j])
+    t, s = logits.shape[-2:]
+    causal = start + i + jnp.arange(t)[:, None] >= jnp.arange(s)
+    visible = causal & (q_segments[:, i : i + t, None] == k_segments[:, None, :s])
     return jnp.where(visible[:, None, None], logits, -1e30)
 
 

@@ -209,5 +209,5 @@ def choose_strategy(strategy: str, expert_axis: int, top_k: int, platform: str) 
         raise InputError("kernels.dispatch=all_to_all needs mesh.expert of 2 or more; use local or auto")
     if strategy == "auto":
         strategy = "local" if expert_axis == 1 else "ring" if expert_axis <= top_k else "all_to_all"
-        log.info("MoE dispatch: %s (mesh.expert=%d, top-k %d)", strategy, expert_axis, top_k)
+    log.info("MoE dispatch: %s (mesh.expert=%d, top-k %d)", strategy, expert_axis, top_k)
     return f"{strategy}_portable" if strategy == "all_to_all" and platform == "cpu" else strategy

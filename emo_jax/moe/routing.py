@@ -6,10 +6,12 @@ All of it runs in the global view under jit, on sharded arrays, without host rou
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from emo_jax.config import RouterConfig
@@ -53,19 +55,23 @@ def route(
     `segment_ids`: row-local documents 1..N, 0 for padding. `pool_sizes[:, n - 1]`: size of the pool of document n, in
     routed experts; R or more is no constraint, and must not be below `top_k`. None: no pools (standard MoE).
     `forced_experts`: the last routed experts, which every pool holds on top of its size.
+
+    Rematerialisation that saves "routing" repeats no router matmul, vote or selection: the rest follows from what has that
+    name element by element.
     """
+    save = functools.partial(checkpoint_name, name="routing")
     rules = SEMANTICS[semantics] if isinstance(semantics, str) else semantics
-    logits = logits.astype(jnp.float32)
+    logits = save(logits.astype(jnp.float32))
     if pool_sizes is None:
         pool = jnp.ones_like(logits, dtype=bool)
     else:
-        pool = document_pool(jax.nn.softmax(logits), segment_ids, pool_sizes, forced_experts)
+        pool = save(document_pool(jax.nn.softmax(logits), segment_ids, pool_sizes, forced_experts))
     pool_logits = jnp.where(pool, logits, -jnp.inf)
     score_logits = pool_logits if rules.pool_softmax else logits
     logsumexp = jax.nn.logsumexp(score_logits, axis=-1)
     scores = jnp.exp(score_logits - logsumexp[..., None])
     # Scores rise with the logits, so both semantics select the same experts.
-    _, expert_ids = jax.lax.top_k(jax.lax.stop_gradient(pool_logits), top_k)
+    expert_ids = save(jax.lax.top_k(jax.lax.stop_gradient(pool_logits), top_k)[1])
     weights = select(scores, expert_ids)
     if rules.normalize is not None:
         weights = weights / jnp.sum(weights**rules.normalize, -1, keepdims=True) ** (1 / rules.normalize)

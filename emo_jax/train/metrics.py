@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -24,6 +25,8 @@ from emo_jax.train.flops import flops_per_token, peak_flops
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")
 PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean", "experts_per_document")
+# Of all_to_all's receive buffers, over the steps since the last record: the largest, and the sum.
+BUFFERS = {"required_capacity_factor": max, "fallback_steps": operator.add}
 MAX_STEPS_IN_FLIGHT = 4
 
 
@@ -167,6 +170,8 @@ class Log:
         self.tokens = tokens  # tokens seen up to the last flushed step
         self.last: dict[str, Any] = {}  # the last written record
         self._config, self._pending = config, deque()
+        self._buffers: dict[str, float] = {}
+        self._fell_back = False
         self._rate = Rate(step, tokens)
         self._file = MetricsFile(out / "metrics.jsonl", step) if primary else NoLog()
         self._events = TensorBoard(out / "tensorboard", step) if primary else NoLog()
@@ -179,8 +184,9 @@ class Log:
         return step % self._config.train.log_every == 0 or step == self._config.train.steps
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        names = list(metrics) if self.is_logged(step) else ["loss", "grad_norm", "tokens"]
-        self._pending.append((step, {name: metrics[name] for name in names}))
+        needed = ("loss", "grad_norm", "tokens", *BUFFERS)
+        kept = metrics if self.is_logged(step) else {name: metrics[name] for name in needed if name in metrics}
+        self._pending.append((step, dict(kept)))
         self._rate.dispatched = step
         if len(self._pending) > MAX_STEPS_IN_FLIGHT:
             self._pending[-1 - MAX_STEPS_IN_FLIGHT][1]["loss"].block_until_ready()
@@ -195,13 +201,25 @@ class Log:
                     self._pending.clear()
                     raise RunError(f"{name} is {float(metrics[name])} at step {step}")
             self.tokens += int(metrics["tokens"])
+            self._count_buffers(step, metrics)
             if self.is_logged(step):
                 self._write(step, metrics)
+
+    def _count_buffers(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        for name, join in BUFFERS.items():
+            if name in metrics:
+                self._buffers[name] = join(self._buffers.get(name, 0.0), float(metrics[name]))
+        if self._buffers.get("fallback_steps") and not self._fell_back:
+            self._fell_back = True
+            self.say(f"step {step}: a layer needed {self._buffers['required_capacity_factor']:.2f} times the balanced load, "
+                     f"more than kernels.buffer_factor={self._config.kernels.buffer_factor}, and was computed by ring; "
+                     "fallback_steps in metrics.jsonl counts how often")
 
     def _write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         self._rate.mark(step, self.tokens)
         record = {"step": step, "tokens": self.tokens}
-        record |= {name: float(metrics[name]) for name in SCALARS if name in metrics}
+        record |= {name: float(metrics[name]) for name in SCALARS if name in metrics} | self._buffers
+        self._buffers = {}
         record["tokens_per_second"] = self._rate.tokens_per_second
         if self._peak_tokens_per_second:
             record["mfu"] = self._rate.tokens_per_second / self._peak_tokens_per_second
