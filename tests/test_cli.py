@@ -97,7 +97,7 @@ def test_sigterm_saves_and_exits_0_and_the_checkpoint_can_be_evaluated(config, t
         [sys.executable, "-m", "emo_jax", "train", config, "--out", str(out), "--json", "--train.steps=1000000",
          "--data.workers", "2"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (out / "metrics.jsonl").exists() or len(records(out)) < 3:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
             time.sleep(0.1)
