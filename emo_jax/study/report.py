@@ -29,6 +29,10 @@ class Estimate(NamedTuple):
     def text(self, form: str = "+.3f") -> str:
         return f"{self.mean:{form}}" + (f" ± {self.half_width:{form.lstrip('+')}}" if self.half_width is not None else "")
 
+    def percent_above_one(self) -> str:
+        width = "" if self.half_width is None else f" ± {100 * self.half_width:.2f}"
+        return f"{100 * (self.mean - 1):+.2f}{width} %"
+
 
 def estimate(values: list[float]) -> Estimate:
     n = len(values)
@@ -122,13 +126,13 @@ def _summary(of: dict[int, dict]) -> dict[str, Any]:
 
 def _overview(runs: Runs, baseline: str) -> str:
     shares = _shares(runs)
-    head = ["model", "seeds", "full", f"full / {baseline}", *(f"{s:.1%} kept" for s in shares), "full, left-out labels",
+    head = ["model", "seeds", "full", f"above {baseline}", *(f"{s:.1%} kept" for s in shares), "full, left-out labels",
             *(f"{s:.1%}, left-out labels" for s in shares)]
     rows = []
     for name, of in runs.items():
-        change = ratio(runs, name, baseline, full("trained"))
+        change = None if name == baseline else ratio(runs, name, baseline, full("trained"))
         rows.append([name, str(len(of)), _cell(over_seeds(of, full("trained")), ".3f"),
-                     "" if change is None else f"{100 * (change.mean - 1):+.2f} %",
+                     "" if change is None else change.percent_above_one(),
                      *(_cell(over_seeds(of, above("trained", s))) for s in shares),
                      _cell(over_seeds(of, full("left_out")), ".3f"),
                      *(_cell(over_seeds(of, above("left_out", s))) for s in shares)])
