@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from emo_jax.aot.chips import Chip
-from emo_jax.aot.hlo import Instruction, Module, array_bytes, dimensions, group_size
+from emo_jax.aot.hlo import Instruction, Module, aliases, array_bytes, dimensions, group_size
+from emo_jax.chips import Chip
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
@@ -175,8 +175,10 @@ class _Walk:
             elif key not in pending:
                 cycles += self._synchronous(kind, instruction, times)
         if "async-collective-" not in i.name:
-            in_flight = 2 * sum(array_bytes(x.shape) for _, x in inner)
-            moved = max(0.0, self.module.moved_bytes(home, i) - in_flight)
+            # Its buffers are not what the fusion itself moves: a step of a longer one passes them on in place.
+            passed = aliases(i)
+            in_flight = 0.0 if passed else 2 * sum(array_bytes(x.shape) for _, x in inner)
+            moved = max(0.0, self.module.moved_bytes(home, i, passed) - in_flight)
             self._add(self._cycles(i), self.module.matmul_flops(home, i), moved, times)
         return cycles
 

@@ -3,7 +3,8 @@
 Routing is decided outside, in the global view; here, inside `jax.shard_map`, every device only moves its tokens' rows,
 multiplies them, and combines. Strategies (`kernels.dispatch`):
 
-    local  every device holds all experts (gathered over `fsdp`) and serves its own tokens. mesh.expert = 1.
+    local  every device holds all experts (gathered over `fsdp`, and `expert` where that axis is there to shard them over a
+           second torus axis) and serves its own tokens.
     ring   experts are sharded over `expert`: all-gather the tokens of that axis, serve the local experts, reduce-scatter.
            Moves (expert - 1) x T x D a device and direction, whatever k is.
     all_to_all  experts are sharded over `expert`: every row goes to the device of its expert and its result comes back.
@@ -82,13 +83,15 @@ def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_sha
     that this axis shards."""
     batch_shape, width = x.shape[:2], x.shape[2]
     x, expert_ids, weights, valid = (a.reshape(-1, *a.shape[2:]) for a in (x, expert_ids, weights, valid))
-    gate_up, down = _gather_table(table, x.dtype, fsdp)
+    gate_up, down = _gather_table(table, x.dtype, fsdp, over_experts=strategy == "local")
     count, first = gate_up.shape[0], 0
+    if axes and strategy == "local":
+        axes = axes | {"expert": 1}
     if axes:
         # From here on every device does its own work on every axis; the adjoints of these casts sum the gradients.
         x, expert_ids, weights, valid, gate_up, down = (
             compat.vary(a, AXES) for a in (x, expert_ids, weights, valid, gate_up, down))
-        first = jax.lax.axis_index("expert") * count
+        first = jax.lax.axis_index("expert") * count if axes["expert"] > 1 else 0
     if num_shared:
         (gate_up, shared_gate_up), (down, shared_down) = (_split_shared(w, num_shared) for w in (gate_up, down))
     tokens, experts, load = (x, expert_ids, weights, valid), (gate_up, down, first, kernel), None
@@ -113,14 +116,18 @@ def _ring(compute, tokens, experts, axes):
     return jax.lax.psum_scatter(compute(*tokens, *experts), "expert", tiled=True)
 
 
-def _gather_table(table, dtype, fsdp):
-    """gate and up side by side [E, D, 2F], and down [E, F, D], whole along `fsdp`, in the compute dtype. They are cast and
-    joined while still sharded: one gather of half the bytes, and one grouped matmul for both."""
+def _gather_table(table, dtype, fsdp, over_experts):
+    """gate and up side by side [E, D, 2F], and down [E, F, D], whole along `fsdp` (and `expert`), in the compute dtype. They
+    are cast and joined while still sharded: one gather of half the bytes, and one grouped matmul for both. Axis by axis:
+    the second gather, of nearly all the bytes, is along the leading dimension, and the adjoint is a reduce-scatter over one
+    axis at a time, where XLA:TPU makes all-reduces over several."""
     gate_up = jnp.concatenate([table["gate"], table["up"]], axis=-1).astype(dtype)
     down = table["down"].astype(dtype)
     if fsdp:
         gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=fsdp["gate"], tiled=True)
         down = jax.lax.all_gather(down, "fsdp", axis=fsdp["down"], tiled=True)
+        if over_experts:
+            gate_up, down = (jax.lax.all_gather(w, "expert", axis=0, tiled=True) for w in (gate_up, down))
     return gate_up, down
 
 
@@ -203,8 +210,6 @@ def _shared_experts(x, gate_up, down, axes):
 def choose_strategy(strategy: str, expert_axis: int, top_k: int, platform: str) -> str:
     """The strategy for "auto": local without expert parallelism; ring while the axis is at most top-k, all_to_all above,
     whichever moves fewer bytes; logged once. all_to_all is "all_to_all_portable" where XLA has no ragged one."""
-    if strategy == "local" and expert_axis > 1:
-        raise InputError(f"kernels.dispatch=local needs mesh.expert=1, not {expert_axis}; use ring, all_to_all or auto")
     if strategy == "all_to_all" and expert_axis == 1:
         raise InputError("kernels.dispatch=all_to_all needs mesh.expert of 2 or more; use local or auto")
     if strategy == "auto":
