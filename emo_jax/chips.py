@@ -17,15 +17,14 @@ class Chip(NamedTuple):
     memory: float | None = None  # bytes; None, here and below: the chip has no roofline
     bandwidth: float | None = None  # of that memory, bytes/s
     link: float | None = None  # bytes/s of a ring along one torus axis, both directions together
-    axes: int = 1  # torus axes
     clock: float | None = None  # Hz, of the compiler's cycle estimates; None: not published
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95.74e9, 2.765e12, 1.8e11, 3, 1.75e9),
-    "v5e": Chip(197e12, 16e9, 8.1e11, 0.9e11, 2, 1.5e9),
-    "v6e": Chip(918e12, 32e9, 1.6e12, 1.8e11, 2, 1.75e9),
-    "tpu7x": Chip(1153.5e12, 96e9, 3.7e12, 1.8e11, 3),
+    "v5p": Chip(459e12, 95.74e9, 2.765e12, 1.8e11, 1.75e9),
+    "v5e": Chip(197e12, 16e9, 8.1e11, 0.9e11, 1.5e9),
+    "v6e": Chip(918e12, 32e9, 1.6e12, 1.8e11, 1.75e9),
+    "tpu7x": Chip(1153.5e12, 96e9, 3.7e12, 1.8e11),
     "v4": Chip(275e12),
     "B200": Chip(2250e12), "H200": Chip(989e12), "H100": Chip(989e12), "A100": Chip(312e12),
 }

@@ -42,7 +42,7 @@ ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
   ROOT %out = bf16[64,128]{1,0} get-tuple-element(%loop), index=1
 }
 """
-SLOW = Chip(flops=1e9, memory=1e9, bandwidth=1e6, link=1e6, axes=2, clock=1.0)
+SLOW = Chip(flops=1e9, memory=1e9, bandwidth=1e6, link=1e6, clock=1.0)
 
 
 def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered():
@@ -58,6 +58,12 @@ def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered(
     assert gather.exposed_seconds == 0
     assert walked.exposed_seconds == pytest.approx(reduce.seconds) == pytest.approx(3 * size / SLOW.link)
     assert not walked.unknown_loops
+
+
+def test_a_collective_uses_the_links_of_the_torus_axes_that_its_group_spans():
+    (one,), (two,) = ([c.seconds for c in schedule(Module(PROGRAM), SLOW, grid).collectives if c.group == 4]
+                      for grid in ((4, 2), (2, 2, 2)))
+    assert one == 2 * two
 
 
 FUSIONS = """HloModule jit_step

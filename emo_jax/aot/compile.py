@@ -60,7 +60,7 @@ def report(config: Config, devices, compiled) -> dict[str, Any]:
     known = name is not None and chips.CHIPS[name].link is not None
     # Without known rates times mean nothing, but counts do not need them.
     chip = chips.CHIPS[name] if known else chips.Chip(1.0, None, 1.0, 1.0)
-    memory, walked = compiled.memory_analysis(), schedule(Module(compiled.as_text()), chip)
+    memory, walked = compiled.memory_analysis(), schedule(Module(compiled.as_text()), chip, _grid(devices))
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = flops_per_token(config) * tokens / len(devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -80,6 +80,12 @@ def report(config: Config, devices, compiled) -> dict[str, Any]:
         "bounds": _bounds(walked, chip, model_flops) if known else None,
         "unknown_loops": walked.unknown_loops,
     }
+
+
+def _grid(devices) -> tuple[int, ...]:
+    """Devices along each torus axis."""
+    places = [getattr(device, "coords", (0,)) for device in devices]
+    return tuple(len(set(along)) for along in zip(*places) if len(set(along)) > 1)
 
 
 def _bounds(walked, chip, model_flops) -> dict[str, float | None]:

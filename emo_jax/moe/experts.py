@@ -3,8 +3,8 @@
 Routing is decided outside, in the global view; here, inside `jax.shard_map`, every device only moves its tokens' rows,
 multiplies them, and combines. Strategies (`kernels.dispatch`):
 
-    local  every device holds all experts (gathered over `fsdp`, and `expert` where that axis is there to shard them over a
-           second torus axis) and serves its own tokens.
+    local  every device holds all experts (gathered over `fsdp`, and `expert` where it is a second axis to shard them over)
+           and serves its own tokens.
     ring   experts are sharded over `expert`: all-gather the tokens of that axis, serve the local experts, reduce-scatter.
            Moves (expert - 1) x T x D a device and direction, whatever k is.
     all_to_all  experts are sharded over `expert`: every row goes to the device of its expert and its result comes back.
@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emo_jax import compat
 from emo_jax.errors import InputError
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.kernels import rings
 from emo_jax.kernels.grouped_matmul import swiglu
 from emo_jax.moe import dispatch, few_tokens
 from emo_jax.moe import dispatch_all_to_all as a2a
@@ -83,10 +84,11 @@ def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_sha
     that this axis shards."""
     batch_shape, width = x.shape[:2], x.shape[2]
     x, expert_ids, weights, valid = (a.reshape(-1, *a.shape[2:]) for a in (x, expert_ids, weights, valid))
-    gate_up, down = _gather_table(table, x.dtype, fsdp, over_experts=strategy == "local")
-    count, first = gate_up.shape[0], 0
-    if axes and strategy == "local":
+    everywhere = strategy == "local" and axes is not None and axes["expert"] > 1
+    gate_up, down = _gather_table(table, x.dtype, fsdp, over_experts=everywhere)
+    if everywhere:
         axes = axes | {"expert": 1}
+    count, first = gate_up.shape[0], 0
     if axes:
         # From here on every device does its own work on every axis; the adjoints of these casts sum the gradients.
         x, expert_ids, weights, valid, gate_up, down = (
@@ -118,17 +120,21 @@ def _ring(compute, tokens, experts, axes):
 
 def _gather_table(table, dtype, fsdp, over_experts):
     """gate and up side by side [E, D, 2F], and down [E, F, D], whole along `fsdp` (and `expert`), in the compute dtype. They
-    are cast and joined while still sharded: one gather of half the bytes, and one grouped matmul for both. Axis by axis:
-    the second gather, of nearly all the bytes, is along the leading dimension, and the adjoint is a reduce-scatter over one
-    axis at a time, where XLA:TPU makes all-reduces over several."""
+    are cast and joined while still sharded: one gather of half the bytes, and one grouped matmul for both.
+
+    Over two axes they are gathered one axis at a time, down in the other order where it can be: then the second gathers,
+    which move nearly all the bytes, use the links of both torus axes. They are rings, as are their adjoints."""
     gate_up = jnp.concatenate([table["gate"], table["up"]], axis=-1).astype(dtype)
     down = table["down"].astype(dtype)
-    if fsdp:
-        gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=fsdp["gate"], tiled=True)
-        down = jax.lax.all_gather(down, "fsdp", axis=fsdp["down"], tiled=True)
-        if over_experts:
-            gate_up, down = (jax.lax.all_gather(w, "expert", axis=0, tiled=True) for w in (gate_up, down))
-    return gate_up, down
+    if not fsdp:
+        return gate_up, down
+    plain = functools.partial(jax.lax.all_gather, tiled=True)
+    if not over_experts:
+        return plain(gate_up, "fsdp", axis=fsdp["gate"]), plain(down, "fsdp", axis=fsdp["down"])
+    gate_up = rings.all_gather(plain(gate_up, "fsdp", axis=fsdp["gate"]), "expert", 0)
+    if fsdp["down"] == 0:  # both axes shard the experts, `expert` in the larger blocks
+        return gate_up, rings.all_gather(plain(down, "fsdp", axis=0), "expert", 0)
+    return gate_up, rings.all_gather(plain(down, "expert", axis=0), "fsdp", fsdp["down"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
