@@ -29,6 +29,7 @@ from emo_jax import sharding
 from emo_jax.config import Config, ModelConfig
 from emo_jax.kernels import attention as attention_kernels
 from emo_jax.kernels.cached_attention import cached_attention
+from emo_jax.kernels.compiler_options import has_sparse_cores
 from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels import grouped_matmul as gmm
 from emo_jax.moe import losses, routing
@@ -225,13 +226,15 @@ def num_params(config: Config) -> int:
 
 def static_choices(config: Config, mesh: jax.sharding.Mesh) -> Run:
     """Dtype and kernels for the devices of `mesh`, each choice logged once."""
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = device.platform
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
         config.train.compute_dtype, jnp.float32 if platform == "cpu" else jnp.bfloat16)
     attention = attention_kernels.choose(config.kernels.attention, platform, config.model.head_dim, mesh.shape["sequence"])
     return Run(config, dtype, attention,
                gmm.choose(config.kernels.grouped_matmul, platform),
-               choose_strategy(config.kernels.dispatch, mesh.shape["expert"], config.model.routed_top_k, platform))
+               choose_strategy(config.kernels.dispatch, mesh.shape["expert"], config.model.routed_top_k, platform,
+                               has_sparse_cores(device)))
 
 
 def forward(

@@ -8,9 +8,9 @@ import pytest
 from emo_jax import cli
 from emo_jax.aot import compile as aot
 from emo_jax.aot import topology
-from emo_jax.aot.chips import CHIPS, Chip, chip_name
 from emo_jax.aot.hlo import Module, array_bytes, group_size
 from emo_jax.aot.schedule import schedule
+from emo_jax.chips import CHIPS, Chip, chip_name, peak_flops
 from emo_jax.config import Config, DataConfig, KernelConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
 from emo_jax.errors import InputError
 
@@ -42,7 +42,7 @@ ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
   ROOT %out = bf16[64,128]{1,0} get-tuple-element(%loop), index=1
 }
 """
-SLOW = Chip(flops=1e9, memory=1e9, bandwidth=1e6, link=1e6, axes=2, clock=1.0)
+SLOW = Chip(flops=1e9, memory=1e9, bandwidth=1e6, link=1e6, clock=1.0)
 
 
 def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered():
@@ -58,6 +58,12 @@ def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered(
     assert gather.exposed_seconds == 0
     assert walked.exposed_seconds == pytest.approx(reduce.seconds) == pytest.approx(3 * size / SLOW.link)
     assert not walked.unknown_loops
+
+
+def test_a_collective_uses_the_links_of_the_torus_axes_that_its_group_spans():
+    (one,), (two,) = ([c.seconds for c in schedule(Module(PROGRAM), SLOW, grid).collectives if c.group == 4]
+                      for grid in ((4, 2), (2, 2, 2)))
+    assert one == 2 * two
 
 
 FUSIONS = """HloModule jit_step
@@ -101,6 +107,32 @@ def test_a_fusion_moves_only_the_slices_that_it_reads_and_updates():
     assert module.moved_bytes("main", cast) == row + 2 * row
 
 
+CARRIER = """HloModule jit_step
+
+%step (p: bf16[8,128], buffer: bf16[64,128], x: f32[16,128]) -> (f32[16,128], bf16[8,128], bf16[64,128], bf16[64,128]) {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %buffer = bf16[64,128]{1,0} parameter(1)
+  %x = f32[16,128]{1,0} parameter(2)
+  %gather = bf16[64,128]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %twice = f32[16,128]{1,0} add(%x, %x)
+  ROOT %all = (f32[16,128]{1,0}, bf16[8,128]{1,0}, bf16[64,128]{1,0}, bf16[64,128]{1,0}) tuple(%twice, %p, %buffer, %gather)
+}
+
+ENTRY %main (p: bf16[8,128], buffer: bf16[64,128], x: f32[16,128]) -> f32[16,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %buffer = bf16[64,128]{1,0} parameter(1)
+  %x = f32[16,128]{1,0} parameter(2)
+  %f = (f32[16,128]{1,0}, bf16[8,128]{1,0}, bf16[64,128]{1,0}, bf16[64,128]{1,0}) fusion(%p, %buffer, %x),
+    kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%step
+  ROOT %out = f32[16,128]{1,0} get-tuple-element(%f), index=0
+}
+"""
+
+
+def test_a_fusion_that_carries_a_collective_does_not_move_its_buffers():
+    assert schedule(Module(CARRIER), SLOW).moved_bytes == 2 * 16 * 128 * 4
+
+
 def test_shapes_and_groups():
     assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0:S(1)}, pred[])") == 24 + 8 + 1
     assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0:S(1)})", main_memory=True) == 24
@@ -114,7 +146,13 @@ def test_topologies():
     for name in ("v5p:4x4", "h100:8", "v5p", "v6e:4x4x4"):
         with pytest.raises(InputError, match="v5p:4x4x4"):
             topology.parse(name)
-    assert all(chip_name(kind) in CHIPS for kind in ("TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x"))
+
+
+def test_chips_by_the_names_of_devices():
+    names = {"TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+             "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "cpu": None}
+    assert {kind: chip_name(kind) for kind in names} == names
+    assert peak_flops("NVIDIA H200") == CHIPS["H200"].flops and peak_flops("cpu") is None
 
 
 def tiny(mesh: MeshConfig, dispatch: str = "auto") -> Config:

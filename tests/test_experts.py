@@ -79,7 +79,8 @@ def assert_equals_oracle(got, load):
 CASES = [
     ("local", "blocked", None), ("local", "fused_interpret", None),
     ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "reference", (1, 4, 1, 1, 2)),
-    ("local", "batched", (2, 1, 1, 1, 2)),
+    ("local", "batched", (2, 1, 1, 1, 2)), ("local", "blocked", (1, 2, 4, 1, 1)), ("local_rings", "fused_interpret", (2, 1, 2, 2, 1)),
+    ("local_rings", "blocked", (1, 2, 4, 1, 1)),
     ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
     ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 4, 1, 2)),
 ]
@@ -91,11 +92,12 @@ def test_equals_the_dense_oracle(strategy, kernel, shape):
     assert_equals_oracle(run(strategy, kernel, shape, load), load)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "local", "local_rings"])
 @pytest.mark.parametrize("shape", [(1, 4, 2, 1, 1), (2, 2, 1, 2, 1)])
-def test_experts_sharded_along_their_widths(shape):
+def test_experts_sharded_along_their_widths(shape, strategy):
     """As where the experts do not divide into fsdp x expert."""
     load = "random, with padding"
-    assert_equals_oracle(run("ring", "blocked", shape, load, whole_experts=False), load)
+    assert_equals_oracle(run(strategy, "blocked", shape, load, whole_experts=False), load)
 
 
 @pytest.mark.parametrize("load", [name for name in loads() if "random" not in name])
@@ -181,6 +183,7 @@ def test_the_choice_of_strategy():
     choose = experts.choose_strategy
     assert [choose("auto", n, 7, "tpu") for n in (1, 4, 7, 8, 64)] == ["local", "ring", "ring", "all_to_all", "all_to_all"]
     assert choose("all_to_all", 2, 7, "cpu") == "all_to_all_portable"
-    for strategy, axis in (("local", 2), ("all_to_all", 1)):
-        with pytest.raises(InputError, match="mesh.expert"):
-            choose(strategy, axis, 7, "cpu")
+    assert choose("local", 4, 7, "cpu") == choose("local", 1, 7, "tpu", sparse_cores=False) == "local"
+    assert choose("local", 4, 7, "tpu", sparse_cores=False) == "local_rings"
+    with pytest.raises(InputError, match="mesh.expert"):
+        choose("all_to_all", 1, 7, "cpu")

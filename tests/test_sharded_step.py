@@ -47,8 +47,9 @@ def test_eight_devices_equal_one(reference, mesh):
     assert_same(reference, one_step(tiny.config(mesh=MESHES[mesh]), devices=8))
 
 
-@pytest.mark.parametrize("dispatch, mesh", [("dense", dict(fsdp=8)), ("dense", dict(fsdp=2, expert=4))])
-def test_the_dense_oracle_agrees(reference, dispatch, mesh):
+@pytest.mark.parametrize("dispatch, mesh", [("dense", dict(fsdp=8)), ("dense", dict(fsdp=2, expert=4)),
+                                            ("local", dict(fsdp=2, expert=4))])
+def test_other_strategies_agree(reference, dispatch, mesh):
     assert_same(reference, one_step(tiny.config(mesh=mesh, kernels=dict(dispatch=dispatch)), devices=8))
 
 

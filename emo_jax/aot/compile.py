@@ -51,15 +51,16 @@ def compile_step(config: Config, devices) -> tuple[Any, float]:
 
 
 def report(config: Config, devices, compiled) -> dict[str, Any]:
-    from emo_jax.aot import chips
+    from emo_jax import chips
     from emo_jax.aot.hlo import Module
     from emo_jax.aot.schedule import schedule
     from emo_jax.train.flops import flops_per_token
 
     name = chips.chip_name(devices[0].device_kind)
-    # Without a known chip times mean nothing, but counts do not need them.
-    chip = chips.CHIPS[name] if name else chips.Chip(1.0, 0.0, 1.0, 1.0, 1, None)
-    memory, walked = compiled.memory_analysis(), schedule(Module(compiled.as_text()), chip)
+    known = name is not None and chips.CHIPS[name].link is not None
+    # Without known rates times mean nothing, but counts do not need them.
+    chip = chips.CHIPS[name] if known else chips.Chip(1.0, None, 1.0, 1.0)
+    memory, walked = compiled.memory_analysis(), schedule(Module(compiled.as_text()), chip, _grid(devices))
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = flops_per_token(config) * tokens / len(devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -70,15 +71,21 @@ def report(config: Config, devices, compiled) -> dict[str, Any]:
         "rows_per_device": config.train.batch_size / len(devices), "microbatches": config.train.microbatches,
         "tokens_per_step": tokens, "remat": config.train.remat,
         "memory": {"arguments": arguments, "temporaries": temporaries, "outputs": memory.output_size_in_bytes,
-                   "peak": peak, "of_chip": chip.memory or None, "fits": peak <= chip.memory if name else None},
+                   "peak": peak, "of_chip": chip.memory, "fits": peak <= chip.memory if known else None},
         "flops": {"model": model_flops, "hardware": walked.flops},
         "moved_bytes": walked.moved_bytes,
-        "collectives": [dataclasses.asdict(c) | ({} if name else {"seconds": None, "exposed_seconds": None})
+        "collectives": [dataclasses.asdict(c) | ({} if known else {"seconds": None, "exposed_seconds": None})
                         for c in walked.collectives],
-        "kernels": {kernel: {"calls": n, "seconds": s if name else None} for kernel, (n, s) in walked.kernels.items()},
-        "bounds": _bounds(walked, chip, model_flops) if name else None,
+        "kernels": {kernel: {"calls": n, "seconds": s if known else None} for kernel, (n, s) in walked.kernels.items()},
+        "bounds": _bounds(walked, chip, model_flops) if known else None,
         "unknown_loops": walked.unknown_loops,
     }
+
+
+def _grid(devices) -> tuple[int, ...]:
+    """Devices along each torus axis."""
+    places = [getattr(device, "coords", (0,)) for device in devices]
+    return tuple(len(set(along)) for along in zip(*places) if len(set(along)) > 1)
 
 
 def _bounds(walked, chip, model_flops) -> dict[str, float | None]:

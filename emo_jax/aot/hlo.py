@@ -47,18 +47,19 @@ class Module:
         found = (self.find(computation, name) for name in instruction.operands)
         return [i for i in found if i is not None]
 
-    def moved_bytes(self, computation: str, instruction: Instruction) -> float:
+    def moved_bytes(self, computation: str, instruction: Instruction, passed: dict[int, int] | None = None) -> float:
         """Main-memory bytes that an instruction reads and writes: operands and results once each; of a fusion's operand
-        only what slices and gathers inside take, and of an in-place update only what is updated."""
+        only what slices and gathers inside take, and of an in-place update only what is updated. `passed`: results
+        (by number) that are operands (by number) passed on untouched."""
         body = instruction.called("calls") if instruction.opcode == "fusion" else None
         if body not in self.computations:
             return array_bytes(instruction.shape, main_memory=True) + sum(
                 array_bytes(o.shape, main_memory=True) for o in self.operands(computation, instruction))
-        read = 0.0
+        read, passed = 0.0, passed or {}
         for index, name in enumerate(instruction.operands):
-            if operand := self.find(computation, name):
+            if (operand := self.find(computation, name)) and index not in passed.values():
                 read += self._read_bytes(body, index, array_bytes(operand.shape, main_memory=True))
-        return read + self._written_bytes(body, instruction.shape)
+        return read + self._written_bytes(body, instruction.shape, passed)
 
     def _read_bytes(self, body: str, index: int, whole: float) -> float:
         """What a fusion reads of its parameter number `index`, of `whole` bytes in main memory."""
@@ -77,14 +78,15 @@ class Module:
                 return whole
         return min(used, whole)
 
-    def _written_bytes(self, body: str, shape: str) -> float:
+    def _written_bytes(self, body: str, shape: str, passed: dict[int, int]) -> float:
         root = next((i for i in self.computations[body] if i.is_root), None)
         results = self.operands(body, root) if root is not None and root.opcode == "tuple" else [root]
         arrays = [match.group(0) for match in _ARRAY.finditer(shape)]
         if None in results or len(results) != len(arrays):
-            return array_bytes(shape, main_memory=True)
-        return sum(min(array_bytes(array, main_memory=True), self._updated_bytes(body, result))
-                   for array, result in zip(arrays, results))
+            results = [None] * len(arrays)
+        sizes = [array_bytes(array, main_memory=True) for array in arrays]
+        return sum(size if result is None else min(size, self._updated_bytes(body, result))
+                   for index, (size, result) in enumerate(zip(sizes, results)) if index not in passed)
 
     def _updated_bytes(self, body: str, result: Instruction) -> float:
         """Of a result inside a fusion: of an in-place update what is updated, else all of it."""
@@ -199,6 +201,13 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return i + 1
     return len(text)
+
+
+def aliases(instruction: Instruction) -> dict[int, int]:
+    """Result number -> number of the operand whose memory it takes."""
+    pairs = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
+    return {int(result or 0): int(operand) for result, operand in re.findall(r"\{(\d*)\}: \((\d+), ", pairs.group(1))} \
+        if pairs else {}
 
 
 def _constant(instruction: Instruction) -> int | None:

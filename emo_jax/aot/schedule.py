@@ -9,11 +9,13 @@ measurement: contention, launch and DMA overheads, and slow gathers are in neith
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from dataclasses import dataclass, field
 
-from emo_jax.aot.chips import Chip
-from emo_jax.aot.hlo import Instruction, Module, array_bytes, dimensions, group_size
+from emo_jax.aot.hlo import Instruction, Module, aliases, array_bytes, dimensions, group_size
+from emo_jax.chips import Chip
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
@@ -52,19 +54,21 @@ class _Pending:
     collective: Collective
     seconds: float
     times: int
+    carried: bool = False  # moves on only in the fusions that carry its steps
     covered: float = 0.0
 
 
-def schedule(module: Module, chip: Chip) -> Schedule:
-    walk = _Walk(module, chip)
+def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = ()) -> Schedule:
+    """`grid`: devices along each torus axis of the slice, if it is one."""
+    walk = _Walk(module, chip, grid)
     walk.computation(module.entry, 1)
     walk.result.collectives = sorted(walk.collectives.values(), key=lambda c: -c.wire_bytes)
     return walk.result
 
 
 class _Walk:
-    def __init__(self, module: Module, chip: Chip):
-        self.module, self.chip, self.result = module, chip, Schedule()
+    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...]):
+        self.module, self.chip, self.grid, self.result = module, chip, sorted(grid, reverse=True), Schedule()
         self.collectives: dict[tuple, Collective] = {}
         self.home = {id(i): name for name, body in module.computations.items() for i in body}
 
@@ -75,7 +79,7 @@ class _Walk:
         for i in self.module.computations[name]:
             own = self.instruction(name, i, times, pending)
             for key, collective in pending.items():
-                collective.covered += own if key != i.name else 0.0
+                collective.covered += own if key != i.name and not collective.carried else 0.0
             total += own
         for collective in pending.values():  # left open at the end of a loop body: runs into the next iteration
             self._finish(collective)
@@ -168,15 +172,19 @@ class _Walk:
             kind = "reduce-scatter" if kind == "all-reduce" and sliced else kind
             if "async-collective-start" in i.name:
                 collective, seconds = self._count(kind, instruction, times, True)
-                pending[key] = _Pending(collective, seconds, times)
+                pending[key] = _Pending(collective, seconds, times, carried=True)
             elif "async-collective-done" in i.name:
                 if key in pending:
                     cycles += self._finish(pending.pop(key))
-            elif key not in pending:
+            elif key in pending:
+                pending[key].covered += self._cycles(i)
+            else:
                 cycles += self._synchronous(kind, instruction, times)
         if "async-collective-" not in i.name:
-            in_flight = 2 * sum(array_bytes(x.shape) for _, x in inner)
-            moved = max(0.0, self.module.moved_bytes(home, i) - in_flight)
+            # Its buffers are not what the fusion itself moves: a step of a longer one passes them on in place.
+            passed = aliases(i)
+            in_flight = 0.0 if passed else 2 * sum(array_bytes(x.shape) for _, x in inner)
+            moved = max(0.0, self.module.moved_bytes(home, i, passed) - in_flight)
             self._add(self._cycles(i), self.module.matmul_flops(home, i), moved, times)
         return cycles
 
@@ -192,7 +200,8 @@ class _Walk:
         # All-reduce: reduce-scatter and all-gather. What a device keeps does not travel.
         passes = 2 if kind == "all-reduce" else 1
         wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
-        seconds = wire / (self.chip.link * self._axes(group))
+        links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
+        seconds = wire / (self.chip.link * links)
         collective = self.collectives.setdefault((kind, asynchronous, group), Collective(kind, asynchronous, group))
         collective.count += times
         collective.payload_bytes += payload * times
@@ -209,10 +218,9 @@ class _Walk:
         return array_bytes(i.shape, largest=i.opcode.endswith("-start") or kind.startswith("collective"))
 
     def _axes(self, group: int) -> int:
-        """Torus axes whose links a group of this size can use at the same time."""
-        if group >= 16:
-            return self.chip.axes
-        return max(1, self.chip.axes - 1) if group >= 8 and self.chip.axes > 2 else 1
+        """Torus axes whose links a group of this size can use at the same time: as few as hold it."""
+        held = itertools.accumulate(self.grid, operator.mul)
+        return next((n for n, devices in enumerate(held, 1) if devices >= group), max(1, len(self.grid)))
 
     def _inner_collectives(self, name: str | None, depth: int = 0) -> list[tuple[str, Instruction]]:
         found = []

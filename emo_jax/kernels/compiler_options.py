@@ -32,5 +32,8 @@ def compiler_options(device) -> dict[str, str] | None:
     """For a step that runs on devices like `device`."""
     if device.platform != "tpu":
         return None
-    has_sparse_core = device.device_kind not in ("TPU v5 lite", "TPU v5e")
-    return (_SPARSE_CORE if has_sparse_core else _TENSOR_CORE) | {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    return (_SPARSE_CORE if has_sparse_cores(device) else _TENSOR_CORE) | {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+
+
+def has_sparse_cores(device) -> bool:
+    return device.platform == "tpu" and device.device_kind not in ("TPU v5 lite", "TPU v5e")

@@ -3,7 +3,8 @@
 Routing is decided outside, in the global view; here, inside `jax.shard_map`, every device only moves its tokens' rows,
 multiplies them, and combines. Strategies (`kernels.dispatch`):
 
-    local  every device holds all experts (gathered over `fsdp`) and serves its own tokens. mesh.expert = 1.
+    local  every device holds all experts (gathered over `fsdp`, and `expert` where it is a second axis to shard them over)
+           and serves its own tokens.
     ring   experts are sharded over `expert`: all-gather the tokens of that axis, serve the local experts, reduce-scatter.
            Moves (expert - 1) x T x D a device and direction, whatever k is.
     all_to_all  experts are sharded over `expert`: every row goes to the device of its expert and its result comes back.
@@ -30,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emo_jax import compat
 from emo_jax.errors import InputError
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.kernels import rings
 from emo_jax.kernels.grouped_matmul import swiglu
 from emo_jax.moe import dispatch, few_tokens
 from emo_jax.moe import dispatch_all_to_all as a2a
@@ -82,13 +84,16 @@ def _device_experts(table, x, expert_ids, weights, valid, *, axes, fsdp, num_sha
     that this axis shards."""
     batch_shape, width = x.shape[:2], x.shape[2]
     x, expert_ids, weights, valid = (a.reshape(-1, *a.shape[2:]) for a in (x, expert_ids, weights, valid))
-    gate_up, down = _gather_table(table, x.dtype, fsdp)
+    everywhere = strategy.startswith("local") and axes is not None and axes["expert"] > 1
+    gate_up, down = _gather_table(table, x.dtype, fsdp, everywhere, ring=strategy == "local_rings")
+    if everywhere:
+        axes = axes | {"expert": 1}
     count, first = gate_up.shape[0], 0
     if axes:
         # From here on every device does its own work on every axis; the adjoints of these casts sum the gradients.
         x, expert_ids, weights, valid, gate_up, down = (
             compat.vary(a, AXES) for a in (x, expert_ids, weights, valid, gate_up, down))
-        first = jax.lax.axis_index("expert") * count
+        first = jax.lax.axis_index("expert") * count if axes["expert"] > 1 else 0
     if num_shared:
         (gate_up, shared_gate_up), (down, shared_down) = (_split_shared(w, num_shared) for w in (gate_up, down))
     tokens, experts, load = (x, expert_ids, weights, valid), (gate_up, down, first, kernel), None
@@ -113,15 +118,25 @@ def _ring(compute, tokens, experts, axes):
     return jax.lax.psum_scatter(compute(*tokens, *experts), "expert", tiled=True)
 
 
-def _gather_table(table, dtype, fsdp):
-    """gate and up side by side [E, D, 2F], and down [E, F, D], whole along `fsdp`, in the compute dtype. They are cast and
-    joined while still sharded: one gather of half the bytes, and one grouped matmul for both."""
+def _gather_table(table, dtype, fsdp, over_experts, ring):
+    """gate and up side by side [E, D, 2F], and down [E, F, D], whole along `fsdp` (and `expert`), in the compute dtype. They
+    are cast and joined while still sharded: one gather of half the bytes, and one grouped matmul for both.
+
+    Over two axes they are gathered one axis at a time, down in the other order where it can be: then the second gathers,
+    which move nearly all the bytes, use the links of both torus axes, and the adjoints are reduce-scatters over one axis
+    each, where XLA:TPU makes all-reduces of those over both."""
     gate_up = jnp.concatenate([table["gate"], table["up"]], axis=-1).astype(dtype)
     down = table["down"].astype(dtype)
-    if fsdp:
-        gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=fsdp["gate"], tiled=True)
-        down = jax.lax.all_gather(down, "fsdp", axis=fsdp["down"], tiled=True)
-    return gate_up, down
+    if not fsdp:
+        return gate_up, down
+    gather = functools.partial(jax.lax.all_gather, tiled=True)
+    if not over_experts:
+        return gather(gate_up, "fsdp", axis=fsdp["gate"]), gather(down, "fsdp", axis=fsdp["down"])
+    second = rings.all_gather if ring else gather
+    gate_up = second(gather(gate_up, "fsdp", axis=fsdp["gate"]), "expert", axis=0)
+    if fsdp["down"] == 0:  # both axes shard the experts, `expert` in the larger blocks
+        return gate_up, second(gather(down, "fsdp", axis=0), "expert", axis=0)
+    return gate_up, second(gather(down, "expert", axis=0), "fsdp", axis=fsdp["down"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -200,14 +215,15 @@ def _shared_experts(x, gate_up, down, axes):
 
 
 @functools.cache
-def choose_strategy(strategy: str, expert_axis: int, top_k: int, platform: str) -> str:
+def choose_strategy(strategy: str, expert_axis: int, top_k: int, platform: str, sparse_cores: bool = True) -> str:
     """The strategy for "auto": local without expert parallelism; ring while the axis is at most top-k, all_to_all above,
-    whichever moves fewer bytes; logged once. all_to_all is "all_to_all_portable" where XLA has no ragged one."""
-    if strategy == "local" and expert_axis > 1:
-        raise InputError(f"kernels.dispatch=local needs mesh.expert=1, not {expert_axis}; use ring, all_to_all or auto")
+    whichever moves fewer bytes; logged once. all_to_all is "all_to_all_portable" where XLA has no ragged one; local over
+    two axes is "local_rings" where no SparseCores run collectives beside the computation."""
     if strategy == "all_to_all" and expert_axis == 1:
         raise InputError("kernels.dispatch=all_to_all needs mesh.expert of 2 or more; use local or auto")
     if strategy == "auto":
         strategy = "local" if expert_axis == 1 else "ring" if expert_axis <= top_k else "all_to_all"
     log.info("MoE dispatch: %s (mesh.expert=%d, top-k %d)", strategy, expert_axis, top_k)
+    if strategy == "local" and expert_axis > 1 and platform == "tpu" and not sparse_cores:
+        return "local_rings"
     return f"{strategy}_portable" if strategy == "all_to_all" and platform == "cpu" else strategy

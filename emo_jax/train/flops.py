@@ -1,25 +1,8 @@
-"""Useful FLOPs of a token and the peak rate of a device: together the share of the peak that training reaches (MFU)."""
+"""Useful FLOPs of a token: over the peak rate of the devices (see `chips`), the share of it that training reaches (MFU)."""
 
 from __future__ import annotations
 
 from emo_jax.config import Config
-
-# Dense bf16 FLOP/s of one JAX device, from the vendors' product pages; the first name found in `device_kind` counts.
-PEAK_FLOPS = {
-    "TPU7x": 1153e12,  # one of two cores of a chip
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v4": 275e12,
-    "B200": 2250e12,
-    "H200": 989e12, "H100": 989e12,
-    "A100": 312e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    return next((rate for name, rate in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
-
 
 def active_matmul_params(config: Config) -> int:
     """Parameters that multiply a token: projections, router, active experts (shared ones included) and the head."""

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from emo_jax.chips import peak_flops
 from emo_jax.config import Config, flatten
 from emo_jax.errors import RunError
-from emo_jax.train.flops import flops_per_token, peak_flops
+from emo_jax.train.flops import flops_per_token
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")

@@ -1,0 +1,44 @@
+"""Peak rates of the chips: for MFU while training, and the only numbers of `emo-jax compile`'s roofline that do not come
+from the compiled program.
+
+TPU FLOP rates and memory sizes: cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}. Memory bandwidth and link rates: the
+hardware tables of jax-ml.github.io/scaling-book, whose link rates are what one-directional transfers reach (90 GB/s a
+direction on v5p and v6e, 45 on v5e), and for tpu7x its documentation. GPU FLOP rates: NVIDIA's product pages (SXM, dense
+bf16). A JAX device is a chip; of a tpu7x it is one of two cores, with half of everything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    flops: float  # dense bf16 FLOP/s
+    memory: float | None = None  # bytes; None, here and below: the chip has no roofline
+    bandwidth: float | None = None  # of that memory, bytes/s
+    link: float | None = None  # bytes/s of a ring along one torus axis, both directions together
+    clock: float | None = None  # Hz, of the compiler's cycle estimates; None: not published
+
+
+CHIPS = {
+    "v5p": Chip(459e12, 95.74e9, 2.765e12, 1.8e11, 1.75e9),
+    "v5e": Chip(197e12, 16e9, 8.1e11, 0.9e11, 1.5e9),
+    "v6e": Chip(918e12, 32e9, 1.6e12, 1.8e11, 1.75e9),
+    "tpu7x": Chip(1153.5e12, 96e9, 3.7e12, 1.8e11),
+    "v4": Chip(275e12),
+    "B200": Chip(2250e12), "H200": Chip(989e12), "H100": Chip(989e12), "A100": Chip(312e12),
+}
+# The first one found in `device_kind` counts, so longer names come first.
+_DEVICE_KINDS = {"TPU7x": "tpu7x", "TPU v6": "v6e", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v4": "v4",
+                 "B200": "B200", "H200": "H200", "H100": "H100", "A100": "A100"}
+
+
+def chip_name(device_kind: str) -> str | None:
+    """The chip of `CHIPS` that a `jax.Device.device_kind` names, if any."""
+    return next((chip for kind, chip in _DEVICE_KINDS.items() if kind.lower() in device_kind.lower()), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one JAX device of this kind, where known."""
+    name = chip_name(device_kind)
+    return CHIPS[name].flops if name else None
