@@ -143,6 +143,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
+    # See moe.experts; local with mesh.expert > 1: two axes to shard the experts over.
     dispatch: Literal["auto", "dense", "local", "ring", "all_to_all"] = "auto"
     buffer_factor: float = 2.0  # all_to_all: receive buffer / balanced load; a layer that needs more takes ring. 0: no limit
     grouped_matmul: str = "auto"  # see kernels.grouped_matmul.KERNELS

@@ -79,7 +79,8 @@ def assert_equals_oracle(got, load):
 CASES = [
     ("local", "blocked", None), ("local", "fused_interpret", None),
     ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "reference", (1, 4, 1, 1, 2)),
-    ("local", "batched", (2, 1, 1, 1, 2)), ("local", "blocked", (1, 2, 4, 1, 1)), ("local_rings", "fused_interpret", (2, 1, 2, 2, 1)),
+    ("local", "batched", (2, 1, 1, 1, 2)), ("local", "blocked", (1, 2, 4, 1, 1)),
+    ("local_rings", "fused_interpret", (2, 1, 2, 2, 1)),
     ("local_rings", "blocked", (1, 2, 4, 1, 1)),
     ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
     ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 4, 1, 2)),
