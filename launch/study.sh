@@ -37,6 +37,7 @@ fields() {
     fixed_pool) echo "--router.pool_min=$fixed" "--router.pool_max=$fixed" ;;      # a quarter of the experts
     beta_pool) echo --router.pool_distribution=beta ;;                             # Beta(4, 1): mostly large pools
     emo_v2) echo --router.semantics=emo_v2 --router.load_balance_weight=0.01 --router.router_z_weight=1e-5 ;;
+    stdmoe_v2) echo "$(fields stdmoe) $(fields emo_v2)" ;;                         # the weights of v2 without pools
     *) echo "study.sh: unknown variant $1" >&2; return 2 ;;
   esac
 }
@@ -59,19 +60,22 @@ one() {  # VARIANT SEED
 [ -e "$out/tokenizer.json" ] || emo-jax data inspect "$base" --run "$out" "${overrides[@]}" >&2
 list=$(
   for seed in $seeds; do for v in ${variants:-emo stdmoe}; do echo "$v $seed"; done; done
-  [ -n "$variants" ] ||
-    for seed in $ablation_seeds; do for v in local_balance fixed_pool beta_pool emo_v2; do echo "$v $seed"; done; done
+  [ -n "$variants" ] || for seed in $ablation_seeds; do
+    for v in local_balance fixed_pool beta_pool emo_v2 stdmoe_v2; do echo "$v $seed"; done
+  done
 )
-mkdir -p $(echo "$list" | while read -r v seed; do echo "$out/$v"; done)
+while read -r v seed; do fields "$v" >/dev/null && mkdir -p "$out/$v"; done <<<"$list"
 export -f one fields
 export out base fixed held_out
 if [ "$jobs" = 1 ]; then
   while read -r v seed; do one "$v" "$seed" </dev/null; done <<<"$list"
 else  # a core each: several models on all cores would wait for one another
-  export all_overrides="${overrides[*]}"
+  export lines=$(printf '%s\n' "${overrides[@]}")
   echo "$list" | xargs -P "$jobs" -L 1 --process-slot-var=slot bash -c '
-    read -ra overrides <<<"$all_overrides"
-    command -v taskset >/dev/null && taskset -cp "$slot" $$ >/dev/null
+    set -euo pipefail
+    overrides=()
+    while read -r line; do [ -z "$line" ] || overrides+=("$line"); done <<<"$lines"
+    ! command -v taskset >/dev/null || taskset -cp "$slot" $$ >/dev/null
     one "$@"' _
 fi
 emo-jax study report "$out"
