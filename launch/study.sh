@@ -57,14 +57,17 @@ one() {  # VARIANT SEED
   }
 }
 
-[ -e "$out/tokenizer.json" ] || emo-jax data inspect "$base" --run "$out" "${overrides[@]}" >&2
 list=$(
   for seed in $seeds; do for v in ${variants:-emo stdmoe}; do echo "$v $seed"; done; done
   [ -n "$variants" ] || for seed in $ablation_seeds; do
     for v in local_balance fixed_pool beta_pool emo_v2 stdmoe_v2; do echo "$v $seed"; done
   done
 )
-while read -r v seed; do fields "$v" >/dev/null && mkdir -p "$out/$v"; done <<<"$list"
+while read -r v seed; do
+  fields "$v" >/dev/null || exit 2
+  mkdir -p "$out/$v"
+done <<<"$list"
+[ -e "$out/tokenizer.json" ] || emo-jax data inspect "$base" --run "$out" "${overrides[@]}" >&2
 export -f one fields
 export out base fixed held_out
 if [ "$jobs" = 1 ]; then
