@@ -1,4 +1,4 @@
-"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval,test]` for figures and clusters, evaluation tasks, tests."""
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval,test]` for figures and clusters, tasks, tests."""
 
 import pathlib
 import re
