@@ -102,6 +102,10 @@ def test_study(study):
     status, result, _ = command("study", "report", study)
     assert status == 0 and list(result["variants"]) == ["emo", "stdmoe"] and result["variants"]["emo"]["seeds"] == [0, 1]
     text = (study / "study.md").read_text()
+    rise = lambda run: next(r["trained"] for r in json.loads((study / run / "measures.json").read_text())["subsets"]  # noqa: E731
+                            if (r["method"], r["share"]) == ("router", 0.5))
+    assert result["main_over_baseline"]["50.0%"]["mean"] == pytest.approx(
+        np.mean([rise(f"emo/{s}") / rise(f"stdmoe/{s}") for s in "01"]))
     assert "| emo | 2 |" in text and "what 6 reach over a random choice (emo)" in text
     assert (study / "study.png").stat().st_size > 10_000
     losses = [json.loads((study / "emo" / s / "measures.json").read_text())["full"]["trained"] for s in "01"]

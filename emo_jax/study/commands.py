@@ -43,19 +43,21 @@ def _methods(text: str) -> tuple[str, ...]:
 def measure(args) -> Result:
     from emo_jax import sharding
     from emo_jax.study import measure as lib
+    from emo_jax.train import hosts
 
     sharding.start_distributed()
     if min(args.documents) < 1:
         raise InputError(f"--documents {','.join(map(str, args.documents))}: numbers must be positive")
     result = lib.measure(args.checkpoint, args.data, args.methods, args.documents, args.overrides)
     out = Path(args.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(json.dumps(result) + "\n")
-        temporary.replace(out)
-    except OSError as e:
-        raise InputError(f"--out {out} cannot be written: {e.strerror}") from None
+    if hosts.is_primary():
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = out.with_name(out.name + ".tmp")
+            temporary.write_text(json.dumps(result) + "\n")
+            temporary.replace(out)
+        except OSError as e:
+            raise InputError(f"--out {out} cannot be written: {e.strerror}") from None
     lines = [f"full model: {result['full']['trained']:.4f} nats/token"]
     lines += [f"{r['share']:.1%} kept ({r['method']}, {r['documents']} documents): {r['trained']:+.4f}"
               for r in result["subsets"]]

@@ -60,7 +60,8 @@ def read(folder: str | Path) -> Runs:
 
 
 def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> dict[str, Any]:
-    """{"variants": {name: estimates}, "main against baseline", "text" (Markdown), "figure" (a file or None)}"""
+    """{"variants": {name: estimates}, "main_over_baseline": ratios of their losses above the full model by kept share,
+    "text" (Markdown), "figure" (a file or None)}"""
     runs = read(folder)
     for name in (main, baseline):
         if name not in runs:
@@ -70,7 +71,9 @@ def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> 
     text = "\n\n".join([_overview(runs, baseline), _choosing(runs, main, baseline), _information(runs)])
     figure = _figure(runs, main, baseline, Path(folder) / "study.png")
     Path(folder, "study.md").write_text(text + "\n")
-    return {"variants": {name: _summary(of) for name, of in runs.items()}, "text": text, "figure": figure}
+    ratios = {f"{s:.1%}": r._asdict() for s in _shares(runs) if (r := ratio(runs, main, baseline, above("trained", s)))}
+    return {"variants": {name: _summary(of) for name, of in runs.items()}, "main_over_baseline": ratios, "text": text,
+            "figure": figure}
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -83,10 +86,10 @@ def over_seeds(of: dict[int, dict[str, Any]], value: Callable[[dict], float | No
 
 
 def ratio(runs: Runs, name: str, baseline: str, value: Callable[[dict], float | None]) -> Estimate | None:
-    """Of two variants, seed by seed."""
+    """Of two variants, seed by seed; None where it has no meaning."""
     seeds = sorted(set(runs[name]) & set(runs[baseline]))
     pairs = [(value(runs[name][s]), value(runs[baseline][s])) for s in seeds]
-    return None if not pairs or any(None in p for p in pairs) else estimate([a / b for a, b in pairs])
+    return None if not pairs or any(None in p or p[1] == 0 for p in pairs) else estimate([a / b for a, b in pairs])
 
 
 def full(part: str) -> Callable[[dict], float | None]:

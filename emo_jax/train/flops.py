@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from emo_jax.config import Config
 
+
 def active_matmul_params(config: Config) -> int:
     """Parameters that multiply a token: projections, router, active experts (shared ones included) and the head."""
     m = config.model
