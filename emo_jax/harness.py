@@ -13,15 +13,14 @@ from typing import Any, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from emo_jax import model, sharding
+from emo_jax import model
 from emo_jax.config import Config
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError
-from emo_jax.generation.commands import continuation
 from emo_jax.generation.engine import Generator
-from emo_jax.generation.opened import open_for_inference
 from emo_jax.generation.sampling import Sampling
 from emo_jax.generation.scoring import Scorer
+from emo_jax.loaded import load
 
 try:
     from lm_eval import simple_evaluate
@@ -94,11 +93,11 @@ class EmoLM(TemplateLM):
         prompts = [(self.tok_encode(c) or [self.prefix_token_id])[-room:] for c in contexts]
 
         def stop(row: int, tokens: list[int]) -> bool:
-            text = continuation(self.tokens, prompts[row], tokens)
+            text = self.tokens.continuation(prompts[row], tokens)
             return any(s in text for s in until)
 
         made = self._generator.generate(prompts, count, sampling, stop if until else None)
-        texts = [continuation(self.tokens, p, m) for p, m in zip(prompts, made)]
+        texts = [self.tokens.continuation(p, m) for p, m in zip(prompts, made)]
         return [text[: min([text.find(s) for s in until if s in text], default=None)] for text in texts]
 
 
@@ -162,9 +161,9 @@ def evaluate_tasks(path: str, wanted: str, *, subset: str = "", num_fewshot: int
                    limit: int | None = None, step: int | None = None, overrides: list[str] = ()) -> dict[str, Any]:
     """`emo-jax eval --tasks`."""
     tasks = Tasks(wanted, num_fewshot, limit)
-    opened = open_for_inference(path, subset, step, overrides)
-    lm = EmoLM(opened.config, opened.mesh, opened.tokenizer, opened.eos_ids, opened.params, opened.allowed)
-    return {"checkpoint": str(opened.checkpoint.path), "step": opened.checkpoint.step, "subset": subset or None,
+    loaded = load(path, overrides, step=step, mesh="experts", subset=subset or None)
+    lm = EmoLM(loaded.config, loaded.mesh, loaded.tokenizer, loaded.end_ids, loaded.params, loaded.allowed())
+    return {"checkpoint": str(loaded.checkpoint.path), "step": loaded.checkpoint.step, "subset": subset or None,
             "tasks": tasks(lm)}
 
 

@@ -15,7 +15,6 @@ parameters are stacked on a leading L axis and scanned over. Auxiliary losses ar
 
 from __future__ import annotations
 
-import functools
 import zlib
 from typing import Any, NamedTuple
 
@@ -32,8 +31,8 @@ from emo_jax.kernels.cached_attention import cached_attention
 from emo_jax.kernels.compiler_options import has_sparse_cores
 from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels import grouped_matmul as gmm
-from emo_jax.moe import losses, routing
-from emo_jax.moe.experts import choose_strategy, moe_experts, swiglu
+from emo_jax.moe import routing
+from emo_jax.moe.experts import choose_strategy, moe_experts
 from emo_jax.sharding import BATCH, gather_weight, reshard, spec
 
 Params = dict[str, Any]
@@ -212,9 +211,10 @@ def init_params(config: Config, mesh: jax.sharding.Mesh) -> Params:
         return make()
 
 
-def abstract_params(config: Config) -> Params:
-    """Shapes and dtypes of the parameters, without allocating any."""
-    return nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Transformer(config.model, config.seed))))
+def abstract_params(config: Config, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Shapes and dtypes of the parameters, and their shardings on `mesh`, without allocating any."""
+    abstract = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Transformer(config.model, config.seed))))
+    return abstract if mesh is None else sharding.abstract(abstract, mesh)
 
 
 def num_params(config: Config) -> int:

@@ -41,7 +41,10 @@ PARAMETER_SPECS = {
 
 def start_distributed() -> None:
     """Joins the processes of one run: from EMO_JAX_COORDINATOR (host:port), EMO_JAX_NUM_PROCESSES and
-    EMO_JAX_PROCESS_ID where they are set, and by JAX's own detection under Slurm, Open MPI and on TPU pods."""
+    EMO_JAX_PROCESS_ID where they are set, and by JAX's own detection under Slurm, Open MPI and on TPU pods. A second call
+    does nothing."""
+    if jax.distributed.is_initialized():
+        return
     if "EMO_JAX_COORDINATOR" in os.environ:
         if os.environ.get("JAX_PLATFORMS", "") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -105,6 +108,17 @@ def parameter_shardings(params, mesh: Mesh):
         return NamedSharding(mesh, parameter_spec(names, shape, mesh) if names and shape else P())
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def abstract(tree, mesh: Mesh):
+    """`jax.ShapeDtypeStruct`s of such a tree, with its shardings."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree,
+                        parameter_shardings(tree, mesh))
+
+
+def place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+    """A global array of what every process holds whole."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from emo_jax import model, sharding
 from emo_jax.config import CheckpointConfig
-from emo_jax.train import checkpoint
+from emo_jax.checkpoints import checkpoint
+from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.train.step import init_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -37,8 +38,8 @@ def save_new(config, out: Path, seed_scale: float = 10.0):
     mesh = sharding.single_device_mesh()
     state = init_state(config, mesh)
     state = state._replace(params=jax.tree.map(lambda a: a * seed_scale if a.ndim > 2 else a, state.params))
-    writer = checkpoint.CheckpointWriter(out, CheckpointConfig())
-    writer.save(state, checkpoint.describe(config, 0, {}), {"rows": None})
+    writer = CheckpointWriter(out, CheckpointConfig())
+    writer.save(0, {"params": state.params, "opt_state": state.opt_state}, config, tokens=0, source={}, rows=None)
     writer.close()
     return out, jax.tree.map(np.asarray, state.params)
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from emo_jax import sharding
 from emo_jax import model as model_lib
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
-from emo_jax.subsets.opened import Opened
+from emo_jax.loaded import LoadedModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -26,7 +26,7 @@ def tiny_config(**model) -> Config:
                   train=TrainConfig(steps=10, batch_size=4, remat="none"), mesh=MeshConfig(data=1, fsdp=1))
 
 
-def published() -> Opened:
+def published() -> LoadedModel:
     """The tiny checkpoint that the golden selections were made with."""
     config = tiny_config()
     w, m = load_file(FIXTURES / "hf_tiny_emo" / "model.safetensors"), config.model
@@ -47,9 +47,9 @@ def published() -> Opened:
     return opened(config, jax.devices()[:1], params)
 
 
-def opened(config: Config, devices=None, params=None) -> Opened:
+def opened(config: Config, devices=None, params=None) -> LoadedModel:
     """`params` (or new ones) on a mesh of these devices (one by default)."""
     mesh = sharding.make_mesh(config, devices or jax.devices()[:1])
     params = model_lib.init_params(config, mesh) if params is None else params
     placed = jax.tree.map(jax.device_put, params, sharding.parameter_shardings(params, mesh))
-    return Opened(config, mesh, placed, NoTokenizer())
+    return LoadedModel(config, mesh, placed, NoTokenizer())

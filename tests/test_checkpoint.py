@@ -14,9 +14,12 @@ from tiny_run import tiny_config
 from emo_jax import compat, sharding
 from emo_jax.config import CheckpointConfig, override
 from emo_jax.errors import InputError, RunError
-from emo_jax.train import checkpoint
-from emo_jax.train.checkpoint import CheckpointWriter, DamagedCheckpoint, describe, open_checkpoint
-from emo_jax.train.compatibility import require_same_data, require_same_model
+from emo_jax.checkpoints import checkpoint
+from emo_jax.checkpoints.checkpoint import open_checkpoint
+from emo_jax.checkpoints.compatibility import require_same_data, require_same_model
+from emo_jax.checkpoints.description import DamagedCheckpoint
+from emo_jax.checkpoints.writer import CheckpointWriter
+from emo_jax.train.start import restore_state
 from emo_jax.train.step import abstract_state, init_state
 
 
@@ -38,11 +41,14 @@ def state(config):
                                                  x.sharding), state)
 
 
+def items_of(state):
+    return {"params": state.params, "opt_state": state.opt_state}
+
+
 def write(config, out, state, steps=(1,), losses=None, keep=CheckpointConfig(keep_every=0)):
     writer = CheckpointWriter(out, keep)
     for step in steps:
-        at_step = state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
-        writer.save(at_step, describe(config, 10 * step, {"documents": 3}), {"rows": [[step, 0]]},
+        writer.save(step, items_of(state), config, tokens=10 * step, source={"documents": 3}, rows=[[step, 0]],
                     loss=losses and losses[step])
     writer.close()
     return out
@@ -53,12 +59,12 @@ def test_restored_exactly_on_another_mesh(config, state, tmp_path, axes):
     found = open_checkpoint(write(config, tmp_path, state, steps=(5,)))
     mesh = mesh_of(config, **axes) if axes else sharding.single_device_mesh()
     target = abstract_state(config, mesh)
-    restored = found.restore(target)
+    restored = restore_state(found, target)
     for old, new, wanted in zip(*map(jax.tree.leaves, (state._replace(step=np.int32(5)), restored, target)),
                                 strict=True):
         np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
         assert new.sharding == wanted.sharding
-    assert found.config == config and found.meta["tokens"] == 50 and found.data() == {"rows": [[5, 0]]}
+    assert found.config == config and found.meta["tokens"] == 50 and found.rows() == [[5, 0]]
     assert found.meta["conventions"]["eos_owner"] == "own"
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
                  found.restore_params(mesh), restored.params)
@@ -69,16 +75,16 @@ def test_what_is_saved_is_the_state_at_save_time(config, state, tmp_path):
     mesh = state.step.sharding.mesh
     with compat.set_mesh(mesh):
         mine = jax.tree.map(jnp.copy, state)
-        expected = checkpoint.checksums(mine)
+        expected = checkpoint.checksums(items_of(mine))
         writer = CheckpointWriter(tmp_path, CheckpointConfig())
-        writer.save(mine, describe(config, 0, {}), {"rows": []})
+        writer.save(0, items_of(mine), config, tokens=0, source={}, rows=[])
         step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
         for _ in range(3):
             mine = step(mine)
         jax.block_until_ready(mine)
         writer.close()
-    restored = open_checkpoint(tmp_path).restore(abstract_state(config, mesh))  # compares with the recorded checksums
-    assert checkpoint.checksums(restored) == expected
+    restored = restore_state(open_checkpoint(tmp_path), abstract_state(config, mesh))  # compares with the recorded checksums
+    assert checkpoint.checksums(items_of(restored)) == expected
 
 
 def test_one_chunk_per_layer_and_expert(config, state, tmp_path):
@@ -107,7 +113,7 @@ def test_a_state_that_is_not_finite_is_not_saved(config, state, tmp_path):
     bad[3, 4] = np.inf
     broken = state._replace(params=state.params | {"head": jax.device_put(bad, head.sharding)})
     with pytest.raises(RunError, match="after step 1 is not finite"):
-        writer.save(broken, {}, {})
+        writer.save(1, items_of(broken), config, tokens=0, source={}, rows=None)
     writer.close()
     assert checkpoint.steps(tmp_path / "checkpoints") == []
 
@@ -138,7 +144,7 @@ def test_damage_is_noticed(config, state, tmp_path, damage):
     out = write(config, tmp_path, state)
     damage(out / "checkpoints" / "1")
     with pytest.raises(DamagedCheckpoint, match="checkpoints/1: (params|opt_state)"):
-        open_checkpoint(out).restore(abstract_state(config, state.step.sharding.mesh))
+        restore_state(open_checkpoint(out), abstract_state(config, state.step.sharding.mesh))
 
 
 def test_damaged_description(config, state, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from tiny_run import config_file, records
 
 from emo_jax import cli
-from emo_jax.train import checkpoint
+from emo_jax.checkpoints import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.convert.layouts import entries
 from emo_jax.errors import InputError
-from emo_jax.train.checkpoint import DamagedCheckpoint
+from emo_jax.checkpoints.description import DamagedCheckpoint
 
 
 def equal_bits(a: dict, b: dict) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from emo_jax.data.commands import bench, inspect, inspect_report, tokenize
+from emo_jax.data.tools import bench, inspect, inspect_report, tokenize
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError

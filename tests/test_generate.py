@@ -17,7 +17,7 @@ from emo_jax.errors import InputError
 from emo_jax.generation import engine
 from emo_jax.generation.engine import Generator
 from emo_jax.generation.sampling import Sampling, nucleus, sample
-from emo_jax.train.checkpoint import open_checkpoint
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

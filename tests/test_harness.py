@@ -15,9 +15,9 @@ from emo_jax.cli import main
 from emo_jax.errors import InputError
 from emo_jax.generation import scoring
 from emo_jax.harness import EmoLM, Tasks, evaluate_tasks
-from emo_jax.subsets import subset as subset_lib
+from emo_jax.checkpoints import subset as subset_lib
 from emo_jax.train import loop
-from emo_jax.train.checkpoint import open_checkpoint
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 
 WORDS = "red green blue gray pink one two six ten".split()
 TASKS = {

@@ -18,7 +18,7 @@ from emo_jax.errors import InputError
 from emo_jax.study import report
 from emo_jax.study.measure import measure
 from emo_jax.subsets import calibration, modularity
-from emo_jax.subsets.opened import open_model
+from emo_jax.loaded import load
 from emo_jax.train.loop import train
 
 LABELS, PIECES, LENGTH, R = 4, 40, 100, 8
@@ -121,7 +121,7 @@ def test_measures_on_the_run_s_own_text(study):
 
 
 def test_activations_are_those_of_the_text(study):
-    opened = open_model(str(study / "emo" / "0"))
+    opened = load(str(study / "emo" / "0"))
     source = open_source(opened.config.data)
     text = calibration.from_source(opened.config, source, opened.tokenizer, {"color": [0, 2], "count": [1]})
     a = collect(opened, text)

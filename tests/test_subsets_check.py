@@ -11,11 +11,11 @@ from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
 from emo_jax.subsets import check, compose, modularity
 from emo_jax.subsets import calibration as calibration_lib
-from emo_jax.subsets import subset as subset_lib
+from emo_jax.checkpoints import subset as subset_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.choose import choose, choose_one
-from emo_jax.subsets.opened import open_model
-from emo_jax.subsets.subset import Subset
+from emo_jax.loaded import load
+from emo_jax.checkpoints.subset import Subset
 from emo_jax.train.loop import train
 
 
@@ -35,13 +35,13 @@ def run(folder):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return open_model(run)
+    return load(run)
 
 
 @pytest.fixture(scope="module")
 def evaluation(opened):
     source = open_source(opened.config.data)
-    return check.evaluation_of(opened, source, np.arange(len(source)))
+    return opened.evaluation(source, np.arange(len(source)))
 
 
 def calibration_of(opened, label):
@@ -109,12 +109,12 @@ def test_the_text_that_chose_is_not_scored(opened, run, folder):
     half.write_text("".join(lines[:60]))
     text = calibration_lib.open_calibration(opened.config, opened.tokenizer, str(half))
     subset = choose_one(opened, text, "router", Budget(keep=4))
-    everywhere = open_model(run, data_path=str(folder / "documents.jsonl"))
-    result = check.check_subsets(everywhere, {"s": subset}, own_text=False)
+    everywhere = load(run, data=str(folder / "documents.jsonl"))
+    result = check.check_subsets(everywhere, {"s": subset})
     texts = [json.loads(line)["text"] for line in lines]
     assert result["documents_left_out"] == sum(t in set(texts[:60]) for t in texts)
     with pytest.raises(InputError, match="was used to choose"):
-        check.check_subsets(open_model(run, data_path=str(half)), {"s": subset}, own_text=False)
+        check.check_subsets(load(run, data=str(half)), {"s": subset})
     chosen, scored = calibration_lib.halves({"a": list(range(11)), "b": [20], "c": [30, 31]}, 0)
     assert set(chosen) == set(scored) == {"a", "c"} and not set(chosen["a"]) & set(scored["a"])
 
@@ -159,8 +159,8 @@ def test_suggest_finds_the_smallest_that_is_good_enough(opened, evaluation):
     tolerance = 0.1
     best, tried = compose.suggest(opened, text, evaluation, tolerance)
     loss = evaluation.summary(*evaluation.losses(opened.params, best.mask()))["loss"]
-    assert loss <= full + tolerance and all(t["difference"] > tolerance for t in tried if t["keep"] < best.keep[0])
-    assert compose.suggest(opened, text, evaluation, 100.0)[0].keep == [2, 2]
+    assert loss <= full + tolerance and all(t["difference"] > tolerance for t in tried if t["keep"] < best.experts_per_layer[0])
+    assert compose.suggest(opened, text, evaluation, 100.0)[0].experts_per_layer == [2, 2]
 
 
 def test_fine_tuning_trains_what_was_asked_for_and_merges_back(run, folder, tmp_path):
@@ -172,7 +172,7 @@ def test_fine_tuning_trains_what_was_asked_for_and_merges_back(run, folder, tmp_
                                  "--train.batch_size=8",
                                  "--data", folder / "documents.jsonl")
     assert status == 0 and result["step"] == 3
-    before, after = (open_model(str(p)).params for p in (tmp_path / "tuned" / "start", tmp_path / "tuned"))
+    before, after = (load(str(p)).params for p in (tmp_path / "tuned" / "start", tmp_path / "tuned"))
     moved = {name: bool(np.any(np.asarray(before["layers"]["moe"][name]) != np.asarray(after["layers"]["moe"][name])))
              for name in ("router", "gate", "up", "down")}
     assert moved == {"router": False, "gate": True, "up": True, "down": True}

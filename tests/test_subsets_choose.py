@@ -10,7 +10,8 @@ import pytest
 from emo_jax import compat, model, sharding
 from emo_jax.config import MeshConfig
 from emo_jax.errors import InputError
-from emo_jax.subsets import choose, layerwise, subset, sweep
+from emo_jax.checkpoints import subset
+from emo_jax.subsets import choose, layerwise, sweep
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.calibration import Calibration, from_tokens
 from subset_models import FIXTURES, opened, published, tiny_config
@@ -141,13 +142,13 @@ def test_a_mesh_of_eight_devices_gives_the_same_scores():
 
 def test_a_total_goes_to_the_layers_that_need_it(tiny):
     found = choose.choose_one(tiny, from_tokens(PROMPTS), "router", Budget(total=24))
-    assert sum(found.keep) == 24 and min(found.keep) >= 4
+    assert sum(found.experts_per_layer) == 24 and min(found.experts_per_layer) >= 4
     scores = found.score_array()
     kept = sum(s[m].sum() for s, m in zip(scores, found.mask()))
     uniform = choose.choose_one(tiny, from_tokens(PROMPTS), "router", Budget(keep=8))
     assert kept > sum(s[m].sum() for s, m in zip(scores, uniform.mask()))
     by_layer = choose.choose_one(tiny, from_tokens(PROMPTS), "layerwise", Budget(per_layer=(4, 6, 9)))
-    assert by_layer.keep == [4, 6, 9]
+    assert by_layer.experts_per_layer == [4, 6, 9]
 
 
 def test_random_is_reproducible_and_nested(tiny):

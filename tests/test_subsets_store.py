@@ -14,11 +14,13 @@ from emo_jax.config import MeshConfig
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
 from emo_jax.moe import routing
-from emo_jax.subsets import check, extract, load, merge, rewrite
-from emo_jax.subsets.extend import extend
-from emo_jax.subsets.opened import Opened, open_model
-from emo_jax.subsets.subset import Subset
-from emo_jax.train.checkpoint import open_checkpoint
+from emo_jax.checkpoints import rewrite
+from emo_jax.surgery import extract, merge
+from emo_jax.surgery.load import load_subset
+from emo_jax.surgery.extend import extend
+from emo_jax.loaded import LoadedModel, load
+from emo_jax.checkpoints.subset import Subset
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.train.loop import train
 
 EXPERTS, D, F = 32, 64, 96
@@ -40,7 +42,7 @@ def whole(run):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return open_model(str(run))
+    return load(str(run))
 
 
 def subset_of(*kept):
@@ -51,9 +53,9 @@ EVEN = subset_of([0, 5, 30], [1, 2, 9])
 UNEVEN = subset_of([3, 7, 8, 11], [0, 20])
 
 
-def losses(opened: Opened, allowed=None):
+def losses(opened: LoadedModel, allowed=None):
     source = open_source(opened.config.data)
-    return check.evaluation_of(opened, source, np.arange(20)).losses(opened.params, allowed)[0]
+    return opened.evaluation(source, np.arange(20)).losses(opened.params, allowed)[0]
 
 
 def leaves(params):
@@ -63,8 +65,8 @@ def leaves(params):
 @pytest.mark.parametrize("subset", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_the_extracted_model_is_the_masked_model(whole, opened, tmp_path, subset):
     extract.extract(whole, subset, tmp_path / "small")
-    small = open_model(str(tmp_path / "small"))
-    assert small.config.model.num_experts == max(subset.keep) and small.checkpoint.meta["made"]["of"]["step"] == 1
+    small = load(str(tmp_path / "small"))
+    assert small.config.model.num_experts == max(subset.experts_per_layer) and small.checkpoint.meta["made"]["of"]["step"] == 1
     np.testing.assert_allclose(losses(small), losses(opened, subset.mask()), rtol=2e-5)
     with pytest.raises(InputError, match="already holds a checkpoint"):
         extract.extract(whole, subset, tmp_path / "small")
@@ -77,16 +79,16 @@ def test_loading_a_subset_equals_extracting_it(whole, tmp_path, subset):
     mesh = sharding.single_device_mesh()
     with compat.set_mesh(mesh):
         want = leaves(small.restore_params(mesh))
-    config, params = load.load_subset(whole, subset)
+    config, params = load_subset(whole, subset)
     assert config == small.config
     for name, got in leaves(params).items():
         np.testing.assert_array_equal(got, want[name], err_msg=name)
 
 
 def test_loading_onto_a_mesh_gives_the_same_arrays(whole):
-    config, want = load.load_subset(whole, EVEN)
+    config, want = load_subset(whole, EVEN)
     sharded = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-    _, got = load.load_subset(whole, EVEN, sharding.make_mesh(sharded))
+    _, got = load_subset(whole, EVEN, sharding.make_mesh(sharded))
     for name, array in leaves(got).items():
         np.testing.assert_array_equal(array, leaves(want)[name], err_msg=name)
     assert got["layers"]["moe"]["gate"].sharding.spec == sharding.parameter_spec(("layers", "moe", "gate"))
@@ -110,7 +112,7 @@ def test_only_the_kept_experts_are_read(whole):
     assert everything > 0.8 * 2 * EXPERTS * 3 * D * F * 4  # fp32 of random numbers hardly compresses
     assert tables([0, 5, 30, 31]) <= 0.15 * everything
     before = bytes_read()
-    _, params = load.load_subset(whole, EVEN)
+    _, params = load_subset(whole, EVEN)
     rest = 4 * sum(a.size for name, a in leaves(params).items() if ".moe." not in name)
     assert bytes_read() - before <= 0.15 * everything + 1.3 * rest
 
@@ -118,8 +120,8 @@ def test_only_the_kept_experts_are_read(whole):
 def test_a_subset_of_other_parameters_is_refused(whole, opened):
     other = dataclasses.replace(EVEN, model={"name": "x", "step": 3, "hash": "0" * 16})
     with pytest.raises(InputError, match="was chosen for x step 3"):
-        load.load_subset(whole, other)
-    load.load_subset(whole, dataclasses.replace(EVEN, model=opened.identity()))
+        load_subset(whole, other)
+    load_subset(whole, dataclasses.replace(EVEN, model=opened.identity()))
 
 
 def changed(found, out, subset):
@@ -163,7 +165,7 @@ def test_merging_back_changes_what_was_asked_for_only(whole, tmp_path, subset):
 
 def test_extending_keeps_the_old_experts_and_copies_share_their_work(whole, opened, tmp_path):
     extend(whole, 4, tmp_path / "copy", init="copy")
-    larger = open_model(str(tmp_path / "copy"))
+    larger = load(str(tmp_path / "copy"))
     assert larger.config.model.num_experts == EXPERTS + 4 and larger.config.router.forced_experts == 4
     old, new = leaves(opened.params), leaves(larger.params)
     for name in ("gate", "up", "down"):
@@ -174,7 +176,7 @@ def test_extending_keeps_the_old_experts_and_copies_share_their_work(whole, open
     without[:, EXPERTS - 1:] = False
     np.testing.assert_allclose(losses(larger, without), losses(opened), rtol=1e-6)
     extend(whole, 4, tmp_path / "fresh", init="fresh", forced=False)
-    fresh = open_model(str(tmp_path / "fresh"))
+    fresh = load(str(tmp_path / "fresh"))
     assert fresh.config.router.forced_experts == 0
     added = leaves(fresh.params)["layers.moe.gate"][:, EXPERTS - 1:EXPERTS + 3]
     assert 0.5 < added.std() / fresh.config.model.init_std < 1.5
@@ -199,5 +201,5 @@ def test_a_damaged_chunk_is_reported_not_loaded(whole, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     small = open_checkpoint(tmp_path / "small")
     with pytest.raises(InputError, match="cannot be read"):
-        load.load_subset(small, Subset(((0, 1), (0, 1)), 3, 1, "test"))
+        load_subset(small, Subset(((0, 1), (0, 1)), 3, 1, "test"))
     assert json.loads((tmp_path / "small" / "config.json").read_text())["model"]["num_experts"] == 4

@@ -10,7 +10,8 @@ from tiny_run import records, series, tiny_config, write_documents
 
 from emo_jax.config import load_config
 from emo_jax.errors import InputError, RunError
-from emo_jax.train import checkpoint, loop
+from emo_jax.checkpoints import checkpoint
+from emo_jax.train import loop
 from emo_jax.train.loop import train
 
 MESH = ("mesh.data=2", "mesh.expert=2")

@@ -9,7 +9,8 @@ import pytest
 from tiny_run import records, series, tiny_config
 
 from emo_jax import sharding
-from emo_jax.train import checkpoint, metrics
+from emo_jax.checkpoints import checkpoint
+from emo_jax.train import metrics
 from emo_jax.train.loop import train
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 
 from emo_jax import compat, model
 from emo_jax.subsets.calibration import Calibration
-from emo_jax.subsets.opened import Opened
+from emo_jax.loaded import LoadedModel
 from emo_jax.subsets.sweep import batch_size
-from emo_jax.train.hosts import gather_global
+from emo_jax.processes import gather_global
 
 MAX_TOKENS = 1 << 16  # whose probabilities are kept: 4 x L x R bytes each
 
@@ -30,7 +30,7 @@ class Activations:
     names: tuple[str, ...]
 
 
-def collect(opened: Opened, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
+def collect(opened: LoadedModel, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
     """The activations of `text`, whose groups are the labels, from one forward pass without pools. Of more than
     `max_tokens` tokens whole rows are left out, evenly over the text."""
     step = _routing_step(opened.run, opened.tokenizer.eos_id)

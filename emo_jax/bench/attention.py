@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emo_jax.bench import compute_dtype, interleaved, matmul, random_segments, ratio

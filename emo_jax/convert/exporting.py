@@ -9,7 +9,6 @@ additive shared expert, softmax over the routed experts and top-k without normal
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -19,15 +18,17 @@ from typing import Any, Iterator
 import ml_dtypes
 import numpy as np
 
+from emo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from emo_jax.checkpoints.description import DamagedCheckpoint
+from emo_jax.checkpoints.store import BitSum, ParameterStore, leaf_shapes
 from emo_jax.config import Config
 from emo_jax.convert import description
-from emo_jax.convert.importing import KEPT, NOTE, ROUTER_ROWS, leaf_shapes
+from emo_jax.convert.importing import HF_FILES, NOTE, ROUTER_ROWS
 from emo_jax.convert.layouts import Entry, entries
-from emo_jax.convert.store import BitSum, ParameterStore
 from emo_jax.convert.tensors import SHARD_BYTES, Planned, read_json, write_folder
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.train.checkpoint import Checkpoint, DamagedCheckpoint, open_checkpoint
+from emo_jax.files import make_folder, replacing, write_json
 
 FORMATS = ("hf", "qwen2_moe", "deepseek", "llama")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -37,31 +38,30 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
                       shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
     """Writes the folder `out`; tensors go through memory one at a time. `dtype` auto: that of the checkpoint it was
     imported from, else float32. Raises `InputError`."""
-    found, target = open_checkpoint(path, step), Path(out)
+    found, target = open_checkpoint(path, step), Path(out).absolute()
     config = found.config
     layout = {"hf": "emo" if config.model.num_experts else "dense", "deepseek": "qwen2_moe"}.get(form, form)
     description.require_exportable(layout, config)
-    kept = found.run / KEPT
+    hf_files = found.run / HF_FILES
     if dtype == "auto":
-        dtype = read_json(kept / NOTE)["dtype"] if (kept / NOTE).is_file() else "float32"
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--out {out} exists and is not an empty folder")
+        dtype = read_json(hf_files / NOTE)["dtype"] if (hf_files / NOTE).is_file() else "float32"
+    if make_folder(target) and any(target.iterdir()):
+        raise InputError(f"--out {out} is not an empty folder")
     if layout == "emo" and config.model.num_shared_experts > 1:
         print(f"warning: the published code weights {config.model.num_shared_experts} shared experts by a softmax over "
               f"their router rows, training gives each the weight 1; --format qwen2_moe is exact", file=sys.stderr)
 
     plan = list(entries(layout, config.model))
-    partial = target.absolute().with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     planned = [Planned(e.name, e.shape) for e in plan]
-    write_folder(partial, planned, _arrays(plan, found, DTYPES[dtype]), DTYPES[dtype], shard_bytes)
-    tokenizer = _write_tokenizer(found, partial)
-    ids = _token_ids(found, tokenizer)
-    _write_json(partial / "config.json", _config_json(layout, config, dtype, ids, kept))
-    if not (partial / "generation_config.json").exists():  # the imported one
-        _write_json(partial / "generation_config.json", {"do_sample": True} | ids)
-    partial.replace(target)
+    with replacing(target) as partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        make_folder(partial)
+        write_folder(partial, planned, _arrays(plan, found, DTYPES[dtype]), DTYPES[dtype], shard_bytes)
+        tokenizer = _write_tokenizer(found, partial)
+        ids = _token_ids(found, tokenizer)
+        write_json(partial / "config.json", _config_json(layout, config, dtype, ids, hf_files), indent=2)
+        if not (partial / "generation_config.json").exists():  # the imported one
+            write_json(partial / "generation_config.json", {"do_sample": True} | ids, indent=2)
     size = sum(f.stat().st_size for f in target.iterdir())
     return {"out": str(target), "checkpoint": str(found.path), "format": form, "architecture": layout, "dtype": dtype,
             "tensors": len(plan), "bytes": size, "tokenizer": tokenizer is not None}
@@ -70,7 +70,7 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
 def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The array of every planned tensor in turn. When all of the checkpoint has been read, its checksum is compared."""
     store, shapes = ParameterStore(found.path / "params"), leaf_shapes(found.config)
-    rows = found.run / KEPT / ROUTER_ROWS
+    rows = found.run / HF_FILES / ROUTER_ROWS
     dead_rows = np.load(rows) if rows.is_file() else None
     sums, started = BitSum(shapes), time.monotonic()
     for i, e in enumerate(plan):
@@ -97,10 +97,10 @@ def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[n
 # ---- the other files ------------------------------------------------------------------------------------------------
 
 
-def _config_json(layout: str, config: Config, dtype: str, ids: dict[str, Any], kept: Path) -> dict[str, Any]:
+def _config_json(layout: str, config: Config, dtype: str, ids: dict[str, Any], hf_files: Path) -> dict[str, Any]:
     ours = description.written_keys(layout, config, dtype) | ids | {"bos_token_id": None}
-    if layout in description.REMOTE_CODE and (kept / "config.json").is_file():
-        published = read_json(kept / "config.json")  # it may have more keys than we know of
+    if layout in description.REMOTE_CODE and (hf_files / "config.json").is_file():
+        published = read_json(hf_files / "config.json")  # it may have more keys than we know of
         ours = published | {key: value for key, value in ours.items() if key not in published or key not in UNTOUCHED}
     return dict(sorted(ours.items()))
 
@@ -112,17 +112,17 @@ UNTOUCHED = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "output
 
 def _token_ids(found: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
-        kept = found.run / KEPT / "config.json"
-        published = read_json(kept) if kept.is_file() else {}
+        hf_files = found.run / HF_FILES / "config.json"
+        published = read_json(hf_files) if hf_files.is_file() else {}
         return {key: published.get(key) for key in ("eos_token_id", "pad_token_id")}
     pad = tokenizer.token_id("<|pad|>")
     return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id if pad is None else pad}
 
 
 def _write_tokenizer(found: Checkpoint, target: Path) -> Tokenizer | None:
-    source, kept = found.run / "tokenizer.json", found.run / KEPT
-    if kept.is_dir():
-        for file in kept.iterdir():
+    source, hf_files = found.run / "tokenizer.json", found.run / HF_FILES
+    if hf_files.is_dir():
+        for file in hf_files.iterdir():
             if file.name not in (NOTE, ROUTER_ROWS, "config.json"):
                 shutil.copyfile(file, target / file.name)
     if not source.is_file():
@@ -132,11 +132,7 @@ def _write_tokenizer(found: Checkpoint, target: Path) -> Tokenizer | None:
     tokenizer = Tokenizer(source, found.config.data.eos_token)
     if not (target / "tokenizer_config.json").exists():
         pad = "<|pad|>" if tokenizer.token_id("<|pad|>") is not None else tokenizer.eos_token
-        _write_json(target / "tokenizer_config.json", {
+        write_json(target / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "pad_token": pad,
-            "clean_up_tokenization_spaces": False, "model_max_length": found.config.data.sequence_length})
+            "clean_up_tokenization_spaces": False, "model_max_length": found.config.data.sequence_length}, indent=2)
     return tokenizer
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

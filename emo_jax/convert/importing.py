@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import time
@@ -21,25 +20,27 @@ import numpy as np
 
 from emo_jax import config as config_lib
 from emo_jax import model
+from emo_jax.checkpoints import description as description_lib
+from emo_jax.checkpoints.checkpoint import FOLDER, require_new
+from emo_jax.checkpoints.store import BitSum, Leaf, ParameterStore, leaf_shapes
 from emo_jax.config import Config
 from emo_jax.convert import description
 from emo_jax.convert.layouts import Entry, entries, experts_of_layer, same_elements
-from emo_jax.convert.store import BitSum, Leaf, ParameterStore
 from emo_jax.convert.tensors import Reader, read_json
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.train import checkpoint
+from emo_jax.files import write_json, write_text
 
-KEPT = "hugging_face"
-ROUTER_ROWS = "shared_router_rows.npy"  # in KEPT: [L, shared experts, D]
-NOTE = "imported.json"  # in KEPT: the dtype of the published tensors
+HF_FILES = "hugging_face"
+ROUTER_ROWS = "shared_router_rows.npy"  # in HF_FILES: [L, shared experts, D]
+NOTE = "imported.json"  # in HF_FILES: the dtype of the published tensors
 BATCH_BYTES = 256 * 2**20  # of tensors that are written together
 
 
 def import_checkpoint(source: str, out: str, config_name: str = "", overrides: list[str] = ()) -> dict[str, Any]:
     """`source`: a folder with config.json and safetensors files, or with the trainer's state dict in safetensors, for
     which `config_name` says what the model is. Raises `InputError`."""
-    folder, target = Path(source), Path(out)
+    folder, target = Path(source), require_new(out)
     if not folder.exists():
         raise InputError(f"no checkpoint at {source}: no such file or folder")
     reader = Reader(folder)
@@ -62,15 +63,12 @@ def import_checkpoint(source: str, out: str, config_name: str = "", overrides: l
     plan = list(entries(layout, config.model))
     _check_names_and_shapes(plan, reader)
     config, tokenizer = _with_tokenizer(config, folder, published)
-    if checkpoint.steps(target / checkpoint.FOLDER):
-        raise InputError(f"--out {out} already holds a checkpoint; give another folder")
-
-    importing = target / checkpoint.FOLDER / "importing"
+    importing = target / FOLDER / "importing"
     sums = _copy(plan, reader, importing, config)
     _keep(folder, target, plan, reader, config.model.d_model)
     if tokenizer:
         shutil.copyfile(tokenizer, target / "tokenizer.json")
-    (target / "config.json").write_text(config_lib.dumps(config))
+    write_text(target / "config.json", config_lib.dumps(config))
     final = _finish(importing, config, sums, reader)
     return {"checkpoint": str(final), "layout": layout, "parameters": model.num_params(config),
             "dtype": "+".join(sorted(reader.dtypes())), "tokenizer": bool(tokenizer), "tensors": len(plan)}
@@ -113,14 +111,14 @@ def _with_tokenizer(config: Config, folder: Path, published: dict[str, Any]) -> 
     return config, path
 
 
+def published_end_ids(run: Path) -> list[int]:
+    """The tokens that end a text by the generation config of an imported model, if it has one."""
+    path = run / HF_FILES / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 # ---- copying --------------------------------------------------------------------------------------------------------
-
-
-def leaf_shapes(config: Config) -> dict[Leaf, tuple[int, ...]]:
-    import jax
-
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params(config))
-    return {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
 
 
 def _copy(plan: list[Entry], reader: Reader, importing: Path, config: Config) -> BitSum:
@@ -147,7 +145,7 @@ def _copy(plan: list[Entry], reader: Reader, importing: Path, config: Config) ->
             sums.add(e.leaf, values)
         store.write(parts)
         done += len(batch)
-        _write_json(note, {"identity": identity, "done": done, "sum": sums.total, "finite": sums.finite})
+        write_json(note, {"identity": identity, "done": done, "sum": sums.total, "finite": sums.finite})
         rate = (time.monotonic() - started) / (done - start)
         print(f"imported {done:,} of {len(plan):,} tensors, {rate * (len(plan) - done):.0f} s left", file=sys.stderr,
               flush=True)
@@ -185,32 +183,23 @@ def _absent_experts(config: Config, shapes: dict[Leaf, tuple[int, ...]]) -> Iter
 
 def _keep(folder: Path, target: Path, plan: list[Entry], reader: Reader, width: int) -> None:
     """Fills `hugging_face/`."""
-    kept = target / KEPT
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
+    hf_files = target / HF_FILES
+    shutil.rmtree(hf_files, ignore_errors=True)
+    hf_files.mkdir(parents=True)
     for file in sorted(folder.glob("*")) if folder.is_dir() else ():
         if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
-            shutil.copyfile(file, kept / file.name)
+            shutil.copyfile(file, hf_files / file.name)
     dtypes = reader.dtypes()
-    _write_json(kept / NOTE, {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"})
+    write_json(hf_files / NOTE, {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"})
     rows = [reader.read(e.name).astype(np.float32).reshape(-1, width)[-e.dead_rows:] for e in plan if e.dead_rows]
     if rows:
-        np.save(kept / ROUTER_ROWS, np.stack(rows))
+        np.save(hf_files / ROUTER_ROWS, np.stack(rows))
 
 
 def _finish(importing: Path, config: Config, sums: BitSum, reader: Reader) -> Path:
-    meta = checkpoint.describe(config, tokens=0, source={"imported": reader.path.resolve().name})
-    meta |= {"step": 0, "checksums": {"params": {"sum": sums.total, "finite": True}}}
-    for item, value in (("meta", meta), ("data", {"rows": None})):
-        (importing / item).mkdir(exist_ok=True)
-        (importing / item / "metadata").write_text(json.dumps(value))
+    described = description_lib.describe(config, 0, 0, {"imported": reader.path.resolve().name}, sums.checksums())
+    description_lib.write(importing, described)
     (importing / "progress.json").unlink()
     final = importing.with_name("0")
     importing.rename(final)
     return final
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)

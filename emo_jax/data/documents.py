@@ -40,6 +40,19 @@ class Source:
         return self[i].label
 
 
+class Examples(Source):
+    """Texts that are at hand."""
+
+    def __init__(self, name: str, texts: list[str], label: str = "example"):
+        self.name, self.labels, self.fingerprint, self._texts = name, [label], "", texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, i: int) -> Document:
+        return Document(self._texts[i], self.labels[0], int(i))
+
+
 class FileReader:
     """Byte ranges of files, keeping the most recent files open. A pickled copy starts with none open."""
 

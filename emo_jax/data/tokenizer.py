@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ class Tokenizer:
 
     def decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def continuation(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text that `tokens` add to a prompt."""
+        before = self.decode(np.asarray(prompt))
+        return self.decode(np.array([*prompt, *tokens]))[len(before):]
+
+    def stream(self, prompt: Sequence[int]) -> Callable[[Sequence[int]], str]:
+        """A function that takes the next tokens after a prompt and gives their text; a character of several tokens comes with
+        the last of them."""
+        decoder = tokenizers.decoders.DecodeStream(ids=list(prompt), skip_special_tokens=False)
+        return lambda tokens: "".join(decoder.step(self._tokenizer, int(t)) or "" for t in tokens)
 
     def token_bytes(self, vocab_size: int | None = None) -> np.ndarray:
         """[V] int32: UTF-8 bytes of text that each id stands for; 0 for special tokens and ids without a token."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,11 +25,6 @@ def for_inference(params: Params, dtype) -> Params:
         return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, where))
 
     return jax.tree_util.tree_map_with_path(prepare, params)
-
-
-def place(mesh: Mesh, x: np.ndarray, where: P) -> jax.Array:
-    """An array that every process has, on the mesh."""
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, where), lambda index: x[index])
 
 
 def power_of_two(n: int, least: int = 1) -> int:

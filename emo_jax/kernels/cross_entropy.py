@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
-from emo_jax.sharding import ACTIVATIONS, AXES, BATCH, TOKENS, parameter_spec
+from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, parameter_spec
 
 
 class LossSums(NamedTuple):

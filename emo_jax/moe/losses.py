@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from emo_jax.sharding import BATCH, spec
+from emo_jax.sharding import spec
 
 
 def expert_counts(

@@ -21,11 +21,11 @@ from emo_jax.data.order import documents_of_labels
 from emo_jax.errors import InputError
 from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
-from emo_jax.subsets.check import documents_to_score, full_losses, masks_of_labels
+from emo_jax.subsets.check import full_losses, masks_of_labels
 from emo_jax.subsets.choose import choose
-from emo_jax.subsets.opened import Opened, open_model
+from emo_jax.loaded import LoadedModel, load
 from emo_jax.train.evaluate import Evaluation
-from emo_jax.train.start import say
+from emo_jax.processes import say
 
 SHARES = (0.5, 0.25, 0.125)
 CHOOSING = (1, 5, 50)  # documents of each label
@@ -41,8 +41,8 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     of documents. Raises `InputError` if no label has two documents.
     """
     began = time.monotonic()
-    opened = open_model(path, list(overrides), data_path=data)
-    text = _Text(opened, bool(data), max(choosing))
+    opened = load(path, list(overrides), data=data)
+    text = _Text(opened, max(choosing))
     evaluation = text.evaluation(opened.mesh)
     full = full_losses(opened, evaluation)
     summary = evaluation.summary(*full)["labels"]
@@ -65,11 +65,11 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
 class _Text:
     """Which documents of which label choose, and which are scored."""
 
-    def __init__(self, opened: Opened, own_path: bool, most: int):
+    def __init__(self, opened: LoadedModel, most: int):
         config = opened.config
         self.config, self.tokenizer = config, opened.tokenizer
-        self.source, numbers = documents_to_score(opened, own_text=not own_path)
-        if not own_path:
+        self.source, numbers = opened.documents_to_score()
+        if opened.own_documents:
             left_out = documents_of_labels(self.source, config.data.left_out)
             numbers = np.concatenate([numbers, calibration_lib.sample(left_out, MAX_DOCUMENTS, config.seed)])
         by_label = {label: documents for label, documents in calibration_lib.by_label(self.source, numbers).items()
@@ -109,7 +109,7 @@ class _Text:
         return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
 
 
-def _subsets(opened: Opened, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
+def _subsets(opened: LoadedModel, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
     """The loss above the full model's with a subset for every label, by kept share."""
     m, calibration = opened.config.model, text.choosing(count)
     keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in SHARES]
@@ -122,7 +122,7 @@ def _subsets(opened: Opened, evaluation: Evaluation, full, text: _Text, method: 
     return rows
 
 
-def _information(opened: Opened, text: _Text) -> dict[str, Any]:
+def _information(opened: LoadedModel, text: _Text) -> dict[str, Any]:
     """Means over the layers, and the layers. `effective_experts` is None where no document is long enough."""
     activations = collect(opened, text.to_look_at())
     by_layer = {"expert_label": information.label_information(activations),

@@ -8,7 +8,7 @@ import numpy as np
 
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.subsets.subset import require_enough
+from emo_jax.checkpoints.subset import require_enough
 
 
 @dataclass(frozen=True)

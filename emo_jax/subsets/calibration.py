@@ -19,6 +19,7 @@ from emo_jax.data.packing import pack
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
+from emo_jax.loaded import LoadedModel
 
 MAX_DOCUMENTS = 1000  # of a group, unless asked for more
 FIELDS = ("tokens", "segment_ids", "positions")
@@ -45,12 +46,7 @@ class Calibration:
                 rows[name][:count] = x[start:start + size]
             groups = np.full(size, -1)
             groups[:count] = self.groups[start:start + size]
-            yield {name: place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
-
-
-def place(x: np.ndarray, mesh: jax.sharding.Mesh, spec) -> jax.Array:
-    """A global array of what every process holds whole."""
-    return jax.make_array_from_callback(x.shape, jax.sharding.NamedSharding(mesh, spec), lambda index: x[index])
+            yield {name: sharding.place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
 
 
 def from_tokens(documents: Sequence[np.ndarray], length: int | None = None) -> Calibration:
@@ -126,6 +122,21 @@ def halves(groups: dict[str, list[int]], seed: int) -> tuple[dict[str, list[int]
             chosen[label] = sample(np.array(numbers), (len(numbers) + 1) // 2, seed).tolist()
             scored[label] = sorted(set(numbers) - set(chosen[label]))
     return chosen, scored
+
+
+def halves_to_choose_and_score(loaded: LoadedModel, label: str = "",
+                               documents: int = 0) -> tuple[Calibration, Source, np.ndarray]:
+    """(half of the documents of a source, of which at most `documents` choose; the source; the other half), all labels
+    together or one of them. Raises `InputError`."""
+    source, numbers = loaded.documents_to_score()
+    groups = by_label(source, numbers)
+    if label and label not in groups:
+        raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(groups)}")
+    chosen, scored = halves({"": groups[label] if label else [int(i) for i in numbers]}, loaded.config.seed)
+    if not scored:
+        raise InputError(f"{source.name}: two documents or more are needed, one to choose and one to score")
+    chosen[""] = sample(np.array(chosen[""]), documents or MAX_DOCUMENTS, 0)
+    return from_source(loaded.config, source, loaded.tokenizer, chosen), source, np.array(scored[""])
 
 
 def document_hash(text: str) -> str:

@@ -6,19 +6,16 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from emo_jax.config import Config
-from emo_jax.data.documents import Source
-from emo_jax.data.evaluation import MAX_DOCUMENTS, evaluation_rows
-from emo_jax.data.order import split
-from emo_jax.data.sources import open_source
+from emo_jax.data.evaluation import MAX_DOCUMENTS
 from emo_jax.errors import InputError
 from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.choose import choose
-from emo_jax.subsets.opened import Opened
-from emo_jax.subsets.subset import Subset
-from emo_jax.subsets.subset import full as everything
+from emo_jax.loaded import LoadedModel
+from emo_jax.checkpoints.subset import Subset
+from emo_jax.checkpoints.subset import full as everything
+from emo_jax.checkpoints.subset import require_experts
 from emo_jax.train.evaluate import Evaluation
 
 RESAMPLES = 1000
@@ -26,26 +23,14 @@ CONFIDENCE = 0.95
 DOCUMENTS_OF_LABEL = 16  # that choose, in `check_own_labels`
 
 
-def documents_to_score(opened: Opened, own_text: bool) -> tuple[Source, np.ndarray]:
-    """The documents of `data.path` if they are not the run's own, else those that the run held out."""
-    config = opened.config
-    source = open_source(config.data)
-    if not own_text:
-        return source, np.arange(len(source))
-    chosen = split(source, config.data, config.seed)[1]
-    if not len(chosen):
-        raise InputError(f"the run held out no documents (data.eval_fraction={config.data.eval_fraction}); give --data")
-    return source, chosen
-
-
-def check_subsets(opened: Opened, subsets: dict[str, Subset], own_text: bool = True) -> dict[str, Any]:
+def check_subsets(opened: LoadedModel, subsets: dict[str, Subset]) -> dict[str, Any]:
     """Every subset, used for all text. Documents that one of them was chosen by are left out."""
-    source, numbers = documents_to_score(opened, own_text)
+    source, numbers = opened.documents_to_score()
     used = {h for s in subsets.values() for h in s.calibration.get("document_hashes", ())}
     kept = calibration_lib.without(source, numbers[:MAX_DOCUMENTS], used) if used else numbers
     if not len(kept):
         raise InputError(f"every document of {source.name} was used to choose the subset; give other text with --data")
-    evaluation = evaluation_of(opened, source, kept)
+    evaluation = opened.evaluation(source, kept)
     full = full_losses(opened, evaluation)
     rows = [compare(evaluation, full, evaluation.losses(opened.params, s.mask())) | describe(name, s)
             for name, s in subsets.items()]
@@ -53,11 +38,11 @@ def check_subsets(opened: Opened, subsets: dict[str, Subset], own_text: bool = T
             "full": evaluation.summary(*full), "subsets": rows}
 
 
-def check_own_labels(opened: Opened, keeps: Sequence[int], method: str, own_text: bool = True, documents: int = 0,
+def check_own_labels(opened: LoadedModel, keeps: Sequence[int], method: str, documents: int = 0,
                      **options: Any) -> dict[str, Any]:
     """A subset for every label and number of kept experts, each scored on the text of its own label only: half of the
     label's documents (at most `documents` of it) choose, the other half is scored."""
-    source, numbers = documents_to_score(opened, own_text)
+    source, numbers = opened.documents_to_score()
     seed = opened.config.seed
     chosen_by, scored = calibration_lib.halves(calibration_lib.by_label(source, numbers[:MAX_DOCUMENTS]), seed)
     if not scored:
@@ -65,11 +50,11 @@ def check_own_labels(opened: Opened, keeps: Sequence[int], method: str, own_text
     limit = documents or DOCUMENTS_OF_LABEL
     groups = {label: calibration_lib.sample(np.array(ids), limit, seed) for label, ids in chosen_by.items()}
     calibration = calibration_lib.from_source(opened.config, source, opened.tokenizer, groups)
-    evaluation = evaluation_of(opened, source, np.array(sorted(sum(scored.values(), []))))
+    evaluation = opened.evaluation(source, np.array(sorted(sum(scored.values(), []))))
     return {"data": source.name, "method": method} | curve(opened, calibration, evaluation, keeps, method, **options)
 
 
-def curve(opened: Opened, calibration: Calibration, evaluation: Evaluation, keeps: Sequence[int], method: str,
+def curve(opened: LoadedModel, calibration: Calibration, evaluation: Evaluation, keeps: Sequence[int], method: str,
           **options: Any) -> dict[str, Any]:
     """{"full", "subsets"}: rows of a label use the subset of the label's group. One sweep a number of kept experts."""
     chosen = choose(opened, calibration, method, [Budget(keep=k) for k in keeps], **options)
@@ -89,20 +74,15 @@ def masks_of_labels(evaluation: Evaluation, names: Sequence[str], subsets: Seque
     return np.stack([masks[label] for label in evaluation.labels], axis=1)
 
 
-def evaluation_of(opened: Opened, source: Source, documents: np.ndarray, config: Config | None = None) -> Evaluation:
-    config = config or opened.config
-    rows = evaluation_rows(config, source, opened.tokenizer, documents)
-    return Evaluation(config, opened.mesh, rows, opened.tokenizer)
-
-
-def full_losses(opened: Opened, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+def full_losses(opened: LoadedModel, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Of the whole model, by the program that also serves subsets."""
+    require_experts(opened.config)
     return evaluation.losses(opened.params, everything(opened.config).mask())
 
 
 def describe(name: str, subset: Subset) -> dict[str, Any]:
-    keep = sorted(set(subset.keep))
-    return {"name": name, "keep": keep[0] if len(keep) == 1 else subset.keep, "share": subset.share,
+    keep = sorted(set(subset.experts_per_layer))
+    return {"name": name, "keep": keep[0] if len(keep) == 1 else subset.experts_per_layer, "share": subset.share,
             "method": subset.method}
 
 

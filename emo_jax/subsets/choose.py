@@ -10,19 +10,20 @@ from emo_jax.errors import InputError
 from emo_jax.subsets.budget import Budget, pick
 from emo_jax.subsets.calibration import Calibration, from_tokens
 from emo_jax.subsets.layerwise import layerwise
-from emo_jax.subsets.opened import Opened
-from emo_jax.subsets.subset import Subset, kept_of
+from emo_jax.loaded import LoadedModel
+from emo_jax.checkpoints.subset import Subset, kept_of, require_experts
 from emo_jax.subsets.sweep import one_sweep
 
 METHODS = ("layerwise", "router", "easy_ep", "reap", "random")
 
 
-def choose(opened: Opened, calibration: Calibration, method: str, budgets: Sequence[Budget], *, layer_group: int = 0,
+def choose(opened: LoadedModel, calibration: Calibration, method: str, budgets: Sequence[Budget], *, layer_group: int = 0,
            on_host: bool = False, seed: int = 0) -> list[list[Subset]]:
     """Subsets [budget][group]. One sweep over the text serves all groups, and all budgets too unless the method is
     `layerwise` (one sweep a budget, and one to share out a total). Raises `InputError`."""
     if method not in METHODS:
         raise InputError(f"--method {method!r} must be one of {', '.join(METHODS)}")
+    require_experts(opened.config)
     for budget in budgets:
         budget.check(opened.config)
     if method == "layerwise":
@@ -36,18 +37,18 @@ def choose(opened: Opened, calibration: Calibration, method: str, budgets: Seque
     return chosen
 
 
-def choose_one(opened: Opened, calibration: Calibration, method: str, budget: Budget, **options) -> Subset:
+def choose_one(opened: LoadedModel, calibration: Calibration, method: str, budget: Budget, **options) -> Subset:
     """The subset of a calibration with one group."""
     return choose(opened, calibration, method, [budget], **options)[0][0]
 
 
-def choose_for_prompt(opened: Opened, prompts: Sequence[np.ndarray], keep: int) -> Subset:
+def choose_for_prompt(opened: LoadedModel, prompts: Sequence[np.ndarray], keep: int) -> Subset:
     """The experts that prompts (token ids) choose for themselves, by router probability."""
     length = -(-max(map(len, prompts)) // 64) * 64  # few lengths, few compilations
     return choose_one(opened, from_tokens(prompts, length), "router", Budget(keep=keep))
 
 
-def _layerwise(opened: Opened, calibration: Calibration, budget: Budget, layer_group: int,
+def _layerwise(opened: LoadedModel, calibration: Calibration, budget: Budget, layer_group: int,
                on_host: bool) -> list[Subset]:
     groups = len(calibration.names)
     scores = one_sweep(opened, calibration, "router") if budget.needs_scores else [None] * groups
@@ -55,13 +56,13 @@ def _layerwise(opened: Opened, calibration: Calibration, budget: Budget, layer_g
     return _subsets(opened, calibration, "layerwise", *layerwise(opened, calibration, routed, layer_group, on_host))
 
 
-def _random(opened: Opened, calibration: Calibration, seed: int) -> np.ndarray:
+def _random(opened: LoadedModel, calibration: Calibration, seed: int) -> np.ndarray:
     m, draw = opened.config.model, np.random.default_rng(seed)
     return draw.permuted(np.tile(np.arange(m.num_routed_experts, dtype=float),
                                  (len(calibration.names), m.num_layers, 1)), axis=2)
 
 
-def _subsets(opened: Opened, calibration: Calibration, method: str, masks, scores) -> list[Subset]:
+def _subsets(opened: LoadedModel, calibration: Calibration, method: str, masks, scores) -> list[Subset]:
     m = opened.config.model
     return [Subset(kept_of(mask), m.num_routed_experts, m.num_shared_experts, method,
                    dict(about, label=name) if name else dict(about),

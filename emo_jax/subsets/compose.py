@@ -10,8 +10,8 @@ from emo_jax.errors import InputError
 from emo_jax.subsets.budget import Budget, pick
 from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.choose import choose, choose_one
-from emo_jax.subsets.opened import Opened
-from emo_jax.subsets.subset import Subset, kept_of
+from emo_jax.loaded import LoadedModel
+from emo_jax.checkpoints.subset import Subset, kept_of
 from emo_jax.train.evaluate import Evaluation
 
 
@@ -84,7 +84,7 @@ def similarity(subsets: Sequence[Subset]) -> dict[str, Any]:
     return result
 
 
-def suggest(opened: Opened, calibration: Calibration, evaluation: Evaluation, tolerance: float,
+def suggest(opened: LoadedModel, calibration: Calibration, evaluation: Evaluation, tolerance: float,
             method: str = "router", **options: Any) -> tuple[Subset, list[dict[str, Any]]]:
     """The smallest subset whose loss on `evaluation` stays within `tolerance` (nats/token) of the full model's, found
     by bisection over the number of experts, and the (keep, loss, difference) of every number tried."""

@@ -8,7 +8,7 @@ Statistics are sums over the tokens of a row, fp32; padding never counts. Shapes
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -12,16 +12,16 @@ import functools
 import jax
 import numpy as np
 
-from emo_jax import compat, model
+from emo_jax import compat, model, sharding
 from emo_jax.sharding import BATCH, P
 from emo_jax.subsets import layers
 from emo_jax.subsets.budget import pick
-from emo_jax.subsets.calibration import Calibration, place
-from emo_jax.subsets.opened import Opened
+from emo_jax.subsets.calibration import Calibration
+from emo_jax.loaded import LoadedModel
 from emo_jax.subsets.sweep import Totals, batch_size, layer_at, one_sweep
 
 
-def layerwise(opened: Opened, calibration: Calibration, routed: np.ndarray, layer_group: int = 0,
+def layerwise(opened: LoadedModel, calibration: Calibration, routed: np.ndarray, layer_group: int = 0,
               on_host: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(masks bool, average router probabilities) [G, L, R] for `routed` [G, L] experts kept in every group and layer.
 
@@ -33,7 +33,7 @@ def layerwise(opened: Opened, calibration: Calibration, routed: np.ndarray, laye
     return _streamed(opened, calibration, routed, on_host)
 
 
-def _streamed(opened: Opened, calibration: Calibration, routed: np.ndarray, on_host: bool):
+def _streamed(opened: LoadedModel, calibration: Calibration, routed: np.ndarray, on_host: bool):
     totals = Totals(opened, calibration)
     first, advance = _layer_steps(opened.run, opened.tokenizer.eos_id)
     store, restore = (_to_host, _to_devices) if on_host else (lambda x: x, lambda x: x)
@@ -58,7 +58,7 @@ def _streamed(opened: Opened, calibration: Calibration, routed: np.ndarray, on_h
     return masks, totals.finish("router")
 
 
-def _recomputed(opened: Opened, calibration: Calibration, routed: np.ndarray, layer_group: int):
+def _recomputed(opened: LoadedModel, calibration: Calibration, routed: np.ndarray, layer_group: int):
     L = opened.config.model.num_layers
     masks = np.ones((len(calibration.names), L, opened.config.model.num_routed_experts), bool)
     scores = np.zeros(masks.shape)
@@ -70,10 +70,10 @@ def _recomputed(opened: Opened, calibration: Calibration, routed: np.ndarray, la
     return masks, scores
 
 
-def _row_masks(opened: Opened, masks: np.ndarray, groups: np.ndarray) -> jax.Array:
+def _row_masks(opened: LoadedModel, masks: np.ndarray, groups: np.ndarray) -> jax.Array:
     """bool [B, 1, R] from one layer's masks [G, R]; padding rows may use everything."""
     rows = np.where((groups >= 0)[:, None], masks[groups], True)
-    return place(rows[:, None], opened.mesh, P(BATCH))
+    return sharding.place(rows[:, None], opened.mesh, P(BATCH))
 
 
 @functools.cache

@@ -14,9 +14,9 @@ from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.check import masks_of_labels
 from emo_jax.subsets.choose import choose
-from emo_jax.subsets.opened import Opened
-from emo_jax.subsets.subset import full as everything
-from emo_jax.subsets.subset import require_experts
+from emo_jax.loaded import LoadedModel
+from emo_jax.checkpoints.subset import full as everything
+from emo_jax.checkpoints.subset import require_experts
 from emo_jax.train.evaluate import Evaluation
 
 SHARES = (0.25, 0.125)
@@ -53,7 +53,7 @@ class Modularity:
     def __call__(self, params: Params) -> dict[str, Any]:
         """{"loss" (of the full model), "loss_at": {"25%": ..}, "mutual_information" (nats, mean of the layers),
         "mutual_information_layers"}."""
-        opened = Opened(self._config, self._mesh, params, self._tokenizer)
+        opened = LoadedModel(self._config, self._mesh, params, self._tokenizer)
         evaluation, names = self._evaluation, self._calibration.names
         budgets = [Budget(keep=k) for k in self._keeps.values()]
         chosen = choose(opened, self._calibration, "router", budgets)

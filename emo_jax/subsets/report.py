@@ -4,31 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
-from emo_jax.subsets.check import check_own_labels
-from emo_jax.subsets.opened import open_model
-
-SHARES = (1.0, 0.5, 0.25, 0.125)
 _HEAD = f"{'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"
-
-
-def keep_curve(checkpoints: dict[str, str], out: str = "", data: str = "", shares: Sequence[float] = SHARES,
-               method: str = "layerwise", documents: int = 0, overrides: list[str] = ()) -> dict[str, Any]:
-    """Chooses a subset for every source label and share, and scores it on other text of the label.
-
-    `checkpoints`: {name: path}, e.g. of an EMO and of its matched standard MoE. Documents: those the runs held out, or
-    `data`. Returns {"models": {name: result of `check_own_labels`}, "table": text, "figure": path or None}; the
-    figure goes into the folder `out`.
-    """
-    models = {}
-    for name, path in checkpoints.items():
-        opened = open_model(path, overrides, data_path=data)
-        m = opened.config.model
-        keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in shares if share < 1]
-        models[name] = check_own_labels(opened, keeps, method, own_text=not data, documents=documents)
-    figure = save_figure(models, Path(out) / "keep_curve.png") if out else None
-    return {"models": models, "table": curve_table(models), "figure": figure and str(figure)}
 
 
 def curve_table(models: dict[str, dict[str, Any]]) -> str:

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emo_jax import compat, model
+from emo_jax import compat, model, sharding
 from emo_jax.sharding import BATCH, P, spec
 from emo_jax.subsets import layers
-from emo_jax.subsets.calibration import Calibration, place
-from emo_jax.subsets.opened import Opened
-from emo_jax.train.hosts import gather_global
+from emo_jax.subsets.calibration import Calibration
+from emo_jax.loaded import LoadedModel
+from emo_jax.processes import gather_global
 
 
 class Totals:
     """Statistics of every group, float64 [G, L, R]."""
 
-    def __init__(self, opened: Opened, calibration: Calibration):
+    def __init__(self, opened: LoadedModel, calibration: Calibration):
         m = opened.config.model
         self.score, self.count = np.zeros((2, len(calibration.names), m.num_layers, m.num_routed_experts))
 
@@ -34,7 +34,7 @@ class Totals:
         return layers.finish(method, self.score, self.count)
 
 
-def one_sweep(opened: Opened, calibration: Calibration, method: str, masks: np.ndarray | None = None,
+def one_sweep(opened: LoadedModel, calibration: Calibration, method: str, masks: np.ndarray | None = None,
               depth: int | None = None) -> np.ndarray:
     """Scores [G, L, R] of all layers from one forward pass over the text; layers past `depth` are not run (0).
 
@@ -50,16 +50,16 @@ def one_sweep(opened: Opened, calibration: Calibration, method: str, masks: np.n
     return totals.finish(method)
 
 
-def row_masks(opened: Opened, masks: np.ndarray | None, groups: np.ndarray) -> jax.Array:
+def row_masks(opened: LoadedModel, masks: np.ndarray | None, groups: np.ndarray) -> jax.Array:
     """bool [L, B, 1, R] on the mesh: the mask of each row's group."""
     m = opened.config.model
     rows = np.ones((m.num_layers, len(groups), 1, m.num_routed_experts), bool)
     if masks is not None:
         rows[:, groups >= 0, 0] = masks[groups[groups >= 0]].swapaxes(0, 1)
-    return place(rows, opened.mesh, P(None, BATCH))
+    return sharding.place(rows, opened.mesh, P(None, BATCH))
 
 
-def batch_size(opened: Opened) -> int:
+def batch_size(opened: LoadedModel) -> int:
     return opened.config.train.batch_size // opened.config.train.microbatches
 
 

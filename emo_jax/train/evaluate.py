@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from emo_jax import compat, sharding
-from emo_jax.config import Config, MeshConfig, override
-from emo_jax.data.evaluation import evaluation_rows
-from emo_jax.data.order import split
-from emo_jax.data.sources import open_source
+from emo_jax.config import Config
 from emo_jax.data.tokenizer import Tokenizer
-from emo_jax.errors import InputError
-from emo_jax.train.checkpoint import open_checkpoint
-from emo_jax.train.compatibility import require_same_model
-from emo_jax.train.hosts import gather_global
+from emo_jax.processes import gather_global
 from emo_jax.train.step import make_eval_step
 
 LabelledRows = list[tuple[str, dict[str, np.ndarray]]]  # label, fields [n, T]
@@ -42,7 +34,7 @@ class Evaluation:
         padding = -len(self.labels) % self._batch_size  # rows of nothing: segment 0, loss weight 0
         self._fields = {name: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)])
                         for name, x in fields.items()}
-        self._mesh, self._sharding = mesh, sharding.batch_sharding(mesh)
+        self._mesh = mesh
         self._step = make_eval_step(config, mesh, tokenizer.eos_id)
 
     def __call__(self, params: dict) -> dict[str, Any]:
@@ -57,7 +49,7 @@ class Evaluation:
         with compat.set_mesh(self._mesh):
             for start in range(0, len(self._fields["tokens"]), self._batch_size):
                 rows = slice(start, start + self._batch_size)
-                batch = {name: self._place(x[rows]) for name, x in self._fields.items()}
+                batch = {name: sharding.place(x[rows], self._mesh, sharding.TOKENS) for name, x in self._fields.items()}
                 out = self._step(params, batch, self._mask(allowed, rows))
                 loss.append(out["loss_sum"])
                 tokens.append(out["loss_tokens"])
@@ -86,45 +78,7 @@ class Evaluation:
         part = allowed[:, rows]
         mask = np.ones((len(part), self._batch_size, 1, part.shape[2]), bool)
         mask[:, :part.shape[1], 0] = part
-        sharded = jax.sharding.NamedSharding(self._mesh, sharding.P(None, sharding.BATCH))
-        return jax.make_array_from_callback(mask.shape, sharded, lambda index: mask[index])
-
-    def _place(self, x: np.ndarray) -> jax.Array:
-        """Every process has all rows and places those of its devices."""
-        return jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index])
-
-
-def evaluate_checkpoint(path: str, data_path: str = "", step: int | None = None,
-                        overrides: list[str] = ()) -> dict[str, Any]:
-    """The loss of a checkpoint on all documents of `data_path`, or on its run's held-out documents.
-
-    Of each label as many rows as `train.eval_rows` allows. overrides: of the checkpoint's config, such as
-    `train.eval_rows=1000`, `data.text_field=body` or `mesh.data=4`; the mesh is one of fsdp by default.
-    """
-    found = open_checkpoint(path, step)
-    config = dataclasses.replace(found.config, mesh=MeshConfig())
-    if data_path:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path, format="auto"))
-    config = override(config, list(overrides))
-    require_same_model(found.config, config, str(found.path), anneal=True)
-    source = open_source(config.data)
-    tokenizer = Tokenizer(found.run / "tokenizer.json", config.data.eos_token)
-    chosen = np.arange(len(source)) if data_path else split(source, config.data, config.seed)[1]
-    if not len(chosen):
-        raise InputError(f"{found.run} held out no documents (data.eval_fraction={config.data.eval_fraction}); give "
-                         f"--data")
-    rows = evaluation_rows(config, source, tokenizer, chosen)
-    mesh = sharding.make_mesh(fit_batch(config))
-    with compat.set_mesh(mesh):
-        params = found.restore_params(mesh, config)
-        result = Evaluation(config, mesh, rows, tokenizer)(params)
-    return {"checkpoint": str(found.path), "step": found.step, "data": source.name, **result}
-
-
-def fit_batch(config: Config) -> Config:
-    """The config with a batch that any mesh of these devices divides, for there is no training step to run."""
-    rows = math.lcm(config.train.batch_size, jax.device_count())
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows, microbatches=1))
+        return sharding.place(mask, self._mesh, sharding.P(None, sharding.BATCH))
 
 
 def table(result: dict[str, Any]) -> str:

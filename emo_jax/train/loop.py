@@ -14,12 +14,13 @@ from typing import Any, Iterable
 import jax
 from jax.sharding import Mesh
 
-from emo_jax import compat, sharding
+from emo_jax import compat, processes, sharding
+from emo_jax.checkpoints.checkpoint import FOLDER
+from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config
 from emo_jax.data.pipeline import array_to_states, make_train_iterator, states_to_array
 from emo_jax.errors import RunError
-from emo_jax.train import hosts, start
-from emo_jax.train.checkpoint import FOLDER, CheckpointWriter, describe
+from emo_jax.train import start
 from emo_jax.train.metrics import Log
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
@@ -36,6 +37,7 @@ def train(config: Config, out: str | Path, evaluations: Iterable = ()) -> dict[s
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
+    sharding.start_distributed()
     mesh = sharding.make_mesh(config)
     out = start.open_folder(config, out)
     start.cache_compilation(out)
@@ -48,18 +50,18 @@ def train(config: Config, out: str | Path, evaluations: Iterable = ()) -> dict[s
         position = position or start.initial_position(config, mesh, origin, documents)
         start.write_config(config, out)
         _describe(config, mesh, documents, position)
-        return Run(config, mesh, out, documents, evaluate, position, others).run()
+        return TrainingLoop(config, mesh, out, documents, evaluate, position, others).run()
 
 
 def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
     count = sum(x.size for x in jax.tree.leaves(position.state.params))
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
-    start.say(f"{config.name}: {count:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); "
+    processes.say(f"{config.name}: {count:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); "
               f"{len(documents.train):,} documents to train on, {len(documents.held_out):,} held out; "
               f"{config.train.batch_size} rows of {config.data.sequence_length} tokens a step")
 
 
-class Run:
+class TrainingLoop:
     """One start of a run, from its position to its last step, a stop, or a failure."""
 
     def __init__(self, config: Config, mesh: Mesh, out: Path, documents: start.Documents, evaluate,
@@ -69,8 +71,8 @@ class Run:
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.fingerprint = documents.fingerprint
         self.train_step = make_train_step(config, mesh, documents.tokenizer.eos_id)
-        self.group = hosts.row_group(mesh, config.train.batch_size)
-        self.log = Log(config, out, position.step, position.tokens, hosts.is_primary())
+        self.group = processes.row_group(mesh, config.train.batch_size)
+        self.log = Log(config, out, position.step, position.tokens, processes.is_primary())
         self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
@@ -111,7 +113,7 @@ class Run:
         if jax.process_count() == 1:
             return stop.requested is not None
         every = min(self.config.train.log_every, AGREEMENT_EVERY)
-        return self.step % every == 0 and hosts.any_process(stop.requested is not None)
+        return self.step % every == 0 and processes.any_process(stop.requested is not None)
 
     def _between_steps(self) -> None:
         t, every = self.config.train, self.config.checkpoint.every
@@ -138,10 +140,10 @@ class Run:
         """Only a state after finite steps is saved: the log is read up to here first."""
         self.log.flush()
         local = states_to_array(self.batches.state(), self.config.data)
-        rows = array_to_states(hosts.gather_groups(local, self.group))
+        rows = array_to_states(processes.gather_groups(local, self.group))
         evaluation = self.evaluated.get(self.step)
-        self.writer.save(self.state, describe(self.config, self.log.tokens, self.fingerprint), {"rows": rows},
-                         loss=evaluation and evaluation["loss"])
+        self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
+                         tokens=self.log.tokens, source=self.fingerprint, rows=rows, loss=evaluation and evaluation["loss"])
         self.saved_step = self.step
         self.log.restart_clock(self.step)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import os
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ import numpy as np
 from emo_jax.chips import peak_flops
 from emo_jax.config import Config, flatten
 from emo_jax.errors import RunError
+from emo_jax.files import write_text
 from emo_jax.train.flops import flops_per_token
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
@@ -42,9 +42,7 @@ class MetricsFile:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 continue  # a line torn by a kill
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(kept))
-        os.replace(replacement, path)
+        write_text(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:

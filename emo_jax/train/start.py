@@ -6,32 +6,28 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from emo_jax import config as config_lib
+from emo_jax import processes
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, read_step, steps
+from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_stream
+from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.data.evaluation import evaluation_rows
 from emo_jax.data.order import TrainIndices, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
-from emo_jax.train import checkpoint, hosts
-from emo_jax.train.checkpoint import Checkpoint, DamagedCheckpoint
-from emo_jax.train.compatibility import require_same_data, require_same_model, same_stream
+from emo_jax.files import make_folder, write_text
+from emo_jax.processes import say
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.step import TrainState, abstract_state, init_state
-
-
-def say(message: str) -> None:
-    if hosts.is_primary():
-        print(message, file=sys.stderr, flush=True)
 
 
 # ---- folder ---------------------------------------------------------------------------------------------------------
@@ -39,30 +35,22 @@ def say(message: str) -> None:
 
 def open_folder(config: Config, out: str | Path) -> Path:
     """Makes the run's folder, or checks that what is there belongs to the same model. Raises `InputError`."""
-    if "://" in str(out):
-        raise InputError(f"--out {out} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
-    out = Path(out).absolute()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; expected a folder")
+    out = make_folder(out)
     saved = out / "config.json"
     if saved.exists():
         try:
             before = config_lib.from_dict(json.loads(saved.read_text()))
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, AttributeError, OSError) as e:
             raise InputError(f"{saved} cannot be read ({e}); it belongs to the run in --out") from None
         require_same_model(before, config, str(saved))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {out} cannot be written: {e.strerror}") from None
+    if (checkpoints := out / FOLDER).exists() and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints} is a file; it must be the folder of the run's checkpoints")
     return out
 
 
 def write_config(config: Config, out: Path) -> None:
-    if hosts.is_primary():
-        temporary = out / "config.json.tmp"
-        temporary.write_text(config_lib.dumps(config))
-        temporary.replace(out / "config.json")
+    if processes.is_primary():
+        write_text(out / "config.json", config_lib.dumps(config))
 
 
 def cache_compilation(out: Path) -> None:
@@ -92,14 +80,13 @@ def open_documents(config: Config, out: Path) -> Documents:
     """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
     source = open_source(config.data)
     train, held_out = split(source, config.data, config.seed)
-    if not hosts.is_primary():
-        multihost_utils.sync_global_devices("tokenizer")
+    if not processes.is_primary():
+        processes.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(config, source, train, out)
-    if hosts.is_primary():
+    if processes.is_primary():
         if Path(tokenizer.path).resolve() != (out / "tokenizer.json").resolve():
             shutil.copyfile(tokenizer.path, out / "tokenizer.json")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("tokenizer")
+        processes.wait_for_all("tokenizer")
     return Documents(source, train, held_out, tokenizer, fingerprint(source, tokenizer))
 
 
@@ -136,8 +123,8 @@ class Position:
 def find_start(config: Config, out: Path) -> tuple[Config, Checkpoint | None]:
     """The config with `optimizer.start_step` filled in, and the checkpoint of `train.init_from` if the run starts
     there (not if it goes on from a checkpoint of its own). Raises `InputError`."""
-    own = checkpoint.steps(out / checkpoint.FOLDER)
-    counts = hosts.gather(np.array(own[-1] if own else -1))
+    own = steps(out / FOLDER)
+    counts = processes.gather(np.array(own[-1] if own else -1))
     if len(set(counts.tolist())) > 1:
         raise InputError(f"the processes see different checkpoints in --out {out} (newest steps "
                          f"{', '.join(map(str, counts))}); it must be on storage that all of them share")
@@ -147,7 +134,7 @@ def find_start(config: Config, out: Path) -> tuple[Config, Checkpoint | None]:
         return _with_start(config, start), None
     if not config.train.init_from:
         return _with_start(config, 0), None
-    origin = checkpoint.open_checkpoint(config.train.init_from)
+    origin = open_checkpoint(config.train.init_from)
     require_same_model(origin.config, config, f"train.init_from={config.train.init_from}", anneal=True)
     if "opt_state" not in origin.meta["checksums"]:
         raise InputError(f"train.init_from={config.train.init_from} holds parameters only (it was imported or extracted); "
@@ -168,18 +155,18 @@ def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None, docu
     """A new run's: fresh parameters, or those of `origin`, with its place in the documents if they are the same."""
     if origin is None:
         return Position(_initial_state(config, mesh), 0, 0, None)
-    state = origin.restore(abstract_state(config, mesh))
+    state = restore_state(origin, abstract_state(config, mesh))
     same = same_stream(origin.config, config) and origin.meta["source"] == documents.fingerprint
     say(f"starting from step {origin.step} of {origin.path}: parameters and optimizer, and "
         + ("its place in the documents" if same else "the first document, as the documents are others"))
-    return Position(state, origin.step, origin.meta["tokens"], origin.data()["rows"] if same else None)
+    return Position(state, origin.step, origin.meta["tokens"], origin.rows() if same else None)
 
 
 def _initial_state(config: Config, mesh: Mesh) -> TrainState:
     state, path = init_state(config, mesh), config.train.init_params_from
     if not path:
         return state
-    found = checkpoint.open_checkpoint(path)
+    found = open_checkpoint(path)
     require_same_model(found.config, config, f"train.init_params_from={path}", anneal=True)
     say(f"starting with the parameters of step {found.step} of {found.path}, and a fresh optimizer")
     return state._replace(params=found.restore_params(mesh, config))
@@ -191,19 +178,18 @@ def resume(config: Config, mesh: Mesh, out: Path, documents: Documents) -> Posit
     None if there is no checkpoint. Raises `InputError` if there are but none can be read, or if they are of another
     model or other documents.
     """
-    folder, damaged = out / checkpoint.FOLDER, []
+    folder, damaged = out / FOLDER, []
     target = abstract_state(config, mesh)
-    for step in reversed(checkpoint.steps(folder)):
+    for step in reversed(steps(folder)):
         try:
-            found = checkpoint.read_step(folder / str(step))
+            found = read_step(folder / str(step))
             require_same_model(found.config, config, str(found.path))
             require_same_data(found.config, config, str(found.path))
             if found.meta["source"] != documents.fingerprint:
                 raise InputError(f"{found.path} was trained on other documents or another tokenizer than config "
                                  f"{config.name} names: {found.meta['source']} there, {documents.fingerprint} given; "
                                  f"give the same data.path and data.tokenizer, or another --out")
-            rows = found.data()["rows"]
-            state = found.restore(target)
+            rows, state = found.rows(), restore_state(found, target)
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
             damaged.append(step)
@@ -217,14 +203,20 @@ def resume(config: Config, mesh: Mesh, out: Path, documents: Documents) -> Posit
     return None
 
 
+def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
+    """The training state, laid out as `target` (of `abstract_state`) asks. Raises `DamagedCheckpoint`."""
+    items = found.restore({"params": target.params, "opt_state": target.opt_state})
+    return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding), **items)
+
+
 def _set_aside(out: Path, damaged: list[int]) -> None:
-    for step in damaged if hosts.is_primary() else ():
+    for step in damaged if processes.is_primary() else ():
         target = out / "damaged" / str(step)
         n = 1
         while target.exists():
             n, target = n + 1, out / "damaged" / f"{step}-{n}"
         target.parent.mkdir(exist_ok=True)
-        (out / checkpoint.FOLDER / str(step)).rename(target)
+        (out / FOLDER / str(step)).rename(target)
         say(f"moved the damaged checkpoint of step {step} to {target}")
-    if damaged and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    if damaged:
+        processes.wait_for_all("damaged checkpoints set aside")

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from emo_jax import model
+from emo_jax import model, sharding
 from emo_jax.config import Config
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
-from emo_jax.sharding import BATCH, batch_shards, parameter_shardings, reshard
+from emo_jax.sharding import BATCH, batch_shards, reshard
 from emo_jax.train.optimizer import learning_rate, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating any of it."""
     params = model.abstract_params(config)
     opt_state = jax.eval_shape(make_optimizer(config).init, params)
-    state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        state, parameter_shardings(state, mesh))
+    return sharding.abstract(TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32)), mesh)
 
 
 def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):

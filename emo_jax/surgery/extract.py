@@ -12,17 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from emo_jax.config import Config
-from emo_jax.convert.store import Leaf
-from emo_jax.subsets.opened import checkpoint_hash
-from emo_jax.subsets.rewrite import ROUTER, TABLES, Values, store_of, write_checkpoint
-from emo_jax.subsets.subset import Subset, require_fits
-from emo_jax.train.checkpoint import Checkpoint
+from emo_jax.checkpoints.store import Leaf
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, Values, store_of, write_checkpoint
+from emo_jax.checkpoints.subset import Subset, require_fits
+from emo_jax.checkpoints.checkpoint import Checkpoint
 
 
 def subset_config(config: Config, subset: Subset) -> Config:
     """The config of the smaller model; pools and the experts of a token shrink to what is left."""
     require_fits(subset, config, "the subset")
-    keep, m, r = subset.keep, config.model, config.router
+    keep, m, r = subset.experts_per_layer, config.model, config.router
     top_k = min(m.top_k, min(keep))
     least = top_k - m.num_shared_experts
     model = dataclasses.replace(m, num_experts=max(keep), top_k=top_k,
@@ -70,8 +69,7 @@ def kept_values(found: Checkpoint, subset: Subset) -> Values:
 
 def extract(found: Checkpoint, subset: Subset, out: str | Path) -> Path:
     """Writes the smaller checkpoint and config into `out`; returns the step folder. Raises `InputError`, `RunError`."""
-    made = {"subset": {"keep": subset.keep, "kept": subset.kept, "method": subset.method},
-            "of": {"name": found.config.name, "step": found.step, "hash": checkpoint_hash(found)}}
+    made = {"subset": {"keep": subset.experts_per_layer, "kept": subset.kept, "method": subset.method}}
     path = write_checkpoint(out, subset_config(found.config, subset), kept_values(found, subset), found, made)
     subset.save(Path(out) / "subset.json")
     return path

@@ -5,7 +5,6 @@ A *part* is (leaf, index): of expert tables one expert of one layer, of other la
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -13,12 +12,12 @@ from typing import Any, Callable, Iterator
 import numpy as np
 
 from emo_jax import config as config_lib
+from emo_jax.checkpoints import description
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, require_new
+from emo_jax.checkpoints.store import BitSum, Leaf, ParameterStore, leaf_shapes
 from emo_jax.config import Config
-from emo_jax.convert.importing import leaf_shapes
-from emo_jax.convert.store import BitSum, Leaf, ParameterStore
-from emo_jax.errors import InputError, RunError
-from emo_jax.train import checkpoint
-from emo_jax.train.checkpoint import Checkpoint
+from emo_jax.errors import RunError
+from emo_jax.files import write_text
 
 TABLES = (("layers", "moe", "gate"), ("layers", "moe", "up"), ("layers", "moe", "down"))
 ROUTER = ("layers", "moe", "router")
@@ -37,20 +36,13 @@ def parts_of(shapes: dict[Leaf, tuple[int, ...]]) -> Iterator[tuple[Leaf, tuple[
         yield from ((leaf, index) for index in np.ndindex(*shape[:split]))
 
 
-def require_new(out: str | Path) -> Path:
-    target = Path(out).absolute()
-    if checkpoint.steps(target / checkpoint.FOLDER):
-        raise InputError(f"--out {out} already holds a checkpoint; give another folder")
-    return target
-
-
 def write_checkpoint(out: str | Path, config: Config, values: Values, origin: Checkpoint, made: dict[str, Any]) -> Path:
     """A checkpoint of step 0 that holds parameters only, with the tokenizer of `origin`; returns its step folder.
 
-    `values` gives every part in its new shape. `made` says in `meta` what was done.
+    `values` gives every part in its new shape. `made` says in `meta` what was done with `origin`.
     """
     target = require_new(out)
-    unfinished = target / checkpoint.FOLDER / "writing"
+    unfinished = target / FOLDER / "writing"
     shutil.rmtree(unfinished, ignore_errors=True)
     shapes = leaf_shapes(config)
     store, sums = ParameterStore(unfinished / "params"), BitSum(shapes)
@@ -68,15 +60,12 @@ def write_checkpoint(out: str | Path, config: Config, values: Values, origin: Ch
                 store.write(batch)
                 batch, size = [], 0
         store.write(batch)
-        meta = checkpoint.describe(config, origin.meta["tokens"], origin.meta["source"])
-        meta |= {"step": 0, "made": made, "checksums": {"params": {"sum": sums.total, "finite": sums.finite}}}
-        for item, value in (("meta", meta), ("data", {"rows": None})):
-            (unfinished / item).mkdir()
-            (unfinished / item / "metadata").write_text(json.dumps(value))
+        description.write(unfinished, description.describe(
+            config, 0, origin.meta["tokens"], origin.meta["source"], sums.checksums(), made=made | {"of": origin.identity()}))
         tokenizer = origin.run / "tokenizer.json"
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, target / "tokenizer.json")
-        (target / "config.json").write_text(config_lib.dumps(config))
+        write_text(target / "config.json", config_lib.dumps(config))
         final = unfinished.with_name("0")
         unfinished.rename(final)
     except OSError as e:

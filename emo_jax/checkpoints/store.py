@@ -11,11 +11,21 @@ import json
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
+import jax
 import numpy as np
 import tensorstore as ts
 
+from emo_jax import model
+from emo_jax.config import Config
+
 Leaf = tuple[str, ...]
 PIECE_BYTES = 64 * 2**20  # of what is not split by layers
+
+
+def leaf_shapes(config: Config) -> dict[Leaf, tuple[int, ...]]:
+    """Every parameter array of a model by its place in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.abstract_params(config))
+    return {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
 
 
 class ParameterStore:
@@ -89,11 +99,15 @@ class ParameterStore:
 
 
 class BitSum:
-    """The checksum of `emo_jax.train.checkpoint.checksums`, from parts of the leaves in any order."""
+    """The checksum of `emo_jax.checkpoints.checkpoint.checksums`, from parts of the leaves in any order."""
 
     def __init__(self, leaves: Iterable[Leaf], total: int = 0, finite: bool = True):
         self._weight = {leaf: 2 * i + 1 for i, leaf in enumerate(sorted(leaves))}
         self.total, self.finite = total, finite
+
+    def checksums(self) -> dict[str, dict[str, Any]]:
+        """As `meta` holds them, for a checkpoint of parameters only."""
+        return {"params": {"sum": self.total, "finite": self.finite}}
 
     def add(self, leaf: Leaf, part: np.ndarray) -> None:
         step = max(1, PIECE_BYTES * len(part) // max(part.nbytes, 1))

@@ -8,17 +8,15 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from emo_jax import compat, sharding
+from emo_jax import sharding
 from emo_jax.config import Config
-from emo_jax.convert.importing import leaf_shapes
-from emo_jax.convert.store import Leaf, ParameterStore
-from emo_jax.errors import InputError
+from emo_jax.checkpoints.store import Leaf, ParameterStore, leaf_shapes
 from emo_jax.model import Params
-from emo_jax.subsets.extract import router_columns, row_of, subset_config
-from emo_jax.subsets.opened import checkpoint_hash
-from emo_jax.subsets.rewrite import ROUTER, TABLES, store_of
-from emo_jax.subsets.subset import Subset
-from emo_jax.train.checkpoint import Checkpoint, DamagedCheckpoint
+from emo_jax.surgery.extract import router_columns, row_of, subset_config
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of
+from emo_jax.checkpoints.subset import Subset, require_of
+from emo_jax.checkpoints.checkpoint import Checkpoint
+from emo_jax.checkpoints.description import DamagedCheckpoint
 
 
 def load_subset(found: Checkpoint, subset: Subset, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, Params]:
@@ -26,7 +24,7 @@ def load_subset(found: Checkpoint, subset: Subset, mesh: jax.sharding.Mesh | Non
 
     A process reads the experts of its own devices only. Raises `InputError` if the subset is of another model.
     """
-    require_same(found, subset)
+    require_of(found, subset)
     config = subset_config(found.config, subset)
     mesh = mesh or sharding.single_device_mesh()
     store, shapes = store_of(found), leaf_shapes(config)
@@ -38,14 +36,6 @@ def load_subset(found: Checkpoint, subset: Subset, mesh: jax.sharding.Mesh | Non
             node = node.setdefault(name, {})
         node[leaf[-1]] = _leaf(store, leaf, shape, placed, subset, found)
     return config, tree
-
-
-def require_same(found: Checkpoint, subset: Subset) -> None:
-    """Raises `InputError` if the subset was chosen for other parameters."""
-    chosen_for = subset.model.get("hash")
-    if chosen_for not in (None, checkpoint_hash(found)):
-        raise InputError(f"the subset was chosen for {subset.model.get('name')} step {subset.model.get('step')}, whose "
-                         f"parameters are others than those of {found.path}; choose one for this checkpoint")
 
 
 def _leaf(store: ParameterStore, leaf: Leaf, shape, placed, subset: Subset, found: Checkpoint) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 
 from emo_jax.config import Config, flatten, to_dict
 from emo_jax.errors import InputError
@@ -10,17 +9,6 @@ from emo_jax.errors import InputError
 # Fields below these may change from one start of a run to the next; everything else under `data`, `seed` and
 # `train.batch_size` fixes which tokens step k sees, and `model` and `router` fix what the parameters mean.
 FREE_DATA_FIELDS = ("data.path", "data.format", "data.tokenizer", "data.workers", "data.text_field")
-
-
-def conventions(config: Config) -> dict[str, Any]:
-    """How the parameters were trained to read documents; goes into every checkpoint, for whoever loads it."""
-    r, d = config.router, config.data
-    return {
-        "document_pool": config.uses_pools, "semantics": r.semantics, "eos_owner": r.eos_owner,
-        "pool_scope": r.pool_scope, "pool_distribution": r.pool_distribution,
-        "attention_scope": config.model.attention_scope, "packing": d.packing, "eos_token": d.eos_token,
-        "document_end_target": d.document_end_target, "max_documents_per_row": d.max_documents_per_row,
-    }
 
 
 def _differences(saved: Config, given: Config, prefixes: tuple[str, ...], free: tuple[str, ...] = ()) -> list[str]:

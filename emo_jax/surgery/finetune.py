@@ -10,12 +10,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Iterable
 
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, steps
+from emo_jax.checkpoints.subset import Subset, require_of
 from emo_jax.config import Config, MeshConfig, override
-from emo_jax.subsets.extract import extract
-from emo_jax.subsets.load import require_same
-from emo_jax.subsets.subset import Subset, require_fits
+from emo_jax.files import make_folder
+from emo_jax.surgery.extract import extract
 from emo_jax.train import loop
-from emo_jax.train.checkpoint import FOLDER, Checkpoint, open_checkpoint, steps
 
 START = "start"  # the extracted model, in the folder of the run
 
@@ -40,9 +40,8 @@ def finetune_config(small: Config, start: Path, data: str, overrides: list[str])
 def finetune(found: Checkpoint, subset: Subset, out: str | Path, data: str = "", overrides: list[str] = (),
              evaluations: Iterable = ()) -> dict[str, Any]:
     """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
-    out = Path(out).absolute()
-    require_fits(subset, found.config, "the subset")
-    require_same(found, subset)
+    out = make_folder(out)
+    require_of(found, subset)
     start = out / START
     if not steps(start / FOLDER):
         extract(found, subset, start)

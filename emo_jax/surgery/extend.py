@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from emo_jax.config import Config
-from emo_jax.convert.store import Leaf
+from emo_jax.checkpoints.store import Leaf
 from emo_jax.errors import InputError
-from emo_jax.subsets.opened import checkpoint_hash
-from emo_jax.subsets.rewrite import ROUTER, TABLES, store_of, write_checkpoint
-from emo_jax.subsets.subset import require_experts
-from emo_jax.train.checkpoint import Checkpoint
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoint
+from emo_jax.checkpoints.subset import require_experts
+from emo_jax.checkpoints.checkpoint import Checkpoint
 
 INITS = ("copy", "jitter", "fresh")
 
@@ -66,6 +65,5 @@ def extend(found: Checkpoint, count: int, out: str | Path, *, init: str = "jitte
             return np.concatenate([part, new(part[:, sources[layer]], len(TABLES), layer)], axis=1)
         return part
 
-    made = {"extended": {"experts": count, "init": init, "copied": sources.tolist() if init != "fresh" else None},
-            "of": {"name": found.config.name, "step": found.step, "hash": checkpoint_hash(found)}}
+    made = {"extended": {"experts": count, "init": init, "copied": sources.tolist() if init != "fresh" else None}}
     return write_checkpoint(out, config, values, found, made)

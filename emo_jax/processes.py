@@ -3,6 +3,8 @@ data stands, and whether somebody was asked to stop. With one process nothing he
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -12,12 +14,25 @@ from emo_jax import sharding
 
 
 def is_primary() -> bool:
-    """Whether this process writes logs, metrics and configuration."""
-    return jax.process_index() == 0
+    """Whether this process writes logs, metrics and results. Asks the devices only where several processes run: asking
+    would start them."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """To standard error, once for all processes."""
+    if is_primary():
+        print(message, file=sys.stderr, flush=True)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come to the place of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def gather(x: np.ndarray) -> np.ndarray:
-    """[P, ...]: `x` of every process, on every process (same shape everywhere)."""
+    """[processes, ...]: `x` of every process, on every process (same shape everywhere)."""
     return np.asarray(multihost_utils.process_allgather(x)) if jax.process_count() > 1 else np.asarray(x)[None]
 
 

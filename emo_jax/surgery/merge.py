@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from emo_jax.convert.store import Leaf
+from emo_jax.checkpoints.store import Leaf
 from emo_jax.errors import InputError
-from emo_jax.subsets.opened import checkpoint_hash
-from emo_jax.subsets.rewrite import ROUTER, TABLES, store_of, write_checkpoint
-from emo_jax.subsets.subset import Subset, require_fits
-from emo_jax.train.checkpoint import Checkpoint
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoint
+from emo_jax.checkpoints.subset import Subset, require_fits
+from emo_jax.checkpoints.checkpoint import Checkpoint
 
 
 def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | Path, *, alpha: float = 1.0,
@@ -49,8 +48,7 @@ def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | Path, 
         return blend(old, part_store.read(leaf, index)) if shared else old
 
     made: dict[str, Any] = {
-        "merged": {"alpha": alpha, "router": router, "shared": shared, "kept": subset.kept, "part": str(part.path)},
-        "of": {"name": whole.config.name, "step": whole.step, "hash": checkpoint_hash(whole)}}
+        "merged": {"alpha": alpha, "router": router, "shared": shared, "kept": subset.kept, "part": str(part.path)}}
     return write_checkpoint(out, whole.config, values, whole, made)
 
 
@@ -64,6 +62,6 @@ def require_part(whole: Checkpoint, part: Checkpoint, subset: Subset) -> None:
             raise InputError(f"{part.path} has model.{name}={getattr(p, name)}, {whole.path} {getattr(w, name)}: it is "
                              f"no part of it")
     have = list(p.experts_per_layer or [p.num_experts] * p.num_layers)
-    if have != subset.keep:
-        raise InputError(f"{part.path} has {have} experts in its layers, the subset keeps {subset.keep}; give the "
+    if have != subset.experts_per_layer:
+        raise InputError(f"{part.path} has {have} experts in its layers, the subset keeps {subset.experts_per_layer}; give the "
                          f"subset that it was extracted by (subset.json beside it)")

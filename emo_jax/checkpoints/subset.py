@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +10,17 @@ from typing import Any, Iterable
 
 import numpy as np
 
+from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
 from emo_jax.errors import InputError
+from emo_jax.files import write_result
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Shared experts are always kept and have no ids here; `keep` counts them, as in the published pipeline."""
+    """Shared experts are always kept and have no ids here; numbers of experts count them, as in the published pipeline."""
 
     kept: tuple[tuple[int, ...], ...]  # routed expert ids of every layer, ascending
     num_routed: int  # of the whole model
@@ -30,14 +31,14 @@ class Subset:
     model: dict[str, Any] = field(default_factory=dict)  # name, step, hash: the checkpoint it was chosen for
 
     @property
-    def keep(self) -> list[int]:
+    def experts_per_layer(self) -> list[int]:
         """Experts of every layer, shared ones included."""
         return [len(ids) + self.num_shared for ids in self.kept]
 
     @property
     def share(self) -> float:
         """The kept part of all experts."""
-        return sum(self.keep) / (len(self.kept) * (self.num_routed + self.num_shared))
+        return sum(self.experts_per_layer) / (len(self.kept) * (self.num_routed + self.num_shared))
 
     def mask(self) -> np.ndarray:
         """bool [L, R], the `allowed` of `model.forward`."""
@@ -56,19 +57,24 @@ class Subset:
     def with_mask(self, mask: np.ndarray, **changes: Any) -> Subset:
         return dataclasses.replace(self, kept=kept_of(mask), **changes)
 
+    def describe(self) -> dict[str, Any]:
+        """For a command's result."""
+        calibration = {k: v for k, v in self.calibration.items() if k != "document_hashes"}
+        return {"keep": self.experts_per_layer, "share": self.share, "method": self.method, "calibration": calibration,
+                "model": self.model}
+
+    def summary(self) -> str:
+        counts = sorted(set(self.experts_per_layer))
+        each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return (f"{each} of {self.num_routed + self.num_shared} experts in each of {len(self.kept)} layers "
+                f"({self.share:.1%}; {self.num_shared} shared) by {self.method}")
+
     def save(self, path: str | Path) -> None:
         """Writes the file in one step. Raises `InputError` if it cannot be written."""
-        path = Path(path)
-        content = {"version": VERSION, "keep": self.keep} | dataclasses.asdict(self)
+        content = {"version": VERSION, "keep": self.experts_per_layer} | dataclasses.asdict(self)
         if self.scores is not None:
             content["scores"] = [[float(f"{s:.7g}") for s in row] for row in self.scores]
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content) + "\n")
-            temporary.replace(path)
-        except OSError as e:
-            raise InputError(f"--out {path} cannot be written: {e.strerror}") from None
+        write_result(path, content)
 
 
 def kept_of(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
@@ -81,8 +87,9 @@ def full(config: Config) -> Subset:
     return Subset(everything, m.num_routed_experts, m.num_shared_experts, "full")
 
 
-def load(path: str | Path, config: Config | None = None) -> Subset:
-    """Reads a subset file and checks it, against the model of `config` where given. Raises `InputError`."""
+def load(path: str | Path, of: Checkpoint | Config | None = None) -> Subset:
+    """Reads a subset file and checks it: its form, and that it is one of this checkpoint or shape of model. Raises
+    `InputError`."""
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as e:
@@ -107,8 +114,10 @@ def load(path: str | Path, config: Config | None = None) -> Subset:
     if values.get("scores") is not None:
         values["scores"] = tuple(map(tuple, values["scores"]))
     subset = Subset(**values)
-    if config is not None:
-        require_fits(subset, config, str(path))
+    if isinstance(of, Config):
+        require_fits(subset, of, str(path))
+    elif of is not None:
+        require_of(of, subset, str(path))
     return subset
 
 
@@ -144,7 +153,9 @@ def require_experts(config: Config) -> None:
         raise InputError(f"{config.name} is a dense model (model.num_experts=0): it has no experts to choose from")
 
 
-def model_hash(config: Config, parameter_sum: int) -> str:
-    """Identifies the parameters that a subset was chosen for."""
-    text = json.dumps([dataclasses.asdict(config.model), config.router.semantics, parameter_sum], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def require_of(found: Checkpoint, subset: Subset, where: str = "given here") -> None:
+    """Raises `InputError` unless the subset is one of this checkpoint, and was chosen for its parameters."""
+    require_fits(subset, found.config, where)
+    if subset.model.get("hash") not in (None, found.hash):
+        raise InputError(f"subset {where} was chosen for {subset.model.get('name')} step {subset.model.get('step')}, whose "
+                         f"parameters are others than those of {found.path}; choose one for this checkpoint")

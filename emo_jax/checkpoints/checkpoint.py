@@ -1,0 +1,150 @@
+"""Checkpoints: written by Orbax, restored onto any mesh, checked when read.
+
+A step folder holds four items: `params` and `opt_state` (one array per leaf; expert tables in one chunk per layer and
+expert, so that a few experts can be read alone), and their description, `meta` and `data` (see `description`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from emo_jax import compat, model, processes
+from emo_jax import config as config_lib
+from emo_jax.checkpoints import description
+from emo_jax.checkpoints.description import DamagedCheckpoint
+from emo_jax.config import Config
+from emo_jax.errors import InputError
+from emo_jax.files import make_folder
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One step folder whose `meta` was read; the arrays are read by `restore` and `restore_params`."""
+
+    path: Path
+    step: int
+    config: Config
+    meta: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run, which also holds its tokenizer and config."""
+        return self.path.parent.parent
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the parameters, for what was chosen for them (see `subset`)."""
+        text = json.dumps([dataclasses.asdict(self.config.model), self.config.router.semantics,
+                           self.meta["checksums"]["params"]["sum"]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """What a subset file, or a checkpoint made of this one, says about it."""
+        return {"name": self.config.name, "step": self.step, "hash": self.hash}
+
+    def rows(self) -> list | None:
+        """The state of every row's stream of documents, see `emo_jax.data.pipeline`."""
+        return description.read(self.path, "data")["rows"]
+
+    def restore_params(self, mesh: Mesh, config: Config | None = None) -> model.Params:
+        """The parameters on `mesh`. Raises `DamagedCheckpoint`."""
+        return self.restore({"params": model.abstract_params(config or self.config, mesh)})["params"]
+
+    def restore(self, targets: dict[str, Any]) -> dict[str, Any]:
+        """The arrays of every item, laid out as its tree of `jax.ShapeDtypeStruct` with shardings asks."""
+        return {item: self._restore(item, target) for item, target in targets.items()}
+
+    def _restore(self, item: str, target):
+        """Every process learns whether all of them could read, so that all fall back together."""
+        error = tree = None
+        try:
+            tree = ocp.PyTreeCheckpointHandler().restore(self.path / item, args=ocp.args.PyTreeRestore(
+                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+        except Exception as e:
+            error = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}"
+        if processes.any_process(error is not None):
+            raise DamagedCheckpoint(f"checkpoint {self.path}: {item} cannot be read ({error or 'on another process'})")
+        total, _ = _checksum(tree)
+        if int(total) != self.meta["checksums"][item]["sum"]:
+            raise DamagedCheckpoint(f"checkpoint {self.path}: {item} is not what was saved (its checksum differs)")
+        return tree
+
+
+def steps(folder: Path) -> list[int]:
+    """The complete checkpoints of a `checkpoints/` folder, oldest first."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def read_step(path: Path) -> Checkpoint:
+    """The checkpoint of one step folder. Raises `DamagedCheckpoint` if its description cannot be read."""
+    meta = description.read(path, "meta")
+    try:
+        return Checkpoint(path, int(meta["step"]), config_lib.from_dict(meta["config"]), meta)
+    except KeyError as e:
+        raise DamagedCheckpoint(f"checkpoint {path}: meta lacks {e}") from None
+
+
+def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint by its run folder, the `checkpoints/` in it, or one step folder; the newest step by default.
+
+    Raises `InputError` if there is none, `DamagedCheckpoint` if it cannot be read.
+    """
+    given, path = path, Path(path).absolute()
+    if not path.is_dir():
+        raise InputError(f"no checkpoint at {given}: no such folder")
+    if path.name.isdigit() and (path / "meta").exists():
+        return read_step(path)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    found = steps(folder)
+    if not found:
+        raise InputError(f"no checkpoint at {given}: expected a run folder (with {FOLDER}/), its {FOLDER}/ folder, or "
+                         f"one step folder in it")
+    if step is not None and step not in found:
+        raise InputError(f"no checkpoint of step {step} at {given}; there are steps {', '.join(map(str, found))}")
+    return read_step(folder / str(found[-1] if step is None else step))
+
+
+def require_new(out: str | Path) -> Path:
+    """The folder of a new run, made where it is not there. Raises `InputError` if it holds a checkpoint."""
+    target = make_folder(out)
+    if steps(target / FOLDER):
+        raise InputError(f"--out {out} already holds a checkpoint; give another folder")
+    return target
+
+
+# ---- checksums ------------------------------------------------------------------------------------------------------
+
+
+def checksums(items: dict[str, Any]) -> description.Checksums:
+    """The wrapping sum of the bits of all leaves of every item, which no mesh changes, and whether all are finite."""
+    return {item: {"sum": int(total), "finite": bool(finite)} for item, tree in items.items()
+            for total, finite in [_checksum(tree)]}
+
+
+def _checksum(tree):
+    leaves = jax.tree.leaves(tree)
+    with compat.set_mesh(leaves[0].sharding.mesh):
+        return jax.device_get(_sum_of_bits(leaves))
+
+
+@jax.jit
+def _sum_of_bits(leaves):
+    total, finite = jnp.uint32(0), jnp.bool_(True)
+    for i, x in enumerate(leaves):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        total += jnp.sum(bits, dtype=jnp.uint32) * jnp.uint32(2 * i + 1)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            finite &= jnp.all(jnp.isfinite(x))
+    return total, finite

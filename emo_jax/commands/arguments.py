@@ -1,0 +1,90 @@
+"""Arguments that several commands share, and what their values may be."""
+
+from __future__ import annotations
+
+import argparse
+
+from emo_jax.errors import InputError
+from emo_jax.subsets import methods
+
+CONFIG = "a file of configs/, or its name"
+CKPT = "a run's folder, its checkpoints/, or one step folder"
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be integers such as 64,32,16") from None
+
+
+def at_least(least: int):
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of {least} or more")
+        return value
+
+    return integer
+
+
+def seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of 0 to 2^63 - 1")
+    return value
+
+
+def unicode_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
+
+
+def checkpoint(parser: argparse.ArgumentParser, step: bool = True) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help=CKPT)
+    if step:
+        parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+
+
+def calibration(parser, required: bool = False) -> None:
+    source = parser.add_mutually_exclusive_group(required=required)
+    source.add_argument("--calibration", metavar="PATH", help="documents to choose by")
+    source.add_argument("--example", action="append", type=unicode_text, metavar="TEXT",
+                        help="a text to choose by; may be repeated")
+    parser.add_argument("--label", default="", help="only documents of this label choose")
+    parser.add_argument("--documents", type=at_least(0), default=0, metavar="N", help="at most so many choose (default: "
+                        "1000; 16 of each label where every label has its own subset)")
+
+
+def method(parser, flag: str = "--method", default: str = "layerwise") -> None:
+    parser.add_argument(flag, choices=methods.NAMES, default=default, help=f"how experts are chosen (default: {default})")
+    parser.add_argument("--layer-group", type=at_least(0), default=0, metavar="G", help="layerwise: recompute activations "
+                        "for every G layers instead of keeping those of all the text (default: keep)")
+    parser.add_argument("--activations-on-host", action="store_true", help="layerwise: keep them in host memory")
+
+
+def method_options(args: argparse.Namespace) -> dict:
+    """What `choose` wants of these arguments."""
+    return {"layer_group": args.layer_group, "on_host": args.activations_on_host, "seed": args.seed or 0}
+
+
+def calibration_text(loaded, args: argparse.Namespace):
+    """The `Calibration` of --calibration or --example."""
+    from emo_jax.data.documents import Examples
+    from emo_jax.subsets import calibration as lib
+
+    if not args.example:
+        return lib.open_calibration(loaded.config, loaded.tokenizer, args.calibration, args.label, args.documents)
+    if not all(args.example):
+        raise InputError("--example is empty; give a text")
+    source = Examples("--example", args.example)
+    return lib.from_source(loaded.config, source, loaded.tokenizer, {"": range(len(source))})

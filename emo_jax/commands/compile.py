@@ -1,0 +1,24 @@
+"""`emo-jax compile`: the training step ahead of time."""
+
+from __future__ import annotations
+
+from emo_jax.commands import Command, Result, arguments
+
+
+def add(parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
+    parser.add_argument("--topology", metavar="CHIP:GRID", help="a TPU slice, e.g. v5p:4x4x4, v5p-128, v6e:16x16; needs "
+                        "emo-jax[tpu] but no TPU (default: the devices of this machine)")
+
+
+def run(args) -> Result:
+    from emo_jax.aot import compile as aot
+    from emo_jax.config import load_config
+
+    result = aot.compile_config(load_config(args.config, args.overrides), args.topology)
+    return Result(result, aot.text(result))
+
+
+COMMAND = Command("compile", "compile the training step ahead of time and say what bounds it", add, run, (
+    "emo-jax compile emo_1b14b_1t --topology v5p-128 --train.remat=projections", "emo-jax compile emo_tiny"),
+    overrides="config", logs=True)

@@ -1,0 +1,27 @@
+"""`emo-jax export`."""
+
+from __future__ import annotations
+
+from emo_jax.commands import Command, Result, arguments
+
+
+def add(parser) -> None:
+    arguments.checkpoint(parser)
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--format", default="hf", choices=("hf", "qwen2_moe", "deepseek", "llama"),
+                        help="hf: the published architecture (remote code). qwen2_moe (or deepseek), llama: the same "
+                        "function of MoE and dense models in stock transformers and vLLM")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                        help="auto: as imported, else float32")
+
+
+def run(args) -> Result:
+    from emo_jax.convert.exporting import export_checkpoint
+
+    result = export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.step)
+    return Result(result, f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB ({result['architecture']}, "
+                          f"{result['dtype']}) in {result['out']}")
+
+
+COMMAND = Command("export", "write a checkpoint for transformers and vLLM", add, run, (
+    "emo-jax export runs/emo --out HF", "emo-jax export runs/law --format qwen2_moe --dtype bfloat16 --out HF"))

@@ -1,0 +1,219 @@
+"""`emo-jax subset ...`: what to do with a subset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emo_jax.commands import Command, Result, arguments
+from emo_jax.errors import InputError
+
+
+def add_show(parser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE")
+
+
+def show(args) -> Result:
+    from emo_jax.checkpoints.subset import load
+    from emo_jax.subsets.compose import similarity
+
+    subsets = {path: load(path) for path in args.files}
+    result: dict[str, Any] = {"subsets": [s.describe() | {"file": path} for path, s in subsets.items()]}
+    lines = [f"{path}: {s.summary()}" for path, s in subsets.items()]
+    if len(subsets) > 1:
+        result["similarity"] = similarity(list(subsets.values()))
+        for name, table in result["similarity"].items():
+            lines += [f"{name}:", *(" ".join(f"{x:6.3f}" for x in row) for row in table)] if table else []
+    else:
+        result["kept"] = [list(ids) for ids in next(iter(subsets.values())).kept]
+        lines += [f"  layer {i}: {' '.join(map(str, ids))}" for i, ids in enumerate(result["kept"])]
+    return Result(result, "\n".join(lines))
+
+
+def add_extract(parser) -> None:
+    arguments.checkpoint(parser, step=False)
+    parser.add_argument("--subset", required=True, metavar="FILE")
+    parser.add_argument("--out", required=True, metavar="DIR")
+
+
+def extract(args) -> Result:
+    from emo_jax import model
+    from emo_jax.checkpoints.checkpoint import open_checkpoint
+    from emo_jax.checkpoints.subset import load
+    from emo_jax.surgery.extract import extract as write
+
+    found = open_checkpoint(args.checkpoint)
+    chosen = load(args.subset, found)
+    path = write(found, chosen, args.out)
+    counts = [model.num_params(c.config) for c in (open_checkpoint(path), found)]
+    return Result({"checkpoint": str(path), "keep": chosen.experts_per_layer, "parameters": counts[0], "of": counts[1]},
+                  f"{path}: {counts[0]:,} of {counts[1]:,} parameters; {chosen.summary()}")
+
+
+def add_compose(parser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--how", choices=("union", "weighted", "need"), default="union", help="union; the best by weighted "
+                        "mean score; or what the worst-covered subset wants most, one after the other")
+    parser.add_argument("--keep", type=int, metavar="K", help="budget of weighted and need, shared experts included")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of weighted, one for each file")
+    parser.add_argument("--out", required=True, metavar="FILE")
+
+
+def compose(args) -> Result:
+    from emo_jax.checkpoints.subset import load
+    from emo_jax.subsets.compose import needed, union, weighted
+
+    subsets = [load(path) for path in args.files]
+    if args.how == "union":
+        if args.keep or args.weights:
+            raise InputError("--keep and --weights go with --how weighted or need; a union keeps everything")
+        made = union(subsets)
+    else:
+        routed = (args.keep or 0) - subsets[0].num_shared
+        if not 0 < routed <= subsets[0].num_routed:
+            raise InputError(f"--how {args.how} needs --keep between {subsets[0].num_shared + 1} and "
+                             f"{subsets[0].num_routed + subsets[0].num_shared}, not {args.keep}")
+        made = weighted(subsets, routed, args.weights) if args.how == "weighted" else needed(subsets, routed)
+    made.save(args.out)
+    return Result(made.describe() | {"out": args.out}, f"{made.summary()}: {args.out}")
+
+
+def add_merge(parser) -> None:
+    arguments.checkpoint(parser, step=False)
+    parser.add_argument("--part", required=True, metavar="CKPT", help="the extracted or fine-tuned model")
+    parser.add_argument("--subset", metavar="FILE", help="default: subset.json in the folder of --part")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--alpha", type=float, default=1.0, help="(1 - alpha) old + alpha new (default: 1)")
+    parser.add_argument("--router", action="store_true", help="also the router columns of the experts")
+    parser.add_argument("--shared", action="store_true", help="also shared experts and everything outside the experts")
+    parser.add_argument("--data", default="", metavar="PATH", help="documents for the check (default: those the run held out)")
+    parser.add_argument("--no-check", action="store_true", help="do not measure what the whole model lost by label")
+
+
+def merge(args) -> Result:
+    from emo_jax.checkpoints.checkpoint import open_checkpoint
+    from emo_jax.checkpoints.subset import load as load_subset
+    from emo_jax.loaded import load
+    from emo_jax.subsets.check import compare
+    from emo_jax.subsets.report import subset_table
+    from emo_jax.surgery.merge import merge as write
+
+    whole, part = open_checkpoint(args.checkpoint), open_checkpoint(args.part)
+    chosen = load_subset(args.subset or part.run / "subset.json", whole)
+    path = write(whole, part, chosen, args.out, alpha=args.alpha, router=args.router, shared=args.shared)
+    result: dict[str, Any] = {"checkpoint": str(path)}
+    if args.no_check:
+        return Result(result, str(path))
+    before = load(whole, args.overrides, data=args.data)
+    source, numbers = before.documents_to_score()
+    evaluation = before.evaluation(source, numbers)
+    full = evaluation.losses(before.params)
+    after = evaluation.losses(load(path, args.overrides).params)
+    result |= {"data": source.name, "full": evaluation.summary(*full), "documents_left_out": 0, "subsets": [
+        compare(evaluation, full, after) | {"name": "merged", "keep": "all", "share": 1.0, "method": "merge"}]}
+    return Result(result, f"{path}\n{subset_table(result)}")
+
+
+def add_suggest(parser) -> None:
+    arguments.checkpoint(parser, step=False)
+    arguments.calibration(parser, required=True)
+    parser.add_argument("--tolerance", type=float, default=0.05, metavar="NATS", help="per token (default: 0.05)")
+    arguments.method(parser, default="router")
+    parser.add_argument("--out", required=True, metavar="FILE")
+
+
+def suggest(args) -> Result:
+    from emo_jax.loaded import load
+    from emo_jax.subsets.calibration import halves_to_choose_and_score
+    from emo_jax.subsets.compose import suggest as find
+
+    if not args.calibration:
+        raise InputError("subset suggest needs --calibration with two documents or more: one part chooses, the other "
+                         "is scored")
+    loaded = load(args.checkpoint, args.overrides, data=args.calibration)
+    text, source, scored = halves_to_choose_and_score(loaded, args.label, args.documents)
+    best, tried = find(loaded, text, loaded.evaluation(source, scored), args.tolerance, args.method,
+                       **arguments.method_options(args))
+    best.save(args.out)
+    lines = [f"  keep {t['keep']:4}  {t['loss']:.4f} nats/token ({t['difference']:+.4f})" for t in tried]
+    return Result(best.describe() | {"out": args.out, "tried": tried}, "\n".join([f"{best.summary()}: {args.out}", *lines]))
+
+
+def add_finetune(parser) -> None:
+    arguments.checkpoint(parser, step=False)
+    parser.add_argument("--subset", required=True, metavar="FILE")
+    parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those of the run)")
+    parser.add_argument("--train-what", choices=("all", "experts", "no_router"), help="--optimizer.trainable")
+    parser.add_argument("--out", required=True, metavar="DIR")
+
+
+def finetune(args) -> Result:
+    from emo_jax.checkpoints.checkpoint import open_checkpoint
+    from emo_jax.checkpoints.subset import load
+    from emo_jax.surgery.finetune import finetune as train
+
+    found = open_checkpoint(args.checkpoint)
+    overrides = [f"optimizer.trainable={args.train_what}"] if args.train_what else []
+    result = train(found, load(args.subset, found), args.out, args.data, overrides + args.overrides)
+    return Result(result, f"trained to step {result['step']} of {result['steps']}: {result['checkpoint']}")
+
+
+def add_extend(parser) -> None:
+    arguments.checkpoint(parser, step=False)
+    parser.add_argument("--experts", type=int, required=True, metavar="N")
+    parser.add_argument("--init", choices=("copy", "jitter", "fresh"), default="jitter")
+    parser.add_argument("--not-forced", action="store_true", help="they must earn their place in a document's pool")
+    parser.add_argument("--out", required=True, metavar="DIR")
+
+
+def extend(args) -> Result:
+    from emo_jax.checkpoints.checkpoint import open_checkpoint
+    from emo_jax.surgery.extend import extend as write
+
+    path = write(open_checkpoint(args.checkpoint), args.experts, args.out, init=args.init, forced=not args.not_forced)
+    return Result({"checkpoint": str(path), "experts": args.experts, "init": args.init}, (
+        f"{path}: {args.experts} new experts in every layer ({args.init}); train them with the config beside it and "
+        f"--train.init_params_from={path}"))
+
+
+def add_disable(parser) -> None:
+    arguments.checkpoint(parser, step=False)
+    parser.add_argument("--subset", required=True, metavar="FILE", help="whose routed experts are disabled")
+    parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
+    parser.add_argument("--out", metavar="FILE", help="the subset of everything else")
+
+
+def disable(args) -> Result:
+    from emo_jax.checkpoints.subset import require_fits
+    from emo_jax.loaded import load
+    from emo_jax.subsets.check import check_subsets
+    from emo_jax.subsets.compose import complement
+    from emo_jax.subsets.report import subset_table
+
+    loaded = load(args.checkpoint, args.overrides, data=args.data)
+    rest = complement(loaded.subset_of(args.subset))
+    require_fits(rest, loaded.config, f"everything but {args.subset}")
+    if args.out:
+        rest.save(args.out)
+    result = check_subsets(loaded, {f"without {args.subset}": rest}) | {"checkpoint": str(loaded.checkpoint.path)}
+    return Result(result, subset_table(result))
+
+
+COMMANDS = (
+    Command("subset show", "what subsets keep, and how alike they are", add_show, show, ("emo-jax subset show law.json",)),
+    Command("subset extract", "write the kept experts as a smaller checkpoint and config", add_extract, extract,
+            ("emo-jax subset extract runs/tiny --subset law.json --out runs/law",)),
+    Command("subset compose", "one subset from several", add_compose, compose,
+            ("emo-jax subset compose law.json code.json --how need --keep 12 --out both.json",)),
+    Command("subset merge", "put the experts of a (fine-tuned) extracted model back into the whole one", add_merge, merge,
+            ("emo-jax subset merge runs/tiny --part runs/law --out runs/merged --alpha 0.5",), "checkpoint", devices=True),
+    Command("subset suggest", "the smallest subset whose loss stays within a tolerance of the full model's", add_suggest,
+            suggest, ("emo-jax subset suggest runs/tiny --calibration law.jsonl --tolerance 0.02 --out law.json",),
+            "checkpoint", devices=True),
+    Command("subset finetune", "train a subset, with the losses of pretraining; resumes from --out", add_finetune, finetune,
+            ("emo-jax subset finetune runs/tiny --subset law.json --data law.jsonl --out runs/law --train.steps=200",),
+            "config", devices=True, logs=True),
+    Command("subset extend", "append new routed experts to every layer of a trained model", add_extend, extend,
+            ("emo-jax subset extend runs/tiny --experts 4 --out runs/larger",)),
+    Command("subset disable", "the model without the experts of a subset, and what that costs by label", add_disable, disable,
+            ("emo-jax subset disable runs/tiny --subset law.json",), "checkpoint", devices=True),
+)

@@ -1,0 +1,40 @@
+"""`emo-jax train`."""
+
+from __future__ import annotations
+
+from emo_jax.commands import Command, Result, arguments
+
+
+def add(parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
+    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the resolved config")
+
+
+def run(args) -> Result:
+    from emo_jax.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from emo_jax.train import loop
+    from emo_jax.train.evaluate import table
+
+    evaluations = []
+    if config.train.eval_subsets:
+        from emo_jax.subsets.modularity import Modularity
+
+        evaluations.append(Modularity.make)
+    if config.train.eval_tasks:
+        from emo_jax.harness import TaskEvaluation
+
+        evaluations.append(TaskEvaluation.make)
+    result = loop.train(config, args.out, evaluations)
+    lines = [f"{'stopped at' if result['stopped'] else 'trained to'} step {result['step']} of {result['steps']}, "
+             f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
+    if result["held_out"]:
+        lines.append(table(result["held_out"]))
+    return Result(result, "\n".join(lines))
+
+
+COMMAND = Command("train", "train a config into a folder, or go on with it", add, run, (
+    "emo-jax train emo_tiny --out runs/tiny",
+    "emo-jax train emo_tiny --out runs/tiny --data.path='texts/*.jsonl.gz' --train.steps=2000"),
+    overrides="config", logs=True)

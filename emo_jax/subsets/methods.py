@@ -1,0 +1,1 @@
+NAMES = ("layerwise", "router", "easy_ep", "reap", "random")
