@@ -26,10 +26,9 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from emo_jax import compat, model, sharding
-from emo_jax.checkpoints import subset as subset_lib
 from emo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from emo_jax.checkpoints.compatibility import require_same_model
-from emo_jax.checkpoints.subset import Subset
+from emo_jax.checkpoints.subset import Subset, open_subset, require_experts
 from emo_jax.config import Config, MeshConfig, override
 from emo_jax.convert.importing import published_end_ids
 from emo_jax.data.evaluation import evaluation_rows
@@ -73,19 +72,9 @@ class LoadedModel:
         """What a subset says about the model that it was chosen for."""
         return self.checkpoint.identity() if self.checkpoint else {"name": self.config.name}
 
-    def subset_of(self, subset: SubsetOrFile) -> Subset:
-        """The subset, from its file where it is one. Raises `InputError` if it is not one of this model."""
-        if not isinstance(subset, Subset):
-            return subset_lib.load(subset, self.checkpoint or self.config)
-        if self.checkpoint is None:
-            subset_lib.require_fits(subset, self.config, "the subset")
-        else:
-            subset_lib.require_of(self.checkpoint, subset)
-        return subset
-
     def allowed(self, subset: SubsetOrFile | None = None) -> Bool[np.ndarray, "L R"] | None:
         """The routed experts that may be used; None: all."""
-        chosen = self.subset if subset is None else self.subset_of(subset)
+        chosen = self.subset if subset is None else open_subset(subset, self.checkpoint or self.config)
         return None if chosen is None else chosen.mask()
 
     # ---- texts and tokens in, numbers out ----
@@ -101,7 +90,7 @@ class LoadedModel:
                              subset: SubsetOrFile | None = None) -> list[Float[np.ndarray, "T L R"]]:
         """What the routers of all layers give every token of each text, its end-of-document token included. Rows sum to 1;
         with a subset they are probabilities among its experts."""
-        subset_lib.require_experts(self.config)
+        require_experts(self.config)
         return list(self._forward(self._encode(texts), "scores", subset))
 
     def loss(self, texts: Sequence[str], subset: SubsetOrFile | None = None) -> Float[np.ndarray, "n"]:
@@ -227,12 +216,11 @@ def load(path: str | Path | Checkpoint, overrides: Sequence[str] = (), *, step: 
     if not (found.run / "tokenizer.json").is_file():
         raise InputError(f"{found.run} has no tokenizer.json; put the one of the model there")
     tokenizer = Tokenizer(found.run / "tokenizer.json", config.data.eos_token)
-    if subset is not None and not isinstance(subset, Subset):
-        subset = subset_lib.load(subset, found)
+    chosen = None if subset is None else open_subset(subset, found)
     device_mesh = sharding.make_mesh(_fit_batch(config))
     with compat.set_mesh(device_mesh):
         params = found.restore_params(device_mesh, config)
-    return LoadedModel(config, device_mesh, params, tokenizer, found, subset, own_documents=not data)
+    return LoadedModel(config, device_mesh, params, tokenizer, found, chosen, own_documents=not data)
 
 
 def _expert_mesh(config: Config) -> MeshConfig:

@@ -33,7 +33,7 @@ class Activations:
 def collect(opened: LoadedModel, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
     """The activations of `text`, whose groups are the labels, from one forward pass without pools. Of more than
     `max_tokens` tokens whole rows are left out, evenly over the text."""
-    step = _routing_step(opened.run, opened.tokenizer.eos_id)
+    step = _routing_step(opened.execution, opened.tokenizer.eos_id)
     rows_kept = _spread(text, max_tokens)
     parts, first_piece, first_row = [], 0, 0
     with compat.set_mesh(opened.mesh):

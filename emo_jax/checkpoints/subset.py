@@ -114,11 +114,12 @@ def load(path: str | Path, of: Checkpoint | Config | None = None) -> Subset:
     if values.get("scores") is not None:
         values["scores"] = tuple(map(tuple, values["scores"]))
     subset = Subset(**values)
-    if isinstance(of, Config):
-        require_fits(subset, of, str(path))
-    elif of is not None:
-        require_of(of, subset, str(path))
-    return subset
+    return subset if of is None else require_of(subset, of, str(path))
+
+
+def open_subset(subset: Subset | str | Path, of: Checkpoint | Config) -> Subset:
+    """The subset, from its file where it is one, if it is one of this checkpoint or shape of model. Raises `InputError`."""
+    return require_of(subset, of) if isinstance(subset, Subset) else load(subset, of)
 
 
 def require_fits(subset: Subset, config: Config, where: str) -> None:
@@ -153,9 +154,11 @@ def require_experts(config: Config) -> None:
         raise InputError(f"{config.name} is a dense model (model.num_experts=0): it has no experts to choose from")
 
 
-def require_of(found: Checkpoint, subset: Subset, where: str = "given here") -> None:
-    """Raises `InputError` unless the subset is one of this checkpoint, and was chosen for its parameters."""
-    require_fits(subset, found.config, where)
-    if subset.model.get("hash") not in (None, found.hash):
+def require_of(subset: Subset, of: Checkpoint | Config, where: str = "given here") -> Subset:
+    """The subset. Raises `InputError` unless it is one of this shape of model and, of a checkpoint, was chosen for its
+    parameters."""
+    require_fits(subset, of if isinstance(of, Config) else of.config, where)
+    if isinstance(of, Checkpoint) and subset.model.get("hash") not in (None, of.hash):
         raise InputError(f"subset {where} was chosen for {subset.model.get('name')} step {subset.model.get('step')}, whose "
-                         f"parameters are others than those of {found.path}; choose one for this checkpoint")
+                         f"parameters are others than those of {of.path}; choose one for this checkpoint")
+    return subset

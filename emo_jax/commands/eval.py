@@ -57,6 +57,7 @@ def _tasks(args) -> Result:
 
 def _subsets(args) -> Result:
     """Every given subset, for all text."""
+    from emo_jax.checkpoints.subset import load as load_subset
     from emo_jax.loaded import load
     from emo_jax.subsets.check import check_subsets
     from emo_jax.subsets.report import subset_table
@@ -65,7 +66,7 @@ def _subsets(args) -> Result:
         if getattr(args, flag):
             raise InputError(f"--{flag} goes with --keep; the subsets of --subset are chosen already")
     loaded = load(args.checkpoint, args.overrides, step=args.step, data=args.data)
-    result = check_subsets(loaded, {path: loaded.subset_of(path) for path in args.subset})
+    result = check_subsets(loaded, {path: load_subset(path, loaded.checkpoint) for path in args.subset})
     result |= {"checkpoint": str(loaded.checkpoint.path)}
     return Result(result, subset_table(result))
 

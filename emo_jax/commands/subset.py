@@ -183,6 +183,7 @@ def add_disable(parser) -> None:
 
 
 def disable(args) -> Result:
+    from emo_jax.checkpoints.subset import load as load_subset
     from emo_jax.checkpoints.subset import require_fits
     from emo_jax.loaded import load
     from emo_jax.subsets.check import check_subsets
@@ -190,7 +191,7 @@ def disable(args) -> Result:
     from emo_jax.subsets.report import subset_table
 
     loaded = load(args.checkpoint, args.overrides, data=args.data)
-    rest = complement(loaded.subset_of(args.subset))
+    rest = complement(load_subset(args.subset, loaded.checkpoint))
     require_fits(rest, loaded.config, f"everything but {args.subset}")
     if args.out:
         rest.save(args.out)

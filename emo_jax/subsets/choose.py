@@ -6,9 +6,10 @@ from typing import Sequence
 
 import numpy as np
 
+from emo_jax.data.documents import Examples
 from emo_jax.errors import InputError
 from emo_jax.subsets.budget import Budget, pick
-from emo_jax.subsets.calibration import Calibration, from_tokens
+from emo_jax.subsets.calibration import Calibration, from_source, from_tokens
 from emo_jax.subsets.layerwise import layerwise
 from emo_jax.loaded import LoadedModel
 from emo_jax.checkpoints.subset import Subset, kept_of, require_experts
@@ -40,6 +41,15 @@ def choose(opened: LoadedModel, calibration: Calibration, method: str, budgets: 
 def choose_one(opened: LoadedModel, calibration: Calibration, method: str, budget: Budget, **options) -> Subset:
     """The subset of a calibration with one group."""
     return choose(opened, calibration, method, [budget], **options)[0][0]
+
+
+def choose_subset(loaded: LoadedModel, texts: Sequence[str], keep: int, method: str = "layerwise", **options) -> Subset:
+    """The `keep` experts of every layer (shared ones included) that texts need. Options as for `choose`."""
+    if isinstance(texts, str) or not len(texts) or not all(texts):
+        raise InputError("texts must be a list of strings that are not empty")
+    source = Examples("texts", list(texts))
+    calibration = from_source(loaded.config, source, loaded.tokenizer, {"": range(len(source))})
+    return choose_one(loaded, calibration, method, Budget(keep=keep), **options)
 
 
 def choose_for_prompt(opened: LoadedModel, prompts: Sequence[np.ndarray], keep: int) -> Subset:

@@ -35,7 +35,7 @@ def layerwise(opened: LoadedModel, calibration: Calibration, routed: np.ndarray,
 
 def _streamed(opened: LoadedModel, calibration: Calibration, routed: np.ndarray, on_host: bool):
     totals = Totals(opened, calibration)
-    first, advance = _layer_steps(opened.run, opened.tokenizer.eos_id)
+    first, advance = _layer_steps(opened.execution, opened.tokenizer.eos_id)
     store, restore = (_to_host, _to_devices) if on_host else (lambda x: x, lambda x: x)
     masks = np.zeros(totals.score.shape, bool)
     with compat.set_mesh(opened.mesh):

@@ -42,7 +42,7 @@ def one_sweep(opened: LoadedModel, calibration: Calibration, method: str, masks:
     """
     totals, m = Totals(opened, calibration), opened.config.model
     depth = m.num_layers if depth is None else depth
-    step = _sweep_step(opened.run, method, opened.tokenizer.eos_id)
+    step = _sweep_step(opened.execution, method, opened.tokenizer.eos_id)
     with compat.set_mesh(opened.mesh):
         for batch, groups in calibration.batches(opened.mesh, batch_size(opened)):
             allowed = row_masks(opened, masks, groups)

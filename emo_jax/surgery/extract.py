@@ -14,8 +14,8 @@ import numpy as np
 from emo_jax.config import Config
 from emo_jax.checkpoints.store import Leaf
 from emo_jax.checkpoints.rewrite import ROUTER, TABLES, Values, store_of, write_checkpoint
-from emo_jax.checkpoints.subset import Subset, require_fits
-from emo_jax.checkpoints.checkpoint import Checkpoint
+from emo_jax.checkpoints.subset import Subset, open_subset, require_fits
+from emo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 
 def subset_config(config: Config, subset: Subset) -> Config:
@@ -67,8 +67,10 @@ def kept_values(found: Checkpoint, subset: Subset) -> Values:
     return values
 
 
-def extract(found: Checkpoint, subset: Subset, out: str | Path) -> Path:
+def extract(checkpoint: Checkpoint | str | Path, subset: Subset | str | Path, out: str | Path) -> Path:
     """Writes the smaller checkpoint and config into `out`; returns the step folder. Raises `InputError`, `RunError`."""
+    found = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    subset = open_subset(subset, found)
     made = {"subset": {"keep": subset.experts_per_layer, "kept": subset.kept, "method": subset.method}}
     path = write_checkpoint(out, subset_config(found.config, subset), kept_values(found, subset), found, made)
     subset.save(Path(out) / "subset.json")

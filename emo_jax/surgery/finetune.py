@@ -41,7 +41,7 @@ def finetune(found: Checkpoint, subset: Subset, out: str | Path, data: str = "",
              evaluations: Iterable = ()) -> dict[str, Any]:
     """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
     out = make_folder(out)
-    require_of(found, subset)
+    require_of(subset, found)
     start = out / START
     if not steps(start / FOLDER):
         extract(found, subset, start)

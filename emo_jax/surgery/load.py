@@ -24,7 +24,7 @@ def load_subset(found: Checkpoint, subset: Subset, mesh: jax.sharding.Mesh | Non
 
     A process reads the experts of its own devices only. Raises `InputError` if the subset is of another model.
     """
-    require_of(found, subset)
+    require_of(subset, found)
     config = subset_config(found.config, subset)
     mesh = mesh or sharding.single_device_mesh()
     store, shapes = store_of(found), leaf_shapes(config)
