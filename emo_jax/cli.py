@@ -22,8 +22,8 @@ from emo_jax.errors import InputError, RunError
 COMMANDS = (train.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND, import_.COMMAND,
             export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
             completion.COMMAND)
-GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged: measure a model, compare many",
-          "data": "tokenize, inspect or time the documents of a config", "bench": "speed against the ideal of this machine"}
+GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
+          "data": "the documents of a config", "bench": "speed against the ideal of this machine"}
 _OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
 
 
@@ -106,7 +106,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="emo-jax", description=emo_jax.__doc__)
+    top = _Parser(prog="emo-jax", description=emo_jax.__doc__.partition("\n\n")[0])
     top.add_argument("--version", action="version", version=f"emo-jax {emo_jax.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     groups = {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,46 @@ def test_help_is_immediate_and_config_errors_need_no_jax(config):
 def fails(capfd, status, *argv):
     assert cli.main(list(argv)) == status
     return capfd.readouterr().err
+
+
+def test_every_command_has_examples_that_parse():
+    for command in cli.COMMANDS:
+        assert command.examples, command.name
+        for example in command.examples:
+            if example.startswith("emo-jax "):
+                argv, overrides = cli._take_overrides(shlex.split(example)[1:])
+                assert cli.parser().parse_args(argv).command is command, example
+                assert not overrides or command.overrides, example
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["trian"], "did you mean train?"), (["subset", "mrege"], "did you mean merge?"),
+    (["select", "x", "--keep", "3", "--out", "y", "--example", "z", "--method", "routr"], "did you mean router?"),
+    (["generate", "x", "--prompt", "y", "--batch-size", "0"], "--batch-size: '0' must be an integer of 1 or more"),
+    (["generate", "x", "--prompt", "y", "--seed", "1e20"], "--seed: '1e20' must be an integer of 0 to 2^63 - 1"),
+    (["generate", "x", "--prompt", "\udcff"], "--prompt: '\\udcff' is not UTF-8 text"),
+    (["select", "x", "--keep", "3", "--out", "y", "--calibration", "z", "--documents", "-2"], "--documents: '-2' must be"),
+    (["train", "emo_tiny", "--out", "x", "--seed", "-1"], "--seed: '-1' must be"),
+])
+def test_wrong_usage_says_what_was_meant_or_is_allowed(argv, message, capfd):
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert e.value.code == 2 and message in capfd.readouterr().err
+
+
+def test_folders_that_cannot_be_written_are_refused(config, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    for out, message in (("", "--out is empty"), (str(file), "is a file; expected a folder"), (str(file / "x"), "--out"),
+                         ("/proc/x/y", "cannot be written"), ("o" * 5000, "5,000 characters) cannot be written")):
+        assert message in fails(capfd, 2, "train", config, "--out", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for content, name in (("[]", "config.json"), ("{}", "config.json"), (None, "config.json"), ("", "checkpoints")):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        (out / name).mkdir() if content is None else (out / name).write_text(content)
+        assert str(out / name) in fails(capfd, 2, "train", config, "--out", str(out))
 
 
 def test_wrong_configs_name_the_field_and_both_values(config, tmp_path, capfd):

@@ -74,9 +74,9 @@ def test_reap_is_the_mean_weighted_norm(tiny):
     @jax.jit
     def one_layer(x, batch, i):
         rows, layer = model.row_context(batch, tiny.config, -1), sweep.layer_at(tiny.params, i)
-        block = sweep.layers.block_of(layer, tiny.run)
-        h, normed = block.attend(x, rows, tiny.run)[:2]
-        y, route = block.moe(normed, rows, None, None, tiny.run)
+        block = sweep.layers.block_of(layer, tiny.execution)
+        h, normed = block.attend(x, rows, tiny.execution)[:2]
+        y, route = block.moe(normed, rows, None, None, tiny.execution)
         return h + y, (normed[0], route.expert_ids[0], route.weights[0])
 
     def silu(a):
@@ -84,7 +84,7 @@ def test_reap_is_the_mean_weighted_norm(tiny):
 
     with compat.set_mesh(tiny.mesh):
         batch = sharding.global_batch(tiny.mesh, from_tokens([ids]).fields)
-        x = jax.jit(lambda e, b: model.embed(e, b["tokens"], tiny.run.dtype))(tiny.params["embedding"], batch)
+        x = jax.jit(lambda e, b: model.embed(e, b["tokens"], tiny.execution.dtype))(tiny.params["embedding"], batch)
         for i in range(3):
             x, out = one_layer(x, batch, i)
             normed, experts, weights = map(np.asarray, out)

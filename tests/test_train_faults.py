@@ -89,13 +89,13 @@ def test_a_receive_buffer_that_is_too_small_is_counted_and_named(folder, tmp_pat
 def test_the_best_evaluation_is_kept(folder, tmp_path, monkeypatch):
     """Evaluated every second step, best at step 4; nothing else asks for a checkpoint before the end."""
     losses = {2: 5.0, 4: 1.0, 6: 2.0, 8: 3.0}
-    evaluate = loop.Run._evaluate
+    evaluate = loop.TrainingLoop._evaluate
 
     def evaluate_as_planned(self):
         evaluate(self)
         self.evaluated[self.step]["loss"] = losses[self.step]
 
-    monkeypatch.setattr(loop.Run, "_evaluate", evaluate_as_planned)
+    monkeypatch.setattr(loop.TrainingLoop, "_evaluate", evaluate_as_planned)
     train(tiny_config(folder, *MESH, "train.eval_every=2", "checkpoint.keep_last=1"), tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [4, 8]
     evaluations = records(tmp_path / "run", evaluation=True)
