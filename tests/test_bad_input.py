@@ -1,0 +1,129 @@
+"""Bad input ends a command with exit status 2 and a message that says what was given and what is allowed."""
+
+import typing
+
+import pytest
+
+from emo_jax import cli, config_rules
+from emo_jax import config as lib
+from emo_jax.config import Config
+from emo_jax.errors import InputError
+
+LONG = "x" * 5000
+PATHS = {"too long a name": (LONG, "File name too long"), "too long a path": ("x/" * 2500, "File name too long"),
+         "a NUL": ("a\0b", "null"), "nobody's home": ("~nobody-of-this-name/x", "home")}
+
+
+def message(capsys, *argv):
+    assert cli.main([str(a) for a in argv]) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text and len(text) < 2000
+    return text
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body, expected", [
+    ("def config(): return None", "config() returned None"),
+    ("def config(): return {'name': 'x'}", "config() returned {'name': 'x'}"),
+    ("def config(): return 1 / 0", "ZeroDivisionError: division by zero"),
+    ("def config(size): return size", "missing 1 required positional argument: 'size'"),
+    ("def config(): import sys; sys.exit(0)", "SystemExit: 0"),
+    ("raise SystemExit", "SystemExit"),
+    ("def config(", "SyntaxError"),
+    ("import no_such_module", "No module named 'no_such_module'"),
+    ("config = 3", "has no function config()"),
+    ("from emo_jax.config import *\ndef config(): return Config(name='x', model=3)", "model=3 must be a ModelConfig"),
+    ("from emo_jax.config import *\ndef config(): return Config(name='x', model=RouterConfig())", "must be a ModelConfig"),
+    ("from emo_jax.config import *\ndef config(): return Config(name='x', steps=3)", "keyword argument 'steps'"),
+])
+def test_a_config_file_that_gives_no_config(tmp_path, capsys, body, expected):
+    path = tmp_path / "mine.py"
+    path.write_text(body + "\n")
+    text = message(capsys, "config", path)
+    assert expected in text
+    assert "model=" in expected or "ModelConfig" in expected or (str(path) in text and "config() -> Config" in text)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_config_that_cannot_be_looked_up(capsys, kind):
+    given, expected = PATHS[kind]
+    for name in (given, f"{given}.py"):
+        text = message(capsys, "config", name)
+        assert "CONFIG='" in text and (expected in text or "/x.py" in name)
+
+
+def test_a_config_that_is_no_python_file(tmp_path, capsys):
+    assert "no config ''" in message(capsys, "config", "")
+    assert "no config" in message(capsys, "config", tmp_path)
+    (tmp_path / "folder.py").mkdir()
+    assert "no config" in message(capsys, "config", tmp_path / "folder.py")
+    (tmp_path / "config.json").write_text("{}")
+    assert "not a Python file" in message(capsys, "config", tmp_path / "config.json")
+
+
+NUMBERS = {name: value for name, value in lib.flatten(lib.to_dict(Config(name="x"))).items()
+           if type(value) in (int, float)}
+
+
+def test_every_number_of_a_config_has_one_range():
+    fields = [field for _, names in config_rules.RANGES.values() for field in names.split()]
+    assert sorted(fields) == sorted(NUMBERS)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_out_of_its_range_is_named_itself(name):
+    for given in ("-5", "1" + "0" * 400):
+        with pytest.raises(InputError) as e:
+            lib.override(Config(name="x"), [f"--{name}={given}"])
+        assert f"{name}=" in str(e.value).partition(" must be ")[0] and len(str(e.value)) < 1000
+    if isinstance(NUMBERS[name], float):
+        for given in ("nan", "inf", "-inf", "1e39"):
+            with pytest.raises(InputError, match=f"{name}=.* must be a finite float32"):
+                lib.override(Config(name="x"), [f"{name}={given}"])
+
+
+@pytest.mark.parametrize("override, allowed", [
+    ("train.steps=-5", "at least 1"), ("train.steps=0", "at least 1"), ("optimizer.beta1=1.5", "in [0, 1)"),
+    ("optimizer.beta2=1.0", "in [0, 1)"), ("optimizer.eps=0.0", "more than 0"), ("optimizer.eps=-1e-08", "more than 0"),
+    ("optimizer.weight_decay=-0.1", "0 or more"), ("model.rope_theta=-1.0", "more than 0"),
+    ("model.norm_eps=-1e-06", "more than 0"), ("model.init_std=-0.02", "more than 0"),
+    ("seed=-1", "in 0..2^63 - 1"), (f"seed={2**63}", "in 0..2^63 - 1"), (f"train.steps={2**31}", "at most 2147483647"),
+    ("kernels.buffer_factor=0.5", "at least 1, or 0"), ("mesh.data=0", "at least 1, or -1"),
+    ("kernels.grouped_matmul='nope'", "'fused', 'megablox', 'batched', 'blocked', 'reference'"),
+    ("kernels.attention='nope'", "'splash', 'flash', 'blocked', 'reference'"),
+])
+def test_a_field_out_of_range_is_refused_by_every_command_that_takes_it(capsys, override, allowed):
+    text = message(capsys, "config", "emo_tiny", "--" + override.replace("'", ""))
+    assert f"{override} must be " in text and allowed in text
+
+
+def test_the_kernels_of_a_config_are_those_that_there_are():
+    from emo_jax.kernels import attention, grouped_matmul
+
+    for kernels, name in ((attention, "attention"), (grouped_matmul, "grouped_matmul")):
+        allowed = typing.get_args(typing.get_type_hints(lib.KernelConfig)[name])
+        assert allowed == ("auto", *kernels.KERNELS) and "reference" in kernels.KERNELS
+
+
+def test_a_seed_of_63_bits_makes_parameters():
+    import jax
+
+    assert jax.random.key(2**63 - 1).shape == ()
+    assert lib.override(Config(name="x"), [f"seed={2**63 - 1}"]).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("tree, expected", [
+    ([], "must be an object"), (None, "must be an object"), ({}, "'name' is missing"),
+    ({"name": "x", "model": 3}, "config model: 3 must be an object"), ({"name": "x", "train": None}, "config train"),
+    ({"name": "x", "train": {"steps": "3"}}, "train.steps='3' must be int, not str"),
+    ({"name": "x", "train": {"step": 3}}, "did you mean steps"), ({"name": 3}, "name=3 must be str"),
+    ({"name": "x", "model": {"experts_per_layer": [1.5]}}, "a tuple of integers"),
+    ({"name": "x", "router": {"semantics": ["emo_v1"]}}, "must be one of 'emo_v1'"),
+    ({"name": "x", "seed": True}, "seed=True must be int"), ({"name": "x", "train": {"batch_size": 1e3}}, "must be int"),
+])
+def test_a_saved_config_that_was_damaged(tree, expected):
+    with pytest.raises(InputError) as e:
+        lib.from_dict(tree)
+    assert expected in str(e.value)
