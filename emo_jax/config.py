@@ -36,7 +36,7 @@ class ModelConfig:
     d_ff: int = 1024  # hidden width of one expert; of the whole MLP when num_experts is 0
     num_experts: int = 128  # routed + shared; 0: a dense MLP
     num_shared_experts: int = 1  # always active, weight 1; the last rows of the expert table
-    experts_per_layer: tuple[int, ...] = ()  # of a pruned model: how many of num_experts each layer has; (): all
+    experts_per_layer: tuple[int, ...] = ()  # how many of num_experts each layer of a pruned model has; (): all
     top_k: int = 8  # active experts of a token, shared ones included
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
@@ -85,7 +85,7 @@ class DataConfig:
     max_documents_per_row: int = 64
     document_end_target: Literal["counted", "masked"] = "counted"  # the first token of the next document
     repetition_filter: bool = True  # rows that repeat a period of 1..13 tokens 32 times carry no loss
-    eval_fraction: float = 0.005  # of the documents, by document
+    eval_fraction: float = 0.005  # held out of training, by whole documents
     shuffle: bool = True
     workers: int = 2  # tokenizing processes of each host; 0: in the training process
 
@@ -99,7 +99,7 @@ class OptimizerConfig:
     learning_rate: float = 4e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 2000
-    final_fraction: float = 0.1  # of the learning rate, at the last step
+    final_fraction: float = 0.1  # the last step's learning rate / the highest
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -94,7 +94,7 @@ def test_a_number_out_of_its_range_is_named_itself(name):
     ("kernels.grouped_matmul='nope'", "'fused', 'megablox', 'batched', 'blocked', 'reference'"),
     ("kernels.attention='nope'", "'splash', 'flash', 'blocked', 'reference'"),
 ])
-def test_a_field_out_of_range_is_refused_by_every_command_that_takes_it(capsys, override, allowed):
+def test_a_field_out_of_range_names_what_is_allowed(capsys, override, allowed):
     text = message(capsys, "config", "emo_tiny", "--" + override.replace("'", ""))
     assert f"{override} must be " in text and allowed in text
 
@@ -127,3 +127,32 @@ def test_a_saved_config_that_was_damaged(tree, expected):
     with pytest.raises(InputError) as e:
         lib.from_dict(tree)
     assert expected in str(e.value)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "d.jsonl"
+    path.write_text('{"text": "one two"}\n{"text": "three four"}\n')
+    return path
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_path_that_cannot_be_looked_up_names_its_field(documents, tmp_path, capsys, kind):
+    given, expected = PATHS[kind]
+    for field, argv in (("data.path", (f"--data.path={given}",)), ("--run", ("--run", given)),
+                        ("data.tokenizer", (f"--data.path={documents}", f"--data.tokenizer={given}"))):
+        text = message(capsys, "data", "inspect", "emo_tiny", f"--data.path={documents}", *argv)
+        assert f"{field}='" in text and expected in text
+    text = message(capsys, "data", "tokenize", "emo_tiny", f"--data.path={documents}", "--out", given)
+    assert "--out='" in text and expected in text
+
+
+def test_a_folder_that_cannot_be_made_is_named(documents, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x"):
+        for argv in (("tokenize", "--out", out), ("inspect", "--run", out)):
+            text = message(capsys, "data", *argv, f"--data.path={documents}", "--model.vocab_size=300")
+            assert str(out) in text and "cannot be written" in text

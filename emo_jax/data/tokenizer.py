@@ -15,8 +15,9 @@ from emo_jax.config import Config
 from emo_jax.data.documents import Source
 from emo_jax.data.order import mix
 from emo_jax.errors import InputError
+from emo_jax.paths import given_path
 
-TRAINING_BYTES = 10_000_000  # of text that a new BPE is trained on
+TRAINING_BYTES = 10_000_000  # a new BPE is trained on that much text
 
 
 class Tokenizer:
@@ -24,7 +25,7 @@ class Tokenizer:
     so that no document can forge the end of a document. Picklable by its path."""
 
     def __init__(self, path: str | Path, eos_token: str):
-        path = Path(path).expanduser().absolute()
+        path = given_path(path, "data.tokenizer").absolute()
         self.path, self.eos_token = path / "tokenizer.json" if path.is_dir() else path, eos_token
         if not self.path.is_file():
             raise InputError(f"data.tokenizer={str(self.path)!r}: no such file; expected a tokenizer.json")
@@ -106,8 +107,11 @@ def train_bpe(source: Source, indices, vocab_size: int, cache_dir: str | Path, e
         vocab_size=vocab_size, special_tokens=[eos_token], show_progress=False, max_token_length=32,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tokenizer-", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".tokenizer-", dir=path.parent)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written: {e.strerror}") from None
     with open(handle, "w", encoding="utf-8") as file:
         file.write(tokenizer.to_str())
     os.replace(temporary, path)

@@ -22,7 +22,7 @@ class Subset:
     """Shared experts are always kept and have no ids here; `keep` counts them, as in the published pipeline."""
 
     kept: tuple[tuple[int, ...], ...]  # routed expert ids of every layer, ascending
-    num_routed: int  # of the whole model
+    num_routed: int  # in the whole model
     num_shared: int
     method: str
     calibration: dict[str, Any] = field(default_factory=dict)  # path, hash, documents, tokens, document_hashes
