@@ -1,5 +1,6 @@
 """Bad input ends a command with exit status 2 and a message that says what was given and what is allowed."""
 
+import json
 import typing
 
 import pytest
@@ -8,6 +9,8 @@ from emo_jax import cli, config_rules
 from emo_jax import config as lib
 from emo_jax.config import Config
 from emo_jax.errors import InputError
+from emo_jax.generation.sampling import Sampling, nucleus
+from emo_jax.subsets import subset as subset_lib
 
 LONG = "x" * 5000
 PATHS = {"too long a name": (LONG, "File name too long"), "too long a path": ("x/" * 2500, "File name too long"),
@@ -156,3 +159,103 @@ def test_a_folder_that_cannot_be_made_is_named(documents, tmp_path, capsys):
         for argv in (("tokenize", "--out", out), ("inspect", "--run", out)):
             text = message(capsys, "data", *argv, f"--data.path={documents}", "--model.vocab_size=300")
             assert str(out) in text and "cannot be written" in text
+
+
+# ---- subsets --------------------------------------------------------------------------------------------------------
+
+GOOD = {"version": 1, "kept": [[0, 2], [1]], "num_routed": 3, "num_shared": 1, "method": "router", "keep": [3, 2],
+        "calibration": {"path": "x", "document_hashes": ["a", "b"]}, "scores": [[0.5, 0.1, 0.4], [0, 1, 0.25]],
+        "model": {"name": "m", "step": 3, "hash": "c0ffee"}}
+WRONG = [None, True, -1, 0.5, "3", [], {}, [[]], [None], [[0, 0], [1]], [[0, 5], [1]], [["0"], [1]], [[2, 0], [1]], [3, 4],
+         {"document_hashes": 3}, {"document_hashes": [3]}, {"hash": []}, [[0.5, 0.1], [0, 1]], [[0.5, 0.1, 0.4]],
+         [[float("nan"), 0, 0], [1, 2, 3]], [[float("inf"), 0, 0], [1, 2, 3]], [[True, 0, 0], [1, 2, 3]],
+         [["a", 0, 0], [1, 2, 3]], 10**400]
+FITS = {"num_routed": [], "num_shared": [], "method": ["3"], "kept": [], "scores": [None],
+        "calibration": [{}, {"hash": []}], "model": [{}, {"document_hashes": 3}, {"document_hashes": [3]}], "version": []}
+
+
+def subset_file(tmp_path, content):
+    path = tmp_path / "subset.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_subset_survives_its_file(tmp_path):
+    subset = subset_lib.load(subset_file(tmp_path, GOOD))
+    assert subset.kept == ((0, 2), (1,)) and subset.keep == [3, 2] and subset.scores[1] == (0, 1, 0.25)
+    subset.save(tmp_path / "again.json")
+    assert subset_lib.load(tmp_path / "again.json") == subset
+    needed = {k: GOOD[k] for k in ("version", "kept", "num_routed", "num_shared", "method")}
+    old = subset_lib.load(subset_file(tmp_path, needed))
+    assert old.scores is None and old.model == {} and old.calibration == {}
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda v: repr(v)[:30])
+@pytest.mark.parametrize("field", FITS)
+def test_a_wrong_value_in_a_subset_file_names_its_field(tmp_path, field, value):
+    path = subset_file(tmp_path, GOOD | {field: value})
+    if value in FITS[field]:
+        subset_lib.load(path)
+        return
+    with pytest.raises(InputError) as e:
+        subset_lib.load(path)
+    named = {"num_routed": [field, "kept"], "kept": [field, "scores"]}.get(field, [field])  # which do not fit each other
+    assert str(path) in str(e.value) and any(f"{name}=" in str(e.value) or f"{name}[" in str(e.value) for name in named)
+    assert " must be " in str(e.value) and len(str(e.value)) < 1000
+
+
+@pytest.mark.parametrize("field", ["kept", "num_routed", "num_shared", "method", "version"])
+def test_a_field_that_a_subset_file_lacks_is_named(tmp_path, field):
+    with pytest.raises(InputError, match=field):
+        subset_lib.load(subset_file(tmp_path, {k: v for k, v in GOOD.items() if k != field}))
+
+
+@pytest.mark.parametrize("content, expected", [
+    ("", "not JSON"), ("[" * 100_000, "not JSON"), ("1" * 5000, "not JSON"), ("[]", "version=null"), ("3", "version=null")])
+def test_a_file_that_is_no_subset(tmp_path, content, expected):
+    with pytest.raises(InputError) as e:
+        subset_lib.load(subset_file(tmp_path, content))
+    assert expected in str(e.value) and "emo-jax select --out" in str(e.value)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_subset_path_that_cannot_be_looked_up(tmp_path, kind):
+    given, expected = PATHS[kind]
+    with pytest.raises(InputError) as e:
+        subset_lib.load(given)
+    assert expected in str(e.value) and len(str(e.value)) < 1000
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(InputError, match="cannot be read"):
+            subset_lib.load(path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        subset_lib.load(tmp_path / "binary")
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag, given", [
+    ("--temperature", "inf"), ("--temperature", "nan"), ("--temperature", "-1"), ("--temperature", "1e-40"),
+    ("--top-p", "nan"), ("--top-p", "0"), ("--top-p", "1.5"), ("--top-p", "-inf"), ("--seed", "-1"),
+    ("--seed", "4294967296"), ("--seed", "100000000000000000000")])
+def test_sampling_out_of_range_names_the_flag(capsys, tmp_path, flag, given):
+    text = message(capsys, "generate", tmp_path, "--prompt", "x", f"{flag}={given}")
+    number = given if flag == "--seed" else float(given)
+    assert f"{flag} {number} must be " in text
+
+
+def test_a_seed_that_is_no_integer_is_wrong_usage(capsys, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["generate", str(tmp_path), "--prompt", "x", "--seed", "1e20"])
+    assert e.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
+def test_what_is_in_range_can_be_computed():
+    import jax.numpy as jnp
+
+    for sampling in (Sampling(), Sampling(1e-30, 1e-300, 2**32 - 1), Sampling(1e30, 1.0, 0)):
+        assert sampling.check() is sampling
+        assert jnp.isfinite(jnp.float32(80.0) / jnp.float32(sampling.temperature or 1))
+        assert int(jnp.uint32(sampling.seed)) == sampling.seed
+    assert nucleus(jnp.float32([[1.0, 3.0, 2.0]]), jnp.float32(1e-300)).tolist() == [[False, True, False]]

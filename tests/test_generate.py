@@ -153,8 +153,8 @@ def test_bad_requests_are_named(published):
     for prompts, count, sampling, message in (
             ([[1], []], 4, Sampling(), "prompt 2 is empty"),
             ([[1] * 120], 9, Sampling(), "do not fit into the 128 tokens"),
-            ([[1]], 0, Sampling(), "max-new-tokens=0"), ([[1]], 4, Sampling(temperature=-1), "temperature=-1"),
-            ([[1]], 4, Sampling(1.0, 1.5), "top-p=1.5")):
+            ([[1]], 0, Sampling(), "max-new-tokens=0"), ([[1]], 4, Sampling(temperature=-1), "--temperature -1"),
+            ([[1]], 4, Sampling(1.0, 1.5), "--top-p 1.5")):
         with pytest.raises(InputError, match=message):
             g.generate(prompts, count, sampling)
 
