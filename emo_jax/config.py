@@ -205,11 +205,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         if not equals or key not in keys:
             what = "is not of the form --a.b=value" if not equals else f"unknown config key {key!r}"
             raise InputError(f"override {item!r}: {what}; {_did_you_mean(key, list(keys))}")
-        node = tree
+        node, section = tree, Config
         *parents, leaf = key.split(".")
         for parent in parents:
-            node = node[parent]
-        node[leaf] = _parse(key, text, type(node[leaf]))
+            node, section = node[parent], typing.get_type_hints(section)[parent]
+        node[leaf] = _parse(key, text, typing.get_type_hints(section)[leaf])
     return from_dict(tree)
 
 
@@ -288,15 +288,16 @@ def _run_file(path: Path) -> Config:
     return config
 
 
-def _parse(key: str, text: str, kind: type) -> Any:
+def _parse(key: str, text: str, kind: Any) -> Any:
+    integers = tuple[int, ...]
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple:
+        if kind == integers:
             return tuple(int(n) for n in text.split(",") if n)
-        return kind(text)
+        return kind(text) if kind in (int, float) else text
     except (KeyError, ValueError):
-        allowed = {bool: "true or false", int: "an integer", float: "a number", tuple: "integers such as 8,16,8"}[kind]
+        allowed = {bool: "true or false", int: "an integer", float: "a number", integers: "integers such as 8,16,8"}[kind]
         raise InputError(f"{key}={text!r} must be {allowed}") from None
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def inspect_report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def bench(config: Config, folder: str | Path, workers: list[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:
+def bench(config: Config, folder: str | Path, workers: Sequence[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:
     """Rows and tokens a second of the pipeline for each number of worker processes; its start-up is not counted."""
     source, tokenizer = open_data(config, folder)
     results = []

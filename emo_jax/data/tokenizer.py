@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import tokenizers
 
 from emo_jax.config import Config
 from emo_jax.data.documents import Source
-from emo_jax.data.order import mix
+from emo_jax.data.order import TrainIndices, mix
 from emo_jax.errors import InputError
 from emo_jax.paths import given_path
 
@@ -76,7 +77,8 @@ class Tokenizer:
         return Tokenizer, (self.path, self.eos_token)
 
 
-def load_tokenizer(config: Config, source: Source, train_indices, cache_dir: str | Path) -> Tokenizer:
+def load_tokenizer(config: Config, source: Source, train_indices: TrainIndices | Sequence[int],
+                   cache_dir: str | Path) -> Tokenizer:
     """The tokenizer of a run: data.tokenizer, else the one in `cache_dir`, else one trained on the documents and kept
     there. `InputError` if it has more tokens than the model."""
     if config.data.tokenizer:
@@ -89,7 +91,8 @@ def load_tokenizer(config: Config, source: Source, train_indices, cache_dir: str
     return tokenizer
 
 
-def train_bpe(source: Source, indices, vocab_size: int, cache_dir: str | Path, eos_token: str) -> Tokenizer:
+def train_bpe(source: Source, indices: TrainIndices | Sequence[int], vocab_size: int, cache_dir: str | Path,
+              eos_token: str) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens from a sample of the documents `indices`, saved as
     `cache_dir`/tokenizer.json; if that is there, it is used."""
     path = Path(cache_dir) / "tokenizer.json"
@@ -118,7 +121,7 @@ def train_bpe(source: Source, indices, vocab_size: int, cache_dir: str | Path, e
     return Tokenizer(path, eos_token)
 
 
-def _sample(source: Source, indices) -> list[str]:
+def _sample(source: Source, indices: TrainIndices | Sequence[int]) -> list[str]:
     """Texts of up to TRAINING_BYTES characters from documents all over the source; the same at every call."""
     total, texts, size = len(indices), [], 0
     order = np.arange(total)
