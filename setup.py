@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
-report = ["matplotlib", "scikit-learn"]
+report = ["matplotlib", "scikit-learn", "scipy"]
 evaluation = ["lm-eval>=0.4.13"]
 
 
@@ -36,7 +36,7 @@ setup(
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich", "tensorboardX",
-        "ml_dtypes", "numpy",
+        "ml_dtypes", "numpy", "absl-py",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

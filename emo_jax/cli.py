@@ -14,10 +14,24 @@ import re
 import sys
 
 import emo_jax
-from emo_jax.commands import (Command, bench, compile, completion, config, data, eval, export, generate, import_, select, study, subset,
-                              train)
-from emo_jax.commands.arguments import seed
+from emo_jax.commands import (
+    Command,
+    bench,
+    compile,
+    completion,
+    config,
+    data,
+    eval,
+    export,
+    generate,
+    import_,
+    select,
+    study,
+    subset,
+    train,
+)
 from emo_jax.errors import InputError, RunError
+from emo_jax.progress import is_primary
 
 COMMANDS = (train.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND, import_.COMMAND,
             export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
@@ -44,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
             sharding.start_distributed()
         result = command.run(args)
-        if _is_primary():
+        if is_primary():
             print(json.dumps(result.value) if args.json else result.text, flush=True)
         return 0
     except InputError as e:
@@ -81,18 +95,9 @@ def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _fail(args, status: int, message: str) -> int:
     print(f"emo-jax {args.command.name}: {message}", file=sys.stderr, flush=True)
-    if args.json and _is_primary():
+    if args.json and is_primary():
         print(json.dumps({"error": message, "exit_status": status}), flush=True)
     return status
-
-
-def _is_primary() -> bool:
-    """Of several processes one prints; without JAX there is one."""
-    if "jax" not in sys.modules:
-        return True
-    from emo_jax.processes import is_primary
-
-    return is_primary()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -128,7 +133,7 @@ def _add(top, commands, name: str, command: Command) -> None:
     one.set_defaults(command=command, parser=top)
     command.add(one)
     if command.overrides:
-        one.add_argument("--seed", type=seed, help="of parameters, data order and pools" if command.overrides == "config"
+        one.add_argument("--seed", type=int, help="of parameters, data order and pools" if command.overrides == "config"
                          else "of what this command draws; the model's own stays")
     one.add_argument("--json", action="store_true", help="the result as one JSON object on the last line")
     one.add_argument("-v", "--verbose", action="store_true", help="also which kernels and dispatch were chosen")

@@ -1,4 +1,4 @@
-"""Run configuration: frozen dataclasses, loading, dotted overrides, and every rule that spans fields.
+"""Run configuration: frozen dataclasses, loading, dotted overrides. Their rules are in `config_rules`.
 
 A run is one Python function, `config() -> Config`, in a file of `configs/`. Defaults are the published recipe of
 Emo_1b14b; a field that deviates from it says so.
@@ -10,14 +10,19 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
-import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from emo_jax.config_rules import mesh_shape as mesh_shape
+from emo_jax.config_rules import validate
 from emo_jax.errors import InputError
+from emo_jax.files import given_path, shortened
+
+GroupedMatmul = Literal["auto", "fused", "megablox", "batched", "blocked", "reference"]  # see kernels.grouped_matmul
+Attention = Literal["auto", "splash", "flash", "blocked", "reference"]  # see kernels.attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class ModelConfig:
     d_ff: int = 1024  # hidden width of one expert; of the whole MLP when num_experts is 0
     num_experts: int = 128  # routed + shared; 0: a dense MLP
     num_shared_experts: int = 1  # always active, weight 1; the last rows of the expert table
-    experts_per_layer: tuple[int, ...] = ()  # of a pruned model: how many of num_experts each layer has; (): all
+    experts_per_layer: tuple[int, ...] = ()  # how many of num_experts each layer of a pruned model has; (): all
     top_k: int = 8  # active experts of a token, shared ones included
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
@@ -80,7 +85,7 @@ class DataConfig:
     max_documents_per_row: int = 64
     document_end_target: Literal["counted", "masked"] = "counted"  # the first token of the next document
     repetition_filter: bool = True  # rows that repeat a period of 1..13 tokens 32 times carry no loss
-    eval_fraction: float = 0.005  # of the documents, by document
+    eval_fraction: float = 0.005  # held out of training, by whole documents
     shuffle: bool = True
     workers: int = 2  # tokenizing processes of each host; 0: in the training process
 
@@ -94,7 +99,7 @@ class OptimizerConfig:
     learning_rate: float = 4e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 2000
-    final_fraction: float = 0.1  # of the learning rate, at the last step
+    final_fraction: float = 0.1  # the last step's learning rate / the highest
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -146,8 +151,8 @@ class KernelConfig:
     # See moe.experts; local with mesh.expert > 1: two axes to shard the experts over.
     dispatch: Literal["auto", "dense", "local", "ring", "all_to_all"] = "auto"
     buffer_factor: float = 2.0  # all_to_all: receive buffer / balanced load; a layer that needs more takes ring. 0: no limit
-    grouped_matmul: str = "auto"  # see kernels.grouped_matmul.KERNELS
-    attention: str = "auto"  # see kernels.attention.KERNELS
+    grouped_matmul: GroupedMatmul = "auto"
+    attention: Attention = "auto"
     loss_chunk_tokens: int = 4096  # tokens of one device whose logits exist at the same time
 
 
@@ -172,146 +177,6 @@ class Config:
         return self.model.num_experts > 0 and self.router.document_pool
 
 
-# ---- rules ----------------------------------------------------------------------------------------------------------
-
-
-def validate(c: Config) -> None:
-    """Raises `InputError` naming the fields and their values if `c` breaks a rule."""
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise InputError(f"config {c.name}: {message}")
-
-    for part in (c, *(getattr(c, f.name) for f in dataclasses.fields(c))):
-        if dataclasses.is_dataclass(part):
-            _check_types(c.name, part)
-
-    m, r, d, t, o = c.model, c.router, c.data, c.train, c.optimizer
-    for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-        require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
-    require(m.num_heads % m.num_kv_heads == 0,
-            f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}")
-    require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even (rotary embedding)")
-    if m.num_experts:
-        require(0 <= m.num_shared_experts < m.num_experts,
-                f"model.num_shared_experts={m.num_shared_experts} must be in 0..{m.num_experts - 1} "
-                f"(model.num_experts={m.num_experts})")
-        require(m.num_shared_experts < m.top_k <= m.num_experts,
-                f"model.top_k={m.top_k} must be more than model.num_shared_experts={m.num_shared_experts} and at most "
-                f"model.num_experts={m.num_experts}: it counts the active experts, shared ones included")
-    if m.experts_per_layer:
-        require(len(m.experts_per_layer) == m.num_layers and
-                all(m.num_shared_experts < n <= m.num_experts for n in m.experts_per_layer),
-                f"model.experts_per_layer={m.experts_per_layer} must be model.num_layers={m.num_layers} numbers in "
-                f"{m.num_shared_experts + 1}..{m.num_experts}, the shared experts included")
-    if c.uses_pools:
-        require(m.routed_top_k <= r.pool_min <= r.pool_max,
-                f"router.pool_min={r.pool_min} must be between the {m.routed_top_k} routed experts of a token "
-                f"(model.top_k - model.num_shared_experts) and router.pool_max={r.pool_max}")
-        require(r.pool_eval == 0 or r.pool_eval >= m.routed_top_k,
-                f"router.pool_eval={r.pool_eval} must be 0 (no pool) or at least {m.routed_top_k}, "
-                f"the routed experts of a token")
-        require(0 <= r.forced_experts < m.num_routed_experts,
-                f"router.forced_experts={r.forced_experts} must be in 0..{m.num_routed_experts - 1}, the routed experts")
-        require(r.pool_beta > 0, f"router.pool_beta={r.pool_beta} must be positive")
-    require(r.load_balance_weight >= 0 and r.router_z_weight >= 0 and t.output_z_weight >= 0,
-            "router.load_balance_weight, router.router_z_weight and train.output_z_weight must not be negative")
-    rows = t.batch_size // t.microbatches if t.microbatches > 0 else 0
-    require(r.balance_shards == 0 or (r.balance_scope == "shard" and rows % r.balance_shards == 0),
-            f"router.balance_shards={r.balance_shards} needs router.balance_scope=shard (is {r.balance_scope}) and must "
-            f"divide train.batch_size / train.microbatches={rows}")
-
-    require(d.sequence_length >= 2, f"data.sequence_length={d.sequence_length} must be at least 2")
-    require(1 <= d.max_documents_per_row <= d.sequence_length,
-            f"data.max_documents_per_row={d.max_documents_per_row} must be in 1..data.sequence_length"
-            f"={d.sequence_length}")
-    require(0 <= d.eval_fraction < 1, f"data.eval_fraction={d.eval_fraction} must be in [0, 1)")
-    require(d.workers >= 0, f"data.workers={d.workers} must not be negative")
-
-    require(o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate} must be positive")
-    require(0 <= o.final_fraction <= 1, f"optimizer.final_fraction={o.final_fraction} must be in [0, 1]")
-    require(o.warmup_steps >= 0, f"optimizer.warmup_steps={o.warmup_steps} must not be negative")
-    require(o.clip_norm > 0, f"optimizer.clip_norm={o.clip_norm} must be positive")
-    require(-1 <= o.start_step < t.steps, f"optimizer.start_step={o.start_step} must be -1 or a step before "
-            f"train.steps={t.steps}, the final step")
-    require(t.steps > 0 and t.batch_size > 0 and t.log_every > 0,
-            f"train.steps={t.steps}, train.batch_size={t.batch_size} and train.log_every={t.log_every} must be positive")
-    require(t.microbatches > 0 and t.batch_size % t.microbatches == 0,
-            f"train.microbatches={t.microbatches} must divide train.batch_size={t.batch_size}")
-    require(t.eval_rows > 0 and t.eval_every >= 0,
-            f"train.eval_rows={t.eval_rows} must be positive and train.eval_every={t.eval_every} not negative")
-    require(not (t.init_from and t.init_params_from), "give train.init_from (an anneal: with optimizer and step) or "
-            "train.init_params_from (parameters only), not both")
-    require(o.trainable == "all" or m.num_experts > 0,
-            f"optimizer.trainable={o.trainable!r} needs experts (model.num_experts=0)")
-    require(not t.eval_subsets or m.num_experts > 0, "train.eval_subsets needs experts (model.num_experts=0)")
-    require(c.checkpoint.every > 0 and c.checkpoint.keep_last > 0,
-            f"checkpoint.every={c.checkpoint.every} and checkpoint.keep_last={c.checkpoint.keep_last} must be positive")
-    require(c.checkpoint.keep_every >= 0 and c.checkpoint.keep_best >= 0,
-            "checkpoint.keep_every and checkpoint.keep_best must not be negative")
-
-    require(c.kernels.buffer_factor == 0 or c.kernels.buffer_factor >= 1,
-            f"kernels.buffer_factor={c.kernels.buffer_factor} must be at least 1, or 0 for no limit")
-    require(c.kernels.loss_chunk_tokens > 0, f"kernels.loss_chunk_tokens={c.kernels.loss_chunk_tokens} must be positive")
-
-    sizes = dataclasses.asdict(c.mesh)
-    require(all(n > 0 or n == -1 for n in sizes.values()), f"mesh axes must be positive or -1, got {sizes}")
-    require(list(sizes.values()).count(-1) <= 1, f"at most one mesh axis may be -1, got {sizes}")
-
-
-def mesh_shape(c: Config, num_devices: int) -> dict[str, int]:
-    """The size of every mesh axis on `num_devices` devices, with -1 filled in; `InputError` if it does not fit the
-    devices, the batch or the model."""
-    sizes = dataclasses.asdict(c.mesh)
-    fixed = math.prod(n for n in sizes.values() if n != -1)
-    if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
-        raise InputError(f"config {c.name}: mesh {sizes} does not divide the {num_devices} devices; the axis sizes must "
-                         f"multiply to {num_devices} (one axis may be -1: all that are left)")
-    sizes = {axis: num_devices // fixed if n == -1 else n for axis, n in sizes.items()}
-    rows, shards = c.train.batch_size // c.train.microbatches, sizes["data"] * sizes["fsdp"] * sizes["expert"]
-
-    def divides(axis_size: int, value: int, axis: str, what: str) -> None:
-        if value % axis_size:
-            raise InputError(f"config {c.name}: {axis}={axis_size} must divide {what}={value}")
-
-    divides(shards, rows, "mesh.data x mesh.fsdp x mesh.expert", "train.batch_size / train.microbatches")
-    divides(sizes["sequence"], c.data.sequence_length, "mesh.sequence", "data.sequence_length")
-    divides(sizes["tensor"], c.model.num_kv_heads, "mesh.tensor", "model.num_kv_heads")
-    divides(sizes["tensor"], c.model.d_ff, "mesh.tensor", "model.d_ff")
-    divides(sizes["tensor"], c.model.vocab_size, "mesh.tensor", "model.vocab_size")
-    divides(sizes["fsdp"] * sizes["expert"], c.model.d_model, "mesh.fsdp x mesh.expert", "model.d_model")
-    if c.model.num_experts:
-        divides(sizes["expert"], c.model.num_experts, "mesh.expert", "model.num_experts")
-        if c.model.num_experts % (sizes["expert"] * sizes["fsdp"]):  # then the hidden width is sharded, not whole experts
-            divides(sizes["tensor"] * sizes["fsdp"], c.model.d_ff, "mesh.tensor x mesh.fsdp", "model.d_ff")
-        if c.model.num_shared_experts > c.model.num_experts // sizes["expert"]:
-            raise InputError(f"config {c.name}: model.num_shared_experts={c.model.num_shared_experts} must fit into one "
-                             f"expert shard ({c.model.num_experts} experts / mesh.expert={sizes['expert']})")
-    elif sizes["expert"] > 1:
-        raise InputError(f"config {c.name}: mesh.expert={sizes['expert']} needs experts (model.num_experts=0)")
-    return sizes
-
-
-def _check_types(name: str, part: Any) -> None:
-    hints = typing.get_type_hints(type(part))
-    for f in dataclasses.fields(part):
-        value, hint = getattr(part, f.name), hints[f.name]
-        where = f"config {name}: {_PREFIX.get(type(part), '')}{f.name}={value!r}"
-        if typing.get_origin(hint) is Literal:
-            if value not in typing.get_args(hint):
-                raise InputError(f"{where} must be one of {', '.join(map(repr, typing.get_args(hint)))}")
-        elif hint is float and not (isinstance(value, (int, float)) and not isinstance(value, bool)
-                                    and math.isfinite(value)):
-            raise InputError(f"{where} must be a finite number")
-        elif hint in (int, bool, str) and type(value) is not hint:
-            raise InputError(f"{where} must be {hint.__name__}, not {type(value).__name__}")
-        elif hint == tuple[int, ...] and not (type(value) is tuple and all(type(n) is int for n in value)):
-            raise InputError(f"{where} must be a tuple of integers")
-
-
-_PREFIX = {t: n + "." for n, t in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
-
-
 # ---- loading, overriding, printing ----------------------------------------------------------------------------------
 
 
@@ -319,19 +184,19 @@ def config_names() -> list[str]:
     return sorted(p.stem for folder in _config_folders() for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
-def load_config(name_or_path: str, overrides: list[str] = ()) -> Config:
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """The config of a file of `configs/` (by name) or of any Python file with `config() -> Config`, after dotted
     overrides such as `--train.steps=100`. Raises `InputError`."""
-    path = Path(name_or_path)
+    path = given_path(name_or_path, "CONFIG")
     if path.suffix != ".py":
-        found = [folder / f"{name_or_path}.py" for folder in _config_folders()]
+        found = [given_path(folder / f"{name_or_path}.py", "CONFIG") for folder in _config_folders()]
         path = next((p for p in found if p.is_file()), path)
     if not path.is_file():
         raise InputError(f"no config {name_or_path!r}; {_did_you_mean(name_or_path, config_names())}")
-    return override(_load_module(path).config(), overrides)
+    return override(_run_file(path), overrides)
 
 
-def override(config: Config, overrides: list[str]) -> Config:
+def override(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `--a.b=value` or `a.b=value` applied in order."""
     tree = to_dict(config)
     keys = {key: None for key in flatten(tree)}
@@ -340,11 +205,11 @@ def override(config: Config, overrides: list[str]) -> Config:
         if not equals or key not in keys:
             what = "is not of the form --a.b=value" if not equals else f"unknown config key {key!r}"
             raise InputError(f"override {item!r}: {what}; {_did_you_mean(key, list(keys))}")
-        node = tree
+        node, section = tree, Config
         *parents, leaf = key.split(".")
         for parent in parents:
-            node = node[parent]
-        node[leaf] = _parse(key, text, type(node[leaf]))
+            node, section = node[parent], typing.get_type_hints(section)[parent]
+        node[leaf] = _parse(key, text, typing.get_type_hints(section)[leaf])
     return from_dict(tree)
 
 
@@ -363,12 +228,16 @@ def from_dict(tree: dict[str, Any]) -> Config:
     """The inverse of `to_dict`; unknown keys raise `InputError`, missing ones take their default (so that a config
     saved by an older version loads)."""
 
-    def build(cls, node, prefix):
+    def build(cls: type, node: Any, prefix: str) -> Any:
+        if not isinstance(node, dict):
+            raise InputError(f"config {prefix.rstrip('.')}: {shortened(repr(node))} must be an object of fields")
         hints = typing.get_type_hints(cls)
         unknown = set(node) - set(hints)
         if unknown:
             key = sorted(unknown)[0]
             raise InputError(f"unknown config key {prefix + key!r}; {_did_you_mean(key, list(hints))}")
+        if cls is Config and "name" not in node:
+            raise InputError("config: the field 'name' is missing")
         return cls(**{k: build(hints[k], v, f"{prefix}{k}.") if dataclasses.is_dataclass(hints[k])
                       else tuple(v) if isinstance(v, list) else v for k, v in node.items()})
 
@@ -398,29 +267,37 @@ def _config_folders() -> list[Path]:
     return [p for p in (here.parent / "configs", here / "configs") if p.is_dir()]
 
 
-def _load_module(path: Path) -> types.ModuleType:
+def _run_file(path: Path) -> Config:
+    """What `config()` of a Python file returns."""
+    wanted = "expected a Python file (.py) with a function config() -> Config without arguments"
     spec = importlib.util.spec_from_file_location(f"emo_jax_config_{path.stem}", path)
+    if spec is None:
+        raise InputError(f"config {path}: not a Python file; {wanted}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not callable(getattr(module, "config", None)):
+            raise InputError(f"config {path}: has no function config(); {wanted}")
+        config = module.config()
     except InputError:
         raise
-    except Exception as e:
-        raise InputError(f"{path} cannot be loaded: {type(e).__name__}: {e}") from e
-    if not callable(getattr(module, "config", None)):
-        raise InputError(f"{path}: a config file defines a function config() -> Config")
-    return module
+    except (Exception, SystemExit) as e:
+        raise InputError(f"config {path} cannot be loaded: {type(e).__name__}: {e}; {wanted}") from e
+    if not isinstance(config, Config):
+        raise InputError(f"config {path}: config() returned {shortened(repr(config))}; {wanted}")
+    return config
 
 
-def _parse(key: str, text: str, kind: type) -> Any:
+def _parse(key: str, text: str, kind: Any) -> Any:
+    integers = tuple[int, ...]
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple:
+        if kind == integers:
             return tuple(int(n) for n in text.split(",") if n)
-        return kind(text)
+        return kind(text) if kind in (int, float) else text
     except (KeyError, ValueError):
-        allowed = {bool: "true or false", int: "an integer", float: "a number", tuple: "integers such as 8,16,8"}[kind]
+        allowed = {bool: "true or false", int: "an integer", float: "a number", integers: "integers such as 8,16,8"}[kind]
         raise InputError(f"{key}={text!r} must be {allowed}") from None
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or the next start after a kill, sees all of one or none of it."""
+"""Paths as a person gives them, and writing so that a reader, or the next start after a kill, sees all of a file or none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,47 @@ from typing import Any
 from emo_jax.errors import InputError
 
 
+def given_path(given: str | Path, field: str) -> Path:
+    """`given` with ~ put in; there may be nothing there. Raises `InputError`, naming `field`, for what cannot be looked at:
+    too long a name, a NUL character, the home of nobody, a folder without permission."""
+    try:
+        path = Path(given).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as e:
+        raise InputError(f"{field}={shortened(str(given))!r} cannot be looked up: "
+                         f"{getattr(e, 'strerror', None) or e}") from None
+    return path
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """`text`, its middle left out where it is long."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}...({len(text):,} characters)...{text[-half:]}"
+
+
+def make_folder(given: str | Path) -> Path:
+    """The absolute path of a folder that a person named with --out; made where it is not there. Raises `InputError`."""
+    if not str(given):
+        raise InputError("--out is empty; give a folder")
+    if "://" in str(given):
+        raise InputError(f"--out {given} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
+    folder = given_path(given, "--out").absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {given} is a file; expected a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {given} cannot be written: {e.strerror}") from None
+    return folder
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder to; it gets its name when the block ends without an error."""
-    temporary = path.with_name(f"{path.name}.tmp")
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A path beside `path` to write a file or folder to; it gets its name when the block ends without an error. Processes
+    that may write at the same time need a `suffix` each."""
+    temporary = path.with_name(path.name + suffix)
     yield temporary
     os.replace(temporary, path)
 
@@ -29,31 +66,11 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def make_folder(path: str | Path) -> Path:
-    """The absolute path of a folder that a person named with --out; made where it is not there. Raises `InputError`."""
-    if not str(path):
-        raise InputError("--out is empty; give a folder")
-    if "://" in str(path):
-        raise InputError(f"--out {path} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
-    folder = Path(path).absolute()
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--out {path} is a file; expected a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {_short(path)} cannot be written: {e.strerror}") from None
-    return folder
-
-
-def _short(path: str | Path) -> str:
-    return text if len(text := str(path)) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
-
-
-def write_result(path: str | Path, value: Any) -> None:
+def write_result(given: str | Path, value: Any) -> None:
     """The JSON file that a person named with --out, and its folder. Raises `InputError`."""
-    path = Path(path)
+    path = given_path(given, "--out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, value)
     except OSError as e:
-        raise InputError(f"--out {_short(path)} cannot be written: {e.strerror}") from None
+        raise InputError(f"--out {given} cannot be written: {e.strerror}") from None

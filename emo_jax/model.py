@@ -27,10 +27,10 @@ from jaxtyping import Array, Float, Int
 from emo_jax import sharding
 from emo_jax.config import Config, ModelConfig
 from emo_jax.kernels import attention as attention_kernels
-from emo_jax.kernels.cached_attention import cached_attention
-from emo_jax.kernels.compiler_options import has_sparse_cores
 from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.kernels.cached_attention import cached_attention
+from emo_jax.kernels.compiler_options import has_sparse_cores
 from emo_jax.moe import routing
 from emo_jax.moe.experts import choose_strategy, moe_experts
 from emo_jax.sharding import BATCH, gather_weight, reshard, spec

@@ -3,26 +3,12 @@ data stands, and whether somebody was asked to stop. With one process nothing he
 
 from __future__ import annotations
 
-import sys
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from emo_jax import sharding
-
-
-def is_primary() -> bool:
-    """Whether this process writes logs, metrics and results. Asks the devices only where several processes run: asking
-    would start them."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def say(message: str) -> None:
-    """To standard error, once for all processes."""
-    if is_primary():
-        print(message, file=sys.stderr, flush=True)
 
 
 def wait_for_all(name: str) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from emo_jax import model, sharding
-from emo_jax.config import CheckpointConfig
 from emo_jax.checkpoints import checkpoint
 from emo_jax.checkpoints.writer import CheckpointWriter
+from emo_jax.config import CheckpointConfig
 from emo_jax.train.step import init_state
 
 FIXTURES = Path(__file__).parent / "fixtures"

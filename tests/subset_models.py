@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from emo_jax import sharding
 from emo_jax import model as model_lib
+from emo_jax import sharding
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
 from emo_jax.loaded import LoadedModel
 

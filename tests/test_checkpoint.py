@@ -12,13 +12,13 @@ import tensorstore
 from tiny_run import tiny_config
 
 from emo_jax import compat, sharding
-from emo_jax.config import CheckpointConfig, override
-from emo_jax.errors import InputError, RunError
 from emo_jax.checkpoints import checkpoint
 from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.checkpoints.compatibility import require_same_data, require_same_model
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.checkpoints.writer import CheckpointWriter
+from emo_jax.config import CheckpointConfig, override
+from emo_jax.errors import InputError, RunError
 from emo_jax.train.start import restore_state
 from emo_jax.train.step import abstract_state, init_state
 

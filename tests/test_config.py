@@ -35,6 +35,13 @@ def test_the_standard_moe_differs_by_one_field(emo):
     assert set(differences) == {"name", "router.document_pool"}
 
 
+def test_an_override_has_the_type_of_its_field_whatever_the_config_holds():
+    config = Config(name="x", optimizer=lib.OptimizerConfig(weight_decay=0, clip_norm=2))
+    changed = override(config, ["optimizer.weight_decay=0.5", "--model.experts_per_layer=" + "8," * 16, "data.path=3"])
+    assert changed.optimizer.weight_decay == 0.5 and changed.optimizer.clip_norm == 2
+    assert changed.model.experts_per_layer == (8,) * 16 and changed.data.path == "3"
+
+
 def test_config_survives_json():
     config = load_config("emo_small", ["--train.steps=7", "router.document_pool=false"])
     assert lib.from_dict(__import__("json").loads(lib.dumps(config))) == config

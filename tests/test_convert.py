@@ -11,13 +11,13 @@ from published import copy, golden, open_params, outputs, save_new
 from safetensors.numpy import load_file, save_file
 from test_training_oracle import FIXTURES, from_published
 
+from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.convert import importing, tensors
 from emo_jax.convert.description import require_same
 from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.convert.layouts import entries
 from emo_jax.errors import InputError
-from emo_jax.checkpoints.description import DamagedCheckpoint
 
 
 def equal_bits(a: dict, b: dict) -> bool:

@@ -9,11 +9,11 @@ import torch
 import transformers
 from published import golden, open_params, outputs, save_new
 
+from emo_jax.checkpoints.checkpoint import open_checkpoint
+from emo_jax.checkpoints.subset import full
 from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.surgery.extract import extract
-from emo_jax.checkpoints.subset import full
-from emo_jax.checkpoints.checkpoint import open_checkpoint
 
 
 def stock(folder, tokens):

@@ -1,14 +1,16 @@
 """The functions behind `emo-jax data`."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
+from emo_jax import progress
 from emo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from emo_jax.data.tools import bench, inspect, inspect_report, tokenize
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.data.tools import bench, inspect, inspect_report, tokenize
 from emo_jax.errors import InputError
 
 
@@ -56,3 +58,13 @@ def test_bench_measures_each_number_of_workers(config, tmp_path):
     for r in results:
         assert r["tokens_per_second"] == pytest.approx(32 * r["rows_per_second"]) and r["rows_per_second"] > 0
         assert 0 <= r["padding"] < 1
+
+
+def test_reading_many_documents_shows_progress(config, tmp_path, capfd, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    inspect(config, tmp_path)
+    tokenize(config, tmp_path / "tokens")
+    err = capfd.readouterr().err
+    for work in (f"reading a sample of {config.data.path}", f"tokenizing {config.data.path}"):
+        assert f"{work}: " in err and "of 60 documents" in err

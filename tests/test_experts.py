@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import equations
 from jax.sharding import AxisType, NamedSharding
+from jaxprs import equations
 
 from emo_jax import sharding
 from emo_jax.errors import InputError

@@ -10,6 +10,7 @@ import tiny
 from published import forward_pass, golden, rows_of, save_new
 
 from emo_jax import model, sharding
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.cli import main
 from emo_jax.config import MeshConfig
 from emo_jax.convert.importing import import_checkpoint
@@ -17,7 +18,6 @@ from emo_jax.errors import InputError
 from emo_jax.generation import engine
 from emo_jax.generation.engine import Generator
 from emo_jax.generation.sampling import Sampling, nucleus, sample
-from emo_jax.checkpoints.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_bad_requests_are_named(published):
     for prompts, count, sampling, message in (
             ([[1], []], 4, Sampling(), "prompt 2 is empty"),
             ([[1] * 120], 9, Sampling(), "do not fit into the 128 tokens"),
-            ([[1]], 0, Sampling(), "max-new-tokens=0"), ([[1]], 4, Sampling(temperature=-1), "temperature=-1"),
-            ([[1]], 4, Sampling(1.0, 1.5), "top-p=1.5")):
+            ([[1]], 0, Sampling(), "max-new-tokens=0"), ([[1]], 4, Sampling(temperature=-1), "--temperature -1"),
+            ([[1]], 4, Sampling(1.0, 1.5), "--top-p 1.5")):
         with pytest.raises(InputError, match=message):
             g.generate(prompts, count, sampling)
 

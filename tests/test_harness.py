@@ -11,13 +11,13 @@ from lm_eval.api.instance import Instance
 from published import forward_pass, rows_of
 
 from emo_jax import sharding
+from emo_jax.checkpoints import subset as subset_lib
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.cli import main
 from emo_jax.errors import InputError
 from emo_jax.generation import scoring
 from emo_jax.harness import EmoLM, Tasks, evaluate_tasks
-from emo_jax.checkpoints import subset as subset_lib
 from emo_jax.train import loop
-from emo_jax.checkpoints.checkpoint import open_checkpoint
 
 WORDS = "red green blue gray pink one two six ten".split()
 TASKS = {

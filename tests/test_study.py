@@ -15,10 +15,10 @@ from emo_jax.analysis import clusters, information
 from emo_jax.analysis.activations import Activations, collect
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
+from emo_jax.loaded import load
 from emo_jax.study import report
 from emo_jax.study.measure import measure
 from emo_jax.subsets import calibration, modularity
-from emo_jax.loaded import load
 from emo_jax.train.loop import train
 
 LABELS, PIECES, LENGTH, R = 4, 40, 100, 8

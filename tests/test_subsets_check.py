@@ -7,15 +7,15 @@ import pytest
 from tiny_run import records, tiny_config
 
 from emo_jax import cli
+from emo_jax.checkpoints import subset as subset_lib
+from emo_jax.checkpoints.subset import Subset
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
-from emo_jax.subsets import check, compose, modularity
+from emo_jax.loaded import load
 from emo_jax.subsets import calibration as calibration_lib
-from emo_jax.checkpoints import subset as subset_lib
+from emo_jax.subsets import check, compose, modularity
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.choose import choose, choose_one
-from emo_jax.loaded import load
-from emo_jax.checkpoints.subset import Subset
 from emo_jax.train.loop import train
 
 

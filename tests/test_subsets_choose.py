@@ -6,15 +6,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from subset_models import FIXTURES, opened, published, tiny_config
 
 from emo_jax import compat, model, sharding
+from emo_jax.checkpoints import subset
 from emo_jax.config import MeshConfig
 from emo_jax.errors import InputError
-from emo_jax.checkpoints import subset
 from emo_jax.subsets import choose, layerwise, sweep
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.calibration import Calibration, from_tokens
-from subset_models import FIXTURES, opened, published, tiny_config
 
 GOLDEN = np.load(FIXTURES / "selection_hf_tiny_emo.npz")
 PROMPTS = [ids[:n] for ids, n in zip(GOLDEN["input_ids"], GOLDEN["attention_mask"].sum(axis=1))]

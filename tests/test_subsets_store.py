@@ -10,17 +10,17 @@ import tensorstore as ts
 from tiny_run import tiny_config
 
 from emo_jax import compat, sharding
+from emo_jax.checkpoints import rewrite
+from emo_jax.checkpoints.checkpoint import open_checkpoint
+from emo_jax.checkpoints.subset import Subset
 from emo_jax.config import MeshConfig
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
-from emo_jax.moe import routing
-from emo_jax.checkpoints import rewrite
-from emo_jax.surgery import extract, merge
-from emo_jax.surgery.load import load_subset
-from emo_jax.surgery.extend import extend
 from emo_jax.loaded import LoadedModel, load
-from emo_jax.checkpoints.subset import Subset
-from emo_jax.checkpoints.checkpoint import open_checkpoint
+from emo_jax.moe import routing
+from emo_jax.surgery import extract, merge
+from emo_jax.surgery.extend import extend
+from emo_jax.surgery.load import load_subset
 from emo_jax.train.loop import train
 
 EXPERTS, D, F = 32, 64, 96

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import records, series, tiny_config, write_documents
 
+from emo_jax.checkpoints import checkpoint
 from emo_jax.config import load_config
 from emo_jax.errors import InputError, RunError
-from emo_jax.checkpoints import checkpoint
 from emo_jax.train import loop
 from emo_jax.train.loop import train
 

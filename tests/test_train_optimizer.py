@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from emo_jax.config import Config, OptimizerConfig, TrainConfig
@@ -75,3 +77,19 @@ def test_adamw_by_hand():
     for k, expected in leaves.items():
         ours = current["layers"]["mlp_norm"] if k == "mlp_norm" else current[k]
         np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("trainable, trained", [
+    ("all", ["embedding", "gate", "q", "router"]), ("experts", ["gate"]), ("no_router", ["embedding", "gate", "q"])])
+def test_what_is_not_trained_stays_and_no_checkpoint_changes_its_form(trainable, trained):
+    params = {"embedding": jnp.ones(2), "layers": {"q": jnp.ones(3), "moe": {"gate": jnp.ones(4), "router": jnp.ones(5)}}}
+    tx = optimizer.make_optimizer(config(warmup_steps=0, learning_rate=0.1, trainable=trainable))
+    state = tx.init(params)
+    updates, _ = tx.update(jax.tree.map(lambda p: 3 * p, params), state, params)
+    changed = [path[-1].key for path, u in jax.tree_util.tree_leaves_with_path(updates) if u.all()]
+    assert sorted(changed) == trained
+    assert all(u.all() or not u.any() for u in jax.tree.leaves(updates))  # weight decay moves nothing either
+    adamw = (optax.ScaleByAdamState, optax.MaskedState, optax.ScaleByScheduleState)
+    fine_tuned = trainable != "all"
+    assert [type(s) for s in state] == [optax.EmptyState] * (1 + fine_tuned) + [tuple] + [optax.EmptyState] * fine_tuned
+    assert tuple(map(type, state[1 + fine_tuned])) == adamw

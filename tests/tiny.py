@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from emo_jax.config import (Config, DataConfig, KernelConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig,
-                            TrainConfig)
+from emo_jax.config import Config, DataConfig, KernelConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig, TrainConfig
 
 
 def config(**sections) -> Config:

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emo_jax import compat, model
-from emo_jax.subsets.calibration import Calibration
 from emo_jax.loaded import LoadedModel
-from emo_jax.subsets.sweep import batch_size
 from emo_jax.processes import gather_global
+from emo_jax.subsets.calibration import Calibration
+from emo_jax.subsets.sweep import batch_size
 
 MAX_TOKENS = 1 << 16  # whose probabilities are kept: 4 x L x R bytes each
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from emo_jax.config import Config, flatten, to_dict
 from emo_jax.errors import InputError
 

@@ -6,16 +6,17 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import numpy as np
 
 from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.files import write_result
+from emo_jax.files import given_path, shortened, write_result
 
 VERSION = 1
+MAX_EXPERTS = 1 << 20  # a file with more is damaged
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Subset:
     """Shared experts are always kept and have no ids here; numbers of experts count them, as in the published pipeline."""
 
     kept: tuple[tuple[int, ...], ...]  # routed expert ids of every layer, ascending
-    num_routed: int  # of the whole model
+    num_routed: int  # in the whole model
     num_shared: int
     method: str
     calibration: dict[str, Any] = field(default_factory=dict)  # path, hash, documents, tokens, document_hashes
@@ -90,36 +91,67 @@ def full(config: Config) -> Subset:
 def load(path: str | Path, of: Checkpoint | Config | None = None) -> Subset:
     """Reads a subset file and checks it: its form, and that it is one of this checkpoint or shape of model. Raises
     `InputError`."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"subset {path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    except ValueError as e:
-        raise InputError(f"subset {path}: not JSON ({e}); expected a file of `emo-jax select --out`") from None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        version = content.get("version") if isinstance(content, dict) else None
-        raise InputError(f"subset {path}: version={version!r} must be {VERSION}; expected a file of "
-                         f"`emo-jax select --out`")
-    names = {f.name: f for f in dataclasses.fields(Subset)}
-    missing = [n for n in ("kept", "num_routed", "num_shared", "method") if n not in content]
-    if missing:
-        raise InputError(f"subset {path}: field {missing[0]!r} is missing")
-    values = {name: content[name] for name in names if name in content}
-    routed = values["num_routed"]
-    for layer, ids in enumerate(values["kept"]):
-        if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < routed for i in ids)
-                and ids == sorted(set(ids))):
-            raise InputError(f"subset {path}: kept[{layer}]={ids} must be ascending expert ids in 0..{routed - 1}")
-    values["kept"] = tuple(map(tuple, values["kept"]))
-    if values.get("scores") is not None:
-        values["scores"] = tuple(map(tuple, values["scores"]))
-    subset = Subset(**values)
+    subset = _read(path)
     return subset if of is None else require_of(subset, of, str(path))
 
 
 def open_subset(subset: Subset | str | Path, of: Checkpoint | Config) -> Subset:
     """The subset, from its file where it is one, if it is one of this checkpoint or shape of model. Raises `InputError`."""
     return require_of(subset, of) if isinstance(subset, Subset) else load(subset, of)
+
+
+# The fields of a file: whether one must be there, what it must be, and the test of that.
+_FIELDS: dict[str, tuple[bool, str, Callable[[Any], bool]]] = {
+    "num_routed": (True, "the model's number of routed experts", lambda x: type(x) is int and 0 < x <= MAX_EXPERTS),
+    "num_shared": (True, "the model's number of shared experts", lambda x: type(x) is int and 0 <= x <= MAX_EXPERTS),
+    "method": (True, "a string", lambda x: type(x) is str),
+    "kept": (True, "a list of expert ids for each layer", lambda x: type(x) is list and len(x) > 0),
+    "scores": (False, "null or a list of numbers for each layer", lambda x: x is None or type(x) is list),
+    "calibration": (False, "an object with the list of strings document_hashes", lambda x: type(x) is dict and _is_strings(
+        x.get("document_hashes", []))),
+    "model": (False, "an object with the string hash", lambda x: type(x) is dict and type(x.get("hash", "")) is str),
+}
+
+
+def _is_strings(x: Any) -> bool:
+    return type(x) is list and all(type(s) is str for s in x)
+
+
+def _read(path: str | Path) -> Subset:
+    where = f"subset {shortened(str(path))}"
+
+    def require(ok: bool, field: str, value: Any, allowed: str) -> None:
+        if not ok:
+            raise InputError(f"{where}: {field}={shortened(json.dumps(value))} must be {allowed}; expected a file of "
+                             f"`emo-jax select --out`")
+
+    try:
+        text = given_path(path, "subset").read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{where}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: not JSON ({e}); expected a file of `emo-jax select --out`") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    require(type(version) is int and version == VERSION, "version", version, str(VERSION))
+    values = {name: content[name] for name in _FIELDS if name in content}
+    for name, (needed, allowed, holds) in _FIELDS.items():
+        if needed and name not in values:
+            raise InputError(f"{where}: field {name!r} is missing")
+        require(name not in values or holds(values[name]), name, values.get(name), allowed)
+    layers, routed = len(values["kept"]), values["num_routed"]
+    for layer, ids in enumerate(values["kept"]):
+        require(type(ids) is list and all(type(i) is int and 0 <= i < routed for i in ids) and ids == sorted(set(ids)),
+                f"kept[{layer}]", ids, f"ascending expert ids in 0..{routed - 1}")
+    if (scores := values.get("scores")) is not None:
+        require(len(scores) == layers, "scores", scores, f"null or one list for each of the {layers} layers of kept")
+        for layer, row in enumerate(scores):
+            require(type(row) is list and len(row) == routed and all(
+                type(s) in (int, float) and abs(s) < 1e300 for s in row),
+                f"scores[{layer}]", row, f"{routed} finite numbers (num_routed={routed})")
+        values["scores"] = tuple(map(tuple, scores))
+    return Subset(**values | {"kept": tuple(map(tuple, values["kept"]))})
 
 
 def require_fits(subset: Subset, config: Config, where: str) -> None:

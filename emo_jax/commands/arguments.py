@@ -31,16 +31,6 @@ def at_least(least: int):
     return integer
 
 
-def seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of 0 to 2^63 - 1")
-    return value
-
-
 def unicode_text(text: str) -> str:
     try:
         text.encode()
@@ -74,7 +64,10 @@ def method(parser, flag: str = "--method", default: str = "layerwise") -> None:
 
 def method_options(args: argparse.Namespace) -> dict:
     """What `choose` wants of these arguments."""
-    return {"layer_group": args.layer_group, "on_host": args.activations_on_host, "seed": args.seed or 0}
+    seed = args.seed or 0
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed} must be in 0..2^63 - 1")
+    return {"layer_group": args.layer_group, "on_host": args.activations_on_host, "seed": seed}
 
 
 def calibration_text(loaded, args: argparse.Namespace):

@@ -30,7 +30,7 @@ def add(parser) -> None:
 def run(args) -> Result:
     from emo_jax.generation.sampling import Sampling
     from emo_jax.loaded import load
-    from emo_jax.processes import is_primary, say
+    from emo_jax.progress import is_primary, say
     from emo_jax.subsets.choose import choose_for_prompt
 
     sampling = Sampling(args.temperature, args.top_p, args.seed or 0).check()

@@ -28,7 +28,7 @@ def add_measure(parser) -> None:
 
 def measure(args) -> Result:
     from emo_jax.files import write_result
-    from emo_jax.processes import is_primary
+    from emo_jax.progress import is_primary
     from emo_jax.study import measure as lib
 
     if min(args.documents) < 1:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,20 +73,6 @@ class FileReader:
 
     def __reduce__(self):
         return FileReader, (self.max_open,)
-
-
-class Progress:
-    """A line on standard error every few seconds, for work that takes longer than that."""
-
-    def __init__(self, what: str, total: int, unit: str = "bytes", every: float = 3.0):
-        self.what, self.total, self.unit, self.every = what, total, unit, every
-        self._next = time.monotonic() + every
-
-    def update(self, done: int) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + self.every
-            share = 100 * done / max(self.total, 1)
-            print(f"{self.what}: {done:,} of {self.total:,} {self.unit} ({share:.0f} %)", file=sys.stderr, flush=True)
 
 
 def cache_folder() -> Path:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from emo_jax.data.documents import Document, FileReader, Progress, Source, cache_folder, hash_text
+from emo_jax.data.documents import Document, FileReader, Source, cache_folder, hash_text
 from emo_jax.errors import InputError
+from emo_jax.progress import Progress
 
-MAX_LABELS = 1000  # of a file; more mean that the label field is no label
+MAX_LABELS = 1000  # more of them in one file mean that the label field is no label
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 INDEX_VERSION = 1
 

@@ -8,6 +8,7 @@ from grain.experimental import index_shuffle
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Source
 from emo_jax.errors import InputError
+from emo_jax.progress import track
 
 SMALL = 20_000  # documents of a source whose labels are looked at by `split`
 _MASK = (1 << 64) - 1
@@ -52,7 +53,8 @@ def documents_of_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
     documents."""
     if not labels:
         return np.zeros(0, np.int64)
-    of_document = np.array([source.label(i) for i in range(len(source))])
+    numbers = track(range(len(source)), f"reading the labels of {source.name}", "documents")
+    of_document = np.array([source.label(i) for i in numbers])
     known = sorted(set(of_document.tolist()))
     for label in labels:
         if label not in known:

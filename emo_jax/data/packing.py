@@ -1,5 +1,8 @@
 """Documents -> rows of T tokens. Two packers, both generators that can go on from any row.
 
+They are our own because Grain's packers keep no state from which any row's successor can be made on another number of
+hosts.
+
 Both read documents by `read(count) -> (tokens [n] int32 with the end-of-document token, document number)`, count =
 0, 1, 2, ..., None after the last, and yield `(row, state)`: the state (a flat list of ints) is the packer's position
 after that row; given back, the packer goes on with the next row.
@@ -110,7 +113,7 @@ def first_fit(read: Read, length: int, max_documents: int, count_ends: bool,
         piece = _Piece(tokens[offset:offset + length], document, offset + length >= len(tokens), (count, offset))
         row = next((r for r in rows if _filled(r) + len(piece.tokens) <= length), None)
         if row is None and len(rows) == OPEN_ROWS:
-            yield closed(max(rows, key=_filled))  # of equals the oldest
+            yield closed(max(rows, key=_filled))  # the oldest of those that are equally full
         if row is None:
             row = []
             rows.append(row)

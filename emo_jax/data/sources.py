@@ -9,6 +9,7 @@ from pathlib import Path
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Document, Source
 from emo_jax.errors import InputError
+from emo_jax.files import given_path
 
 __all__ = ["Document", "Source", "open_source"]
 
@@ -17,6 +18,7 @@ _FORMATS = "a file or folder of .jsonl[.gz|.zst] or .txt, a glob of such files, 
 
 def open_source(data: DataConfig) -> Source:
     """The documents of `data.path`, all of them checked (see each source); `InputError` names what is wrong."""
+    given_path(data.path, "data.path")
     kind = data.format if data.format != "auto" else _detect(data.path)
     if kind == "embedded":
         if data.path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from emo_jax.data.documents import Document, Progress, Source, hash_text
+from emo_jax.data.documents import Document, Source, hash_text
 from emo_jax.errors import InputError
+from emo_jax.progress import track
 
 
 class TextSource(Source):
@@ -15,10 +16,7 @@ class TextSource(Source):
     def __init__(self, name: str, root: Path, paths: list[Path]):
         self.name = name
         self._paths = [str(p) for p in paths]
-        progress, sizes = Progress(f"checking {name}", len(paths), "files"), []
-        for number, path in enumerate(self._paths):
-            sizes.append(len(_read(path).encode()))
-            progress.update(number)
+        sizes = [len(_read(path).encode()) for path in track(self._paths, f"checking {name}", "files")]
         parts = [p.relative_to(root).parts for p in paths]
         self._labels = [part[0] if len(part) > 1 else p.resolve().parent.name for p, part in zip(paths, parts)]
         self.labels = sorted(set(self._labels))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import tokenizers
 
 from emo_jax.config import Config
 from emo_jax.data.documents import Source
-from emo_jax.data.order import mix
+from emo_jax.data.order import TrainIndices, mix
 from emo_jax.errors import InputError
+from emo_jax.files import given_path, make_folder, replacing
 
-TRAINING_BYTES = 10_000_000  # of text that a new BPE is trained on
+TRAINING_BYTES = 10_000_000  # a new BPE is trained on that much text
 
 
 class Tokenizer:
@@ -25,7 +25,7 @@ class Tokenizer:
     so that no document can forge the end of a document. Picklable by its path."""
 
     def __init__(self, path: str | Path, eos_token: str):
-        path = Path(path).expanduser().absolute()
+        path = given_path(path, "data.tokenizer").absolute()
         self.path, self.eos_token = path / "tokenizer.json" if path.is_dir() else path, eos_token
         if not self.path.is_file():
             raise InputError(f"data.tokenizer={str(self.path)!r}: no such file; expected a tokenizer.json")
@@ -87,7 +87,8 @@ class Tokenizer:
         return Tokenizer, (self.path, self.eos_token)
 
 
-def load_tokenizer(config: Config, source: Source, train_indices, cache_dir: str | Path) -> Tokenizer:
+def load_tokenizer(config: Config, source: Source, train_indices: TrainIndices | Sequence[int],
+                   cache_dir: str | Path) -> Tokenizer:
     """The tokenizer of a run: data.tokenizer, else the one in `cache_dir`, else one trained on the documents and kept
     there. `InputError` if it has more tokens than the model."""
     if config.data.tokenizer:
@@ -100,7 +101,8 @@ def load_tokenizer(config: Config, source: Source, train_indices, cache_dir: str
     return tokenizer
 
 
-def train_bpe(source: Source, indices, vocab_size: int, cache_dir: str | Path, eos_token: str) -> Tokenizer:
+def train_bpe(source: Source, indices: TrainIndices | Sequence[int], vocab_size: int, cache_dir: str | Path,
+              eos_token: str) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens from a sample of the documents `indices`, saved as
     `cache_dir`/tokenizer.json; if that is there, it is used."""
     path = Path(cache_dir) / "tokenizer.json"
@@ -118,15 +120,13 @@ def train_bpe(source: Source, indices, vocab_size: int, cache_dir: str | Path, e
         vocab_size=vocab_size, special_tokens=[eos_token], show_progress=False, max_token_length=32,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tokenizer-", dir=path.parent)
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(tokenizer.to_str())
-    os.replace(temporary, path)
+    make_folder(path.parent)
+    with replacing(path, f".{os.getpid()}.tmp") as temporary:
+        temporary.write_text(tokenizer.to_str(), "utf-8")
     return Tokenizer(path, eos_token)
 
 
-def _sample(source: Source, indices) -> list[str]:
+def _sample(source: Source, indices: TrainIndices | Sequence[int]) -> list[str]:
     """Texts of up to TRAINING_BYTES characters from documents all over the source; the same at every call."""
     total, texts, size = len(indices), [], 0
     order = np.arange(total)

@@ -1,4 +1,4 @@
-"""The functions behind `emo-jax data tokenize|inspect|bench` and `emo-jax bench data`: each returns plain values."""
+"""What `emo-jax data tokenize|inspect|bench` do: functions of a config that return plain values."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import dataclasses
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from emo_jax.config import Config
-from emo_jax.data.documents import Progress, Source
+from emo_jax.data.documents import Source
 from emo_jax.data.order import split
 from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
+from emo_jax.files import given_path, make_folder
+from emo_jax.progress import track
 
 LOOK_AT = 2_000  # documents that `inspect` reads
 
 
 def open_data(config: Config, folder: str | Path) -> tuple[Source, Tokenizer]:
     """The source and the tokenizer of a config; `folder` holds or receives a tokenizer that has to be trained."""
-    source = open_source(config.data)
+    source, folder = open_source(config.data), given_path(folder, "--run")
     train_indices, _ = split(source, config.data, config.seed)
     return source, load_tokenizer(config, source, train_indices, folder)
 
@@ -31,22 +34,19 @@ def open_data(config: Config, folder: str | Path) -> tuple[Source, Tokenizer]:
 def tokenize(config: Config, out: str | Path) -> dict:
     """Writes all documents as token ids: OUT/tokens.npy (uint16, or uint32 for a large vocabulary), each document with
     its end-of-document token; OUT/offsets.npy int64 [n + 1], the first token of each; OUT/documents.json (labels)."""
-    out = Path(out)
+    out = make_folder(out)
     if (out / "tokens.npy").exists():
         raise InputError(f"{out / 'tokens.npy'} exists; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
     source, tokenizer = open_data(config, out)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     sizes, labels, part = np.zeros(len(source) + 1, np.int64), [], out / "tokens.part"
-    progress = Progress(f"tokenizing {source.name}", len(source), "documents")
     with open(part, "wb") as file:
-        for i in range(len(source)):
+        for i in track(range(len(source)), f"tokenizing {source.name}", "documents"):
             document = source[i]
             ids = tokenizer.encode_document(document.text).astype(dtype)
             ids.tofile(file)
             sizes[i + 1] = len(ids)
             labels.append(document.label)
-            progress.update(i)
     offsets = np.cumsum(sizes)
     names = sorted(set(labels))
     np.save(out / "offsets.npy", offsets)
@@ -67,7 +67,7 @@ def inspect(config: Config, folder: str | Path, documents: int = 3) -> dict:
     train_indices, eval_indices = split(source, config.data, config.seed)
     sample = np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOK_AT)).astype(np.int64))
     labels, num_bytes, num_tokens = Counter(), 0, 0
-    for i in sample:
+    for i in track(sample, f"reading a sample of {source.name}", "documents"):
         document = source[int(i)]
         labels[document.label] += 1
         num_bytes += len(document.text.encode())
@@ -120,7 +120,7 @@ def inspect_report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def bench(config: Config, folder: str | Path, workers: list[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:
+def bench(config: Config, folder: str | Path, workers: Sequence[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:
     """Rows and tokens a second of the pipeline for each number of worker processes; its start-up is not counted."""
     source, tokenizer = open_data(config, folder)
     results = []

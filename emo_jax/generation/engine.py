@@ -22,8 +22,8 @@ from emo_jax.errors import InputError
 from emo_jax.generation.placement import for_inference, power_of_two, round_rows
 from emo_jax.generation.sampling import Sampling, sample
 from emo_jax.model import KVCache
-from emo_jax.sharding import BATCH, place, reshard, spec
 from emo_jax.processes import gather_global
+from emo_jax.sharding import BATCH, place, reshard, spec
 
 PREFILL_CHUNK = 512  # longest part of a prompt that is read at once
 DECODE_CHUNK = 16  # tokens between two looks of the host

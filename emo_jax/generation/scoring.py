@@ -16,8 +16,8 @@ from jaxtyping import Array, Int
 from emo_jax import model
 from emo_jax.config import Config
 from emo_jax.generation.placement import bucket, for_inference, power_of_two, round_rows
-from emo_jax.sharding import BATCH, TOKENS, batch_shards, place, spec
 from emo_jax.processes import gather_global
+from emo_jax.sharding import BATCH, TOKENS, batch_shards, place, spec
 
 Ids = Sequence[int]
 BATCH_TOKENS = 16_384  # of a batch on each shard, padding included

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
+from emo_jax.config import Attention
 from emo_jax.errors import InputError
 from emo_jax.kernels.blocked_attention import blocked_attention
 from emo_jax.sharding import BATCH, TOKENS
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("splash", "flash", "blocked", "reference")
+KERNELS = typing.get_args(Attention)[1:]  # without auto
 PALLAS = {"splash": "tpu", "flash": "gpu"}  # where they run; elsewhere they are interpreted, their names end in _interpret
 
 

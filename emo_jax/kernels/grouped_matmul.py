@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from emo_jax.compat import vary_like
+from emo_jax.config import GroupedMatmul
 from emo_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("fused", "megablox", "batched", "blocked", "reference")
+KERNELS = typing.get_args(GroupedMatmul)[1:]  # without auto
 # Pallas TPU kernels; elsewhere they run interpreted (slow, for tests), and their names end in _interpret. They do not say
 # over which mesh axes their results vary, so `shard_map` cannot check it.
 PALLAS = ("fused", "megablox", "fused_interpret", "megablox_interpret")

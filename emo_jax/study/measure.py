@@ -19,13 +19,13 @@ from emo_jax.analysis.clusters import agreement, cluster
 from emo_jax.data.evaluation import MAX_DOCUMENTS, evaluation_rows
 from emo_jax.data.order import documents_of_labels
 from emo_jax.errors import InputError
+from emo_jax.loaded import LoadedModel, load
+from emo_jax.progress import say
 from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.check import full_losses, masks_of_labels
 from emo_jax.subsets.choose import choose
-from emo_jax.loaded import LoadedModel, load
 from emo_jax.train.evaluate import Evaluation
-from emo_jax.processes import say
 
 SHARES = (0.5, 0.25, 0.125)
 CHOOSING = (1, 5, 50)  # documents of each label

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emo_jax.checkpoints.subset import require_enough
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.checkpoints.subset import require_enough
 
 
 @dataclass(frozen=True)

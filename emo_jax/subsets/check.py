@@ -6,16 +6,15 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from emo_jax.checkpoints.subset import Subset, require_experts
+from emo_jax.checkpoints.subset import full as everything
 from emo_jax.data.evaluation import MAX_DOCUMENTS
 from emo_jax.errors import InputError
+from emo_jax.loaded import LoadedModel
 from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.choose import choose
-from emo_jax.loaded import LoadedModel
-from emo_jax.checkpoints.subset import Subset
-from emo_jax.checkpoints.subset import full as everything
-from emo_jax.checkpoints.subset import require_experts
 from emo_jax.train.evaluate import Evaluation
 
 RESAMPLES = 1000

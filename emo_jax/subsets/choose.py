@@ -6,13 +6,13 @@ from typing import Sequence
 
 import numpy as np
 
+from emo_jax.checkpoints.subset import Subset, kept_of, require_experts
 from emo_jax.data.documents import Examples
 from emo_jax.errors import InputError
+from emo_jax.loaded import LoadedModel
 from emo_jax.subsets.budget import Budget, pick
 from emo_jax.subsets.calibration import Calibration, from_source, from_tokens
 from emo_jax.subsets.layerwise import layerwise
-from emo_jax.loaded import LoadedModel
-from emo_jax.checkpoints.subset import Subset, kept_of, require_experts
 from emo_jax.subsets.sweep import one_sweep
 
 METHODS = ("layerwise", "router", "easy_ep", "reap", "random")

@@ -6,12 +6,12 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from emo_jax.checkpoints.subset import Subset, kept_of
 from emo_jax.errors import InputError
+from emo_jax.loaded import LoadedModel
 from emo_jax.subsets.budget import Budget, pick
 from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.choose import choose, choose_one
-from emo_jax.loaded import LoadedModel
-from emo_jax.checkpoints.subset import Subset, kept_of
 from emo_jax.train.evaluate import Evaluation
 
 

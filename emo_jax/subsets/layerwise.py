@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from emo_jax import compat, model, sharding
+from emo_jax.loaded import LoadedModel
 from emo_jax.sharding import BATCH, P
 from emo_jax.subsets import layers
 from emo_jax.subsets.budget import pick
 from emo_jax.subsets.calibration import Calibration
-from emo_jax.loaded import LoadedModel
 from emo_jax.subsets.sweep import Totals, batch_size, layer_at, one_sweep
 
 

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from emo_jax.checkpoints.subset import full as everything
+from emo_jax.checkpoints.subset import require_experts
 from emo_jax.config import Config
 from emo_jax.data.evaluation import MAX_DOCUMENTS, evaluation_rows
+from emo_jax.loaded import LoadedModel
 from emo_jax.model import Params
 from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.check import masks_of_labels
 from emo_jax.subsets.choose import choose
-from emo_jax.loaded import LoadedModel
-from emo_jax.checkpoints.subset import full as everything
-from emo_jax.checkpoints.subset import require_experts
 from emo_jax.train.evaluate import Evaluation
 
 SHARES = (0.25, 0.125)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from emo_jax import compat, model, sharding
+from emo_jax.loaded import LoadedModel
+from emo_jax.processes import gather_global
 from emo_jax.sharding import BATCH, P, spec
 from emo_jax.subsets import layers
 from emo_jax.subsets.calibration import Calibration
-from emo_jax.loaded import LoadedModel
-from emo_jax.processes import gather_global
 
 
 class Totals:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from emo_jax.config import Config
-from emo_jax.checkpoints.store import Leaf
-from emo_jax.errors import InputError
-from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoint
-from emo_jax.checkpoints.subset import require_experts
 from emo_jax.checkpoints.checkpoint import Checkpoint
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoint
+from emo_jax.checkpoints.store import Leaf
+from emo_jax.checkpoints.subset import require_experts
+from emo_jax.config import Config
+from emo_jax.errors import InputError
 
 INITS = ("copy", "jitter", "fresh")
 

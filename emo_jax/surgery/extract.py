@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from emo_jax.config import Config
-from emo_jax.checkpoints.store import Leaf
-from emo_jax.checkpoints.rewrite import ROUTER, TABLES, Values, store_of, write_checkpoint
-from emo_jax.checkpoints.subset import Subset, open_subset, require_fits
 from emo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, Values, store_of, write_checkpoint
+from emo_jax.checkpoints.store import Leaf
+from emo_jax.checkpoints.subset import Subset, open_subset, require_fits
+from emo_jax.config import Config
 
 
 def subset_config(config: Config, subset: Subset) -> Config:

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from emo_jax import sharding
-from emo_jax.config import Config
-from emo_jax.checkpoints.store import Leaf, ParameterStore, leaf_shapes
-from emo_jax.model import Params
-from emo_jax.surgery.extract import router_columns, row_of, subset_config
-from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of
-from emo_jax.checkpoints.subset import Subset, require_of
 from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.checkpoints.description import DamagedCheckpoint
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of
+from emo_jax.checkpoints.store import Leaf, ParameterStore, leaf_shapes
+from emo_jax.checkpoints.subset import Subset, require_of
+from emo_jax.config import Config
+from emo_jax.model import Params
+from emo_jax.surgery.extract import router_columns, row_of, subset_config
 
 
 def load_subset(found: Checkpoint, subset: Subset, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, Params]:

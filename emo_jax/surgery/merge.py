@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from emo_jax.checkpoints.store import Leaf
-from emo_jax.errors import InputError
-from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoint
-from emo_jax.checkpoints.subset import Subset, require_fits
 from emo_jax.checkpoints.checkpoint import Checkpoint
+from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoint
+from emo_jax.checkpoints.store import Leaf
+from emo_jax.checkpoints.subset import Subset, require_fits
+from emo_jax.errors import InputError
 
 
 def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | Path, *, alpha: float = 1.0,

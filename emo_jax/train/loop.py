@@ -20,6 +20,7 @@ from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config
 from emo_jax.data.pipeline import array_to_states, make_train_iterator, states_to_array
 from emo_jax.errors import RunError
+from emo_jax.progress import is_primary, say
 from emo_jax.train import start
 from emo_jax.train.metrics import Log
 from emo_jax.train.signals import StopSignals
@@ -56,7 +57,7 @@ def train(config: Config, out: str | Path, evaluations: Iterable = ()) -> dict[s
 def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
     count = sum(x.size for x in jax.tree.leaves(position.state.params))
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
-    processes.say(f"{config.name}: {count:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); "
+    say(f"{config.name}: {count:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); "
               f"{len(documents.train):,} documents to train on, {len(documents.held_out):,} held out; "
               f"{config.train.batch_size} rows of {config.data.sequence_length} tokens a step")
 
@@ -72,7 +73,7 @@ class TrainingLoop:
         self.fingerprint = documents.fingerprint
         self.train_step = make_train_step(config, mesh, documents.tokenizer.eos_id)
         self.group = processes.row_group(mesh, config.train.batch_size)
-        self.log = Log(config, out, position.step, position.tokens, processes.is_primary())
+        self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step

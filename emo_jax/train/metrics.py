@@ -21,6 +21,7 @@ from emo_jax.chips import peak_flops
 from emo_jax.config import Config, flatten
 from emo_jax.errors import RunError
 from emo_jax.files import write_text
+from emo_jax.progress import duration
 from emo_jax.train.flops import flops_per_token
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
@@ -80,7 +81,7 @@ class TensorBoard:
             self._writer.close()
 
 
-class Progress:
+class StatusLine:
     """One line on standard error: redrawn on a terminal, printed anew elsewhere."""
 
     def __init__(self, steps: int):
@@ -99,7 +100,7 @@ class Progress:
                  f"{record['tokens_per_second']:,.0f} tokens/s"]
         if "mfu" in record:
             parts.append(f"mfu {record['mfu']:.1%}")
-        parts.append(f"eta {_duration(eta)}")
+        parts.append(f"eta {'-' if eta is None else duration(eta)}")
         self._show("  ".join(parts))
 
     def _show(self, line: str) -> None:
@@ -119,13 +120,6 @@ class Progress:
     def close(self) -> None:
         if self._live:
             self._live.stop()
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
 class Rate:
@@ -174,7 +168,7 @@ class Log:
         self._rate = Rate(step, tokens)
         self._file = MetricsFile(out / "metrics.jsonl", step) if primary else NoLog()
         self._events = TensorBoard(out / "tensorboard", step) if primary else NoLog()
-        self._progress = Progress(config.train.steps) if primary else NoLog()
+        self._progress = StatusLine(config.train.steps) if primary else NoLog()
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_tokens_per_second = peak * jax.device_count() / flops_per_token(config) if peak else None
         self.say = self._progress.say

@@ -58,22 +58,19 @@ def trained_mask(params: dict, trainable: str) -> dict:
 
 
 def keep_untrained(trainable: str) -> optax.GradientTransformation:
-    """Zeroes what must not change."""
-
-    def update(updates, state, params=None):
-        return jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trained_mask(updates, trainable)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    """Zeroes what must not change. Not `optax.masked`: its state has another tree than that of checkpoints so far."""
+    return optax.stateless(lambda updates, params: jax.tree.map(
+        lambda u, trained: u if trained else jnp.zeros_like(u), updates, trained_mask(updates, trainable)))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales all gradients by min(1, max_norm / (norm + 1e-6)): the 1e-6 is the published one, absent in optax."""
 
-    def update(updates, state, params=None):
+    def scaled(updates, params):
         scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: g * scale, updates), state
+        return jax.tree.map(lambda g: g * scale, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(scaled)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

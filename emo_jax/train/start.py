@@ -25,10 +25,9 @@ from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
 from emo_jax.files import make_folder, write_text
-from emo_jax.processes import say
+from emo_jax.progress import is_primary, say
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.step import TrainState, abstract_state, init_state
-
 
 # ---- folder ---------------------------------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ def open_folder(config: Config, out: str | Path) -> Path:
 
 
 def write_config(config: Config, out: Path) -> None:
-    if processes.is_primary():
+    if is_primary():
         write_text(out / "config.json", config_lib.dumps(config))
 
 
@@ -80,10 +79,10 @@ def open_documents(config: Config, out: Path) -> Documents:
     """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
     source = open_source(config.data)
     train, held_out = split(source, config.data, config.seed)
-    if not processes.is_primary():
+    if not is_primary():
         processes.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(config, source, train, out)
-    if processes.is_primary():
+    if is_primary():
         if Path(tokenizer.path).resolve() != (out / "tokenizer.json").resolve():
             shutil.copyfile(tokenizer.path, out / "tokenizer.json")
         processes.wait_for_all("tokenizer")
@@ -210,7 +209,7 @@ def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
 
 
 def _set_aside(out: Path, damaged: list[int]) -> None:
-    for step in damaged if processes.is_primary() else ():
+    for step in damaged if is_primary() else ():
         target = out / "damaged" / str(step)
         n = 1
         while target.exists():
