@@ -1,7 +1,12 @@
 """What figures have in common."""
 
 import itertools
+import runpy
 import sys
+from pathlib import Path
+
+import numpy as np
+from pytest import approx
 
 from emo_jax import plots
 
@@ -31,3 +36,16 @@ def test_without_matplotlib_there_is_no_figure_but_a_hint(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plots.save(tmp_path / "figure.png", 1, (5, 3), lambda axis: None) is None
     assert "pip install 'emo-jax[report]'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_picture_of_the_method_shows_what_the_router_does():
+    script = runpy.run_path(str(Path(__file__).parent.parent / "launch" / "method.py"))
+    t = script["toy"]()
+    starts = np.unique(t["segments"], return_index=True)[1]
+    assert t["pool"][starts].sum(1).tolist() == t["sizes"].tolist()
+    assert np.take_along_axis(t["pool"], t["expert_ids"], 1).all()
+    (row, row_loss), (batch, batch_loss) = t["loads"].values()
+    assert row.sum() == approx(1) and batch.sum() == approx(1)
+    assert row_loss > 1.3 and 1 < batch_loss < 1.05  # what the picture says of them
+    for theme in script["THEMES"].values():
+        assert len(script["draw"](theme, t).axes[0].texts) > 100
