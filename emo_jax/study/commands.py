@@ -23,7 +23,7 @@ def add(commands, command: Callable) -> None:
     whole.add_argument("--held-out", default="", metavar="FILE", help="labelled documents to measure on (default: those "
                        "that the runs held out)")
     whole.add_argument("--seeds", type=_seeds, default=(0, 1, 2), metavar="N,N,...", help="(default: 0,1,2)")
-    whole.add_argument("--ablation-seeds", type=_seeds, default=(0,), metavar="N,N,...", help="of all variants but "
+    whole.add_argument("--ablation-seeds", type=_seeds, default=(0,), metavar="N,N,...", help="for all variants but "
                        f"{' and '.join(MAIN)} (default: 0)")
     whole.add_argument("--variants", type=_words, default=(), metavar="V,V,...", help="these, with all --seeds "
                        f"(default: {', '.join(MAIN)} with --seeds; {', '.join(ABLATIONS)} with --ablation-seeds)")

@@ -23,7 +23,7 @@ Variants = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> measures
 
 class Estimate(NamedTuple):
     mean: float
-    half_width: float | None  # of the interval over seeds; None for one seed
+    half_width: float | None  # that the interval over seeds has; None for one seed
     seeds: int
 
     def text(self, form: str = "+.3f") -> str:
@@ -87,7 +87,7 @@ def over_seeds(of: dict[int, dict[str, Any]], value: Callable[[dict], float | No
 
 
 def ratio(variants: Variants, name: str, baseline: str, value: Callable[[dict], float | None]) -> Estimate | None:
-    """Of two variants, seed by seed; None where it has no meaning."""
+    """A value of one variant over that of the baseline, seed by seed; None where it has no meaning."""
     seeds = sorted(set(variants[name]) & set(variants[baseline]))
     pairs = [(value(variants[name][s]), value(variants[baseline][s])) for s in seeds]
     return None if not pairs or any(None in p or p[1] == 0 for p in pairs) else estimate([a / b for a, b in pairs])

@@ -33,7 +33,7 @@ class Model:
     name: str
     folder: Path
     commands: list[list[str]]  # the arguments of emo-jax, command after command; those that began are taken away
-    process: subprocess.Popen | None = None  # of the present command
+    process: subprocess.Popen | None = None  # runs the present command
     core: int | None = None  # that the processes are pinned to
 
     @property

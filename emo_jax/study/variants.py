@@ -10,9 +10,9 @@ from emo_jax.errors import InputError
 
 class Variant(NamedTuple):
     sentence: str
-    fields: tuple[str, ...] = ()  # overrides; {quarter} is a quarter of the experts
-    methods: tuple[str, ...] = ("router",)  # of choosing experts; the first is measured with each of `documents`
-    documents: tuple[int, ...] = (50,)  # the numbers of documents of each label that choose
+    fields: tuple[str, ...] = ()  # Overrides; {quarter} is a quarter of the experts.
+    methods: tuple[str, ...] = ("router",)  # Experts are chosen by these, by the first with each of `documents`.
+    documents: tuple[int, ...] = (50,)  # So many documents of each label choose.
 
 
 _ALL = {"methods": ("router", "layerwise", "easy_ep", "random"), "documents": (1, 5, 50)}
