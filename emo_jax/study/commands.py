@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from emo_jax.errors import InputError
-from emo_jax.study.variants import ABLATIONS, MAIN
+from emo_jax.study.variants import MAIN, VARIANTS
 from emo_jax.subsets.arguments import CKPT, METHODS, numbers
 
 Result = tuple[dict[str, Any], str]
@@ -26,7 +26,8 @@ def add(commands, command: Callable) -> None:
     whole.add_argument("--ablation-seeds", type=_seeds, default=(0,), metavar="N,N,...", help="for all variants but "
                        f"{' and '.join(MAIN)} (default: 0)")
     whole.add_argument("--variants", type=_words, default=(), metavar="V,V,...", help="these, with all --seeds "
-                       f"(default: {', '.join(MAIN)} with --seeds; {', '.join(ABLATIONS)} with --ablation-seeds)")
+                       f"(default: {', '.join(MAIN)} with --seeds, and the rest with --ablation-seeds). "
+                       + " ".join(f"{name}: {variant.sentence}" for name, variant in VARIANTS.items()))
     whole.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time (default: 1)")
     whole.add_argument("--base", default="study_cpu", metavar="CONFIG", help="what variants are made of (default: study_cpu)")
     whole.add_argument("--gpu", dest="base", action="store_const", const="study_gpu", help="--base study_gpu")
