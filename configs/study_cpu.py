@@ -1,5 +1,5 @@
-"""The study of emergent modules on a laptop CPU: emo_tiny on two million tokens. Its variants are fields, see
-launch/study.sh.
+"""The study of emergent modules on a laptop CPU: emo_tiny on two million tokens. Its variants:
+emo_jax/study/variants.py.
 
     bash launch/study.sh --data.path=LABELLED.jsonl
 """

@@ -1,5 +1,5 @@
-"""The study of emergent modules on one GPU: emo_small on 655 million tokens a model. Its variants are fields, see
-launch/study.sh.
+"""The study of emergent modules on one GPU: emo_small on 655 million tokens a model. Its variants:
+emo_jax/study/variants.py.
 
     bash launch/study.sh --gpu --data.path=LABELLED.jsonl --data.tokenizer=tokenizer.json
 """

@@ -32,19 +32,19 @@ def shortened(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:half]}...({len(text):,} characters)...{text[-half:]}"
 
 
-def make_folder(given: str | Path) -> Path:
-    """The absolute path of a folder that a person named with --out; made where it is not there. Raises `InputError`."""
+def make_folder(given: str | Path, flag: str = "--out") -> Path:
+    """The absolute path of a folder that a person named with `flag`; made where it is not there. Raises `InputError`."""
     if not str(given):
-        raise InputError("--out is empty; give a folder")
+        raise InputError(f"{flag} is empty; give a folder")
     if "://" in str(given):
-        raise InputError(f"--out {given} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
-    folder = given_path(given, "--out").absolute()
+        raise InputError(f"{flag} {given} is a URL; give a folder that all hosts see (a bucket can be mounted as one)")
+    folder = given_path(given, flag).absolute()
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {given} is a file; expected a folder")
+        raise InputError(f"{flag} {given} is a file; expected a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"--out {given} cannot be written: {e.strerror}") from None
+        raise InputError(f"{flag} {given} cannot be written: {e.strerror}") from None
     return folder
 
 

@@ -5,6 +5,11 @@ import dataclasses
 import io
 import json
 import math
+import os
+import signal
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,10 +18,12 @@ from tiny_run import config_file, tiny_config
 from emo_jax import cli
 from emo_jax.analysis import clusters, information
 from emo_jax.analysis.activations import Activations, collect
+from emo_jax.config import difference, load_config
 from emo_jax.data.sources import open_source
-from emo_jax.errors import InputError
+from emo_jax.errors import InputError, RunError
 from emo_jax.loaded import load
-from emo_jax.study import report
+from emo_jax.study import report, variants
+from emo_jax.study import run as study_run
 from emo_jax.study.measure import measure
 from emo_jax.subsets import calibration, modularity
 from emo_jax.train.loop import train
@@ -145,3 +152,66 @@ def test_what_cannot_be_compared(study, tmp_path):
         report.read(tmp_path)
     status, result, _ = command("study", "measure", study / "emo" / "0", "--documents", "0", "--out", tmp_path / "m.json")
     assert status == 2 and "must be positive" in result["error"]
+
+
+# ---- all of it by one command -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base, quarter", [("study_cpu", 8), ("study_gpu", 16)])
+def test_a_variant_is_the_base_with_its_own_fields(base, quarter):
+    emo = load_config(base)
+    changed = {name: difference(load_config(base, variants.fields(name, emo)), emo) for name in variants.VARIANTS}
+    assert not changed["emo"] and all(changed[name] for name in variants.VARIANTS if name != "emo")
+    assert all(key.startswith("router.") for fields in changed.values() for key in fields)
+    assert {key: new for key, (_, new) in changed["fixed_pool"].items()} == {
+        "router.pool_min": quarter, "router.pool_max": quarter}
+    assert changed["stdmoe_v2"] == changed["stdmoe"] | changed["emo_v2"]
+    with pytest.raises(InputError, match="unknown variant 'emoo'"):
+        variants.fields("emoo", emo)
+
+
+def test_the_study_goes_on_where_it_failed(tmp_path):
+    """A model whose folder is a file fails, and is named with its log; the next call trains this one alone."""
+    out, arguments = tmp_path / "study", ["--variants", "emo stdmoe", "--seeds", "0", "--jobs", "2", "--train.steps=4",
+                                          "--data.eval_fraction=0.3", "--base", config_file(tmp_path)]
+    (out / "stdmoe").mkdir(parents=True)
+    (out / "stdmoe" / "0").write_text("")
+    status, result, _ = command("study", "run", "--out", out, *arguments)
+    assert status == 1 and result["error"] == f"stdmoe, seed 0 failed: {out / 'stdmoe' / '0.log'}"
+    assert "is a file; expected a folder" in (out / "stdmoe" / "0.log").read_text()
+    first = {path: path.read_bytes() for path in [out / "tokenizer.json", out / "emo" / "0.log", *out.glob("emo/0/*.json*")]}
+    measures = json.loads(first[out / "emo" / "0" / "measures.json"])
+    assert {(r["method"], r["documents"]) for r in measures["subsets"]} == {
+        *((m, 50) for m in ("router", "layerwise", "easy_ep", "random")), ("router", 1), ("router", 5)}
+
+    (out / "stdmoe" / "0").unlink()
+    status, result, err = command("study", "run", "--out", out, *arguments)
+    assert status == 0 and list(result["variants"]) == ["emo", "stdmoe"] and "1 of 2 models" in err
+    assert all(path.read_bytes() == before for path, before in first.items())
+    assert not json.loads((out / "stdmoe" / "0" / "config.json").read_text())["router"]["document_pool"]
+    assert "| stdmoe | 1 |" in (out / "study.md").read_text()
+
+
+def test_the_study_refuses_what_cannot_be_trained_or_measured(tmp_path):
+    base = ["--base", config_file(tmp_path), "--out", tmp_path / "study"]
+    for argument, said in (("--variants=emoo", "unknown variant"),
+                           ("--router.pool_min=1", "router.pool_min=1"), ("--held-out=nowhere.jsonl", "--held-out: ")):
+        status, result, _ = command("study", "run", *base, argument)
+        assert status == 2 and said in result["error"]
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_signal_ends_the_processes_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_run, "EMO_JAX", [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"])
+    models = [study_run.Model(name, tmp_path / name, [["train"], ["study", "measure"]]) for name in ("a", "b", "c")]
+
+    def stop() -> None:
+        while not all((tmp_path / f"{name}.log").exists() and (tmp_path / f"{name}.log").read_text() for name in "ab"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(RunError, match="stopped by SIGTERM"):
+        study_run._finish(models, jobs=2)
+    assert [model.process and model.process.returncode for model in models] == [-signal.SIGTERM, -signal.SIGTERM, None]
+    assert [len(model.commands) for model in models] == [1, 1, 2]

@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
 from emo_jax.errors import InputError
+from emo_jax.study.variants import MAIN, VARIANTS
 from emo_jax.subsets import methods
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return arguments.numbers(",".join(_words(text)))
+
+
+def add_run(parser) -> None:
+    parser.add_argument("--out", default="runs/study", metavar="DIR", help="a folder for each model (default: runs/study)")
+    parser.add_argument("--held-out", default="", metavar="FILE", help="labelled documents to measure on (default: those that "
+                        "the runs held out)")
+    parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), metavar="N,N,...", help="(default: 0,1,2)")
+    parser.add_argument("--ablation-seeds", type=_seeds, default=(0,), metavar="N,N,...", help="for all variants but "
+                        f"{' and '.join(MAIN)} (default: 0)")
+    parser.add_argument("--variants", type=_words, default=(), metavar="V,V,...", help="these, with all --seeds "
+                        f"(default: {', '.join(MAIN)} with --seeds, and the rest with --ablation-seeds). "
+                        + " ".join(f"{name}: {variant.sentence}" for name, variant in VARIANTS.items()))
+    parser.add_argument("--jobs", type=arguments.at_least(1), default=1, metavar="N", help="models at a time (default: 1)")
+    parser.add_argument("--base", default="study_cpu", metavar="CONFIG", help="what variants are made of (default: study_cpu)")
+    parser.add_argument("--gpu", dest="base", action="store_const", const="study_gpu", help="--base study_gpu")
+
+
+def run(args) -> Result:
+    from emo_jax.study.run import run_study
+
+    if args.seed is not None:
+        raise InputError("study run trains with --seeds N,N,..., not --seed")
+    return _compared(run_study(args.base, args.out, args.overrides, held_out=args.held_out, seeds=args.seeds,
+                               ablation_seeds=args.ablation_seeds, variants=args.variants, jobs=args.jobs))
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -51,12 +85,19 @@ def add_report(parser) -> None:
 def report(args) -> Result:
     from emo_jax.study import report as lib
 
-    result = lib.compare(args.folder, args.main, args.baseline)
+    return _compared(lib.compare(args.folder, args.main, args.baseline))
+
+
+def _compared(result: dict[str, Any]) -> Result:
     text = result.pop("text")
     return Result(result, text + (f"\n\n{result['figure']}" if result["figure"] else ""))
 
 
 COMMANDS = (
+    Command("study run", "train the variants, measure them and compare them: study.md, study.png; what is finished is not done "
+            "again, --a.b=c changes a field of all variants", add_run, run,
+            ("emo-jax study run --variants emo,stdmoe --seeds 0 --jobs 2", "emo-jax study run --gpu --out runs/study_gpu"),
+            "checkpoint"),
     Command("study measure", "loss with few experts by label, and what experts tell of the text", add_measure, measure,
             ("emo-jax study measure runs/tiny --data held_out.jsonl --out measures.json",), "checkpoint", devices=True),
     Command("study report", "compare the models of DIR/VARIANT/SEED/measures.json: study.md, study.png", add_report, report,

@@ -120,7 +120,7 @@ def train_bpe(source: Source, indices: TrainIndices | Sequence[int], vocab_size:
         vocab_size=vocab_size, special_tokens=[eos_token], show_progress=False, max_token_length=32,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
-    make_folder(path.parent)
+    make_folder(path.parent, "the folder of the tokenizer,")
     with replacing(path, f".{os.getpid()}.tmp") as temporary:
         temporary.write_text(tokenizer.to_str(), "utf-8")
     return Tokenizer(path, eos_token)

@@ -1,6 +1,6 @@
 """Everything that the study wants to know of one trained model, from text that it was not trained on.
 
-Of every label some documents choose experts and others are scored, whatever the model; labels that the model was trained
+Some documents of every label choose experts and others are scored, whatever the model; labels that the model was trained
 on (`trained`) and those that `data.leave_out_labels` kept from it (`left_out`) are kept apart. Numbers over labels are
 means of the labels' means.
 """
@@ -30,15 +30,15 @@ from emo_jax.train.evaluate import Evaluation
 SHARES = (0.5, 0.25, 0.125)
 CHOOSING = (1, 5, 50)  # documents of each label
 SCORED = 16  # documents of each label, at most
-TOKENS = 512  # of a document: what comes after neither chooses nor is scored
+TOKENS = 512  # What comes after these in a document neither chooses nor is scored.
 
 
 def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), choosing: Sequence[int] = (50,),
             overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The measures of the checkpoint `path`, on the documents `data` (default: those it held out and left out).
 
-    `methods`: of choosing experts, each with the most documents of `choosing`; the first one also with the other numbers
-    of documents. Raises `InputError` if no label has two documents.
+    Experts are chosen by each of `methods` with the most documents of `choosing`, and by the first one also with the
+    other numbers of documents. Raises `InputError` if no label has two documents.
     """
     began = time.monotonic()
     opened = load(path, list(overrides), data=data)
@@ -92,7 +92,7 @@ class _Text:
         return calibration_lib.from_source(self.config, self.source, self.tokenizer, groups, TOKENS)
 
     def evaluation(self, mesh) -> Evaluation:
-        """Of the scored documents, all of them."""
+        """All of the scored documents."""
         c = self.config
         rows = -(-SCORED * TOKENS // c.data.sequence_length) * len(self.scored)
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, eval_rows=rows))

@@ -8,22 +8,22 @@ models of one seed read the same rows in the same order.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from emo_jax import plots
 from emo_jax.errors import InputError
 
 CONFIDENCE = 0.95
-Runs = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> measures
+Variants = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> measures
 
 
 class Estimate(NamedTuple):
     mean: float
-    half_width: float | None  # of the interval over seeds; None for one seed
+    half_width: float | None  # that the interval over seeds has; None for one seed
     seeds: int
 
     def text(self, form: str = "+.3f") -> str:
@@ -40,40 +40,41 @@ def estimate(values: list[float]) -> Estimate:
     return Estimate(float(np.mean(values)), half, n)
 
 
-def read(folder: str | Path) -> Runs:
+def read(folder: str | Path) -> Variants:
     """Raises `InputError` if there are no measures, or they are of other documents or labels."""
-    runs: Runs = {}
+    variants: Variants = {}
     paths = sorted(Path(folder).glob("*/*/measures.json"))
     for path in paths:
         try:
             found = json.loads(path.read_text())
-            runs.setdefault(path.parent.parent.name, {})[int(found["seed"])] = found
+            variants.setdefault(path.parent.parent.name, {})[int(found["seed"])] = found
         except (ValueError, KeyError) as e:
             raise InputError(f"{path}: not the measures of a model ({type(e).__name__}: {e})") from None
-        first = runs[paths[0].parent.parent.name]
+        first = variants[paths[0].parent.parent.name]
         for name in ("data", "labels", "step"):
             if found[name] != next(iter(first.values()))[name]:
                 raise InputError(f"{path}: {name} differs from {paths[0]}; measure all models alike")
-    if not runs:
+    if not variants:
         raise InputError(f"{folder}: no VARIANT/SEED/measures.json; make them with `emo-jax study measure`")
-    return runs
+    return variants
 
 
 def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> dict[str, Any]:
     """{"variants": {name: estimates}, "main_over_baseline": ratios of their losses above the full model by kept share,
     "text" (Markdown), "figure" (a file or None)}"""
-    runs = read(folder)
+    variants = read(folder)
     for name in (main, baseline):
-        if name not in runs:
-            raise InputError(f"{folder}: no variant {name!r}; there are {', '.join(runs)}")
-    order = [main, baseline, *sorted(set(runs) - {main, baseline})]
-    runs = {name: runs[name] for name in order}
-    text = "\n\n".join([_overview(runs, baseline), _choosing(runs, main, baseline), _information(runs)])
-    figure = _figure(runs, main, baseline, Path(folder) / "study.png")
+        if name not in variants:
+            raise InputError(f"{folder}: no variant {name!r}; there are {', '.join(variants)}")
+    order = [main, baseline, *sorted(set(variants) - {main, baseline})]
+    variants = {name: variants[name] for name in order}
+    text = "\n\n".join([_overview(variants, baseline), _choosing(variants, main, baseline), _information(variants)])
+    figure = _figure(variants, main, baseline, Path(folder) / "study.png")
     Path(folder, "study.md").write_text(text + "\n")
-    ratios = {f"{s:.1%}": r._asdict() for s in _shares(runs) if (r := ratio(runs, main, baseline, above("trained", s)))}
-    return {"variants": {name: _summary(of) for name, of in runs.items()}, "main_over_baseline": ratios, "text": text,
-            "figure": figure}
+    ratios = {f"{s:.1%}": r._asdict() for s in _shares(variants)
+              if (r := ratio(variants, main, baseline, above("trained", s)))}
+    return {"variants": {name: _summary(of) for name, of in variants.items()}, "main_over_baseline": ratios, "text": text,
+            "figure": figure and str(figure)}
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -85,10 +86,10 @@ def over_seeds(of: dict[int, dict[str, Any]], value: Callable[[dict], float | No
     return None if any(v is None for v in values) else estimate(values)
 
 
-def ratio(runs: Runs, name: str, baseline: str, value: Callable[[dict], float | None]) -> Estimate | None:
-    """Of two variants, seed by seed; None where it has no meaning."""
-    seeds = sorted(set(runs[name]) & set(runs[baseline]))
-    pairs = [(value(runs[name][s]), value(runs[baseline][s])) for s in seeds]
+def ratio(variants: Variants, name: str, baseline: str, value: Callable[[dict], float | None]) -> Estimate | None:
+    """A value of one variant over that of the baseline, seed by seed; None where it has no meaning."""
+    seeds = sorted(set(variants[name]) & set(variants[baseline]))
+    pairs = [(value(variants[name][s]), value(variants[baseline][s])) for s in seeds]
     return None if not pairs or any(None in p or p[1] == 0 for p in pairs) else estimate([a / b for a, b in pairs])
 
 
@@ -111,8 +112,8 @@ def _method(measures: dict) -> str:
     return measures["subsets"][0]["method"]
 
 
-def _shares(runs: Runs) -> list[float]:
-    return sorted({r["share"] for of in runs.values() for m in of.values() for r in m["subsets"]}, reverse=True)
+def _shares(variants: Variants) -> list[float]:
+    return sorted({r["share"] for of in variants.values() for m in of.values() for r in m["subsets"]}, reverse=True)
 
 
 def _summary(of: dict[int, dict]) -> dict[str, Any]:
@@ -127,13 +128,13 @@ def _summary(of: dict[int, dict]) -> dict[str, Any]:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _overview(runs: Runs, baseline: str) -> str:
-    shares = _shares(runs)
+def _overview(variants: Variants, baseline: str) -> str:
+    shares = _shares(variants)
     head = ["model", "seeds", "full", f"above {baseline}", *(f"{s:.1%} kept" for s in shares), "full, left-out labels",
             *(f"{s:.1%}, left-out labels" for s in shares)]
     rows = []
-    for name, of in runs.items():
-        change = None if name == baseline else ratio(runs, name, baseline, full("trained"))
+    for name, of in variants.items():
+        change = None if name == baseline else ratio(variants, name, baseline, full("trained"))
         rows.append([name, str(len(of)), _cell(over_seeds(of, full("trained")), ".3f"),
                      "" if change is None else change.percent_above_one(),
                      *(_cell(over_seeds(of, above("trained", s))) for s in shares),
@@ -142,20 +143,20 @@ def _overview(runs: Runs, baseline: str) -> str:
     return "Loss (nats/token) of the full model, and above it with few experts:\n\n" + _table(head, rows)
 
 
-def _choosing(runs: Runs, main: str, baseline: str) -> str:
-    shares = _shares(runs)
+def _choosing(variants: Variants, main: str, baseline: str) -> str:
+    shares = _shares(variants)
     head = ["model", "chosen by", "documents", *(f"{s:.1%} kept" for s in shares)]
     rows, lines = [], []
     for name in (main, baseline):
-        settings = {(r["method"], r["documents"]) for m in runs[name].values() for r in m["subsets"]}
+        settings = {(r["method"], r["documents"]) for m in variants[name].values() for r in m["subsets"]}
         for method, count in sorted(settings):
-            rows.append([name, method, str(count), *(_cell(over_seeds(runs[name], above("trained", s, method, count)))
+            rows.append([name, method, str(count), *(_cell(over_seeds(variants[name], above("trained", s, method, count)))
                                                      for s in shares)])
     for share in shares:
-        if (r := ratio(runs, main, baseline, above("trained", share))) is not None:
+        if (r := ratio(variants, main, baseline, above("trained", share))) is not None:
             lines.append(f"- {share:.1%} kept: the loss of {main} rises {r.text('.3f')} times as much as that of {baseline}")
-        if (r := reach_of_one(runs[main], share)) is not None:
-            lines.append(f"- {share:.1%} kept: one document reaches {r.text('.1%')} of what {_most(runs[main])} reach over "
+        if (r := reach_of_one(variants[main], share)) is not None:
+            lines.append(f"- {share:.1%} kept: one document reaches {r.text('.1%')} of what {_most(variants[main])} reach over "
                          f"a random choice ({main})")
     return "How experts are chosen (loss above the full model's, trained labels):\n\n" + _table(head, rows) + (
         "\n\n" + "\n".join(lines))
@@ -176,11 +177,11 @@ def reach_of_one(of: dict[int, dict], share: float) -> Estimate | None:
     return over_seeds(of, value)
 
 
-def _information(runs: Runs) -> str:
+def _information(variants: Variants) -> str:
     columns = {"expert_label": "expert and label", "expert_token": "expert and token", "cluster_label": "cluster and label",
                "cluster_token": "cluster and token", "effective_experts": "effective experts of a document"}
     rows = [[name, *(_cell(over_seeds(of, lambda m, c=c: m["information"][c]), ".3f") for c in columns)]
-            for name, of in runs.items()]
+            for name, of in variants.items()]
     return ("What experts tell (mutual information above chance, nats; clusters: adjusted, 0 to 1):\n\n"
             + _table(["model", *columns.values()], rows))
 
@@ -196,55 +197,41 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 # ---- figure ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(runs: Runs, main: str, baseline: str, path: Path) -> str | None:
-    """Loss above the full model's: by share, by documents that chose, by variant. Needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed (pip install 'emo-jax[report]')", file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def _figure(variants: Variants, main: str, baseline: str, path: Path) -> Path | None:
+    """Loss above the full model's: by share, by documents that chose, by variant; None without matplotlib."""
+    few, fewest = _shares(variants)[-2:]
+    counts = sorted({r["documents"] for m in variants[main].values() for r in m["subsets"] if r["method"] == _method(m)})
+    colors = dict.fromkeys(variants, plots.GRAY) | dict(zip((main, baseline), plots.COLORS))
 
-    figure, (by_share, by_documents, by_variant) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    shares = _shares(runs)
-    counts = sorted({r["documents"] for m in runs[main].values() for r in m["subsets"] if r["method"] == _method(m)})
-    colors = dict(zip(runs, plt.rcParams["axes.prop_cycle"].by_key()["color"] * 3))
-    for name in (main, baseline):
-        for part, style in (("trained", "-"), ("left_out", "--")):
-            _line(by_share, [100 * s for s in shares], [over_seeds(runs[name], above(part, s)) for s in shares],
-                  color=colors[name], linestyle=style, label=f"{name}, {part.replace('_', '-')} labels")
-        for share, style in zip(shares[-2:], ("--", "-")):
-            _line(by_documents, counts, [over_seeds(runs[name], above("trained", share, documents=n)) for n in counts],
-                  color=colors[name], linestyle=style, label=f"{name}, {share:.1%} kept")
-    for i, name in enumerate(runs):
-        for j, share in enumerate(shares[-2:]):
-            found = over_seeds(runs[name], above("trained", share))
-            by_variant.barh(i + 0.4 * j - 0.2, found.mean, 0.4, xerr=found.half_width, color=colors[name],
-                            alpha=(0.5, 1)[j])
-    by_variant.set_yticks(range(len(runs)), list(runs))
-    by_variant.invert_yaxis()
-    by_share.set_xscale("log", base=2)
-    by_share.set_xticks([100 * s for s in shares], [f"{100 * s:g}" for s in shares])
-    by_documents.set_xscale("log")
-    by_documents.set_xticks(counts, list(map(str, counts)))
-    by_documents.minorticks_off()
-    for axis, label in ((by_share, "experts kept (%)"), (by_documents, "documents that chose the experts of a label"),
-                        (by_variant, f"nats/token, {shares[-2]:.1%} (light) and {shares[-1]:.1%} kept")):
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    figure.suptitle("Loss above the full model's (mean over labels; bands and bars: 95 % over seeds)", fontsize=11)
-    by_share.set_ylabel("nats/token")
-    by_share.legend(fontsize=8)
-    by_documents.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return str(path)
+    def line(axis, name: str, label: str, xs: list[float], values: list[Callable], dashed: bool) -> None:
+        found = [(x, e) for x, value in zip(xs, values) if (e := over_seeds(variants[name], value)) is not None]
+        if found:
+            bounds = [[e.mean + sign * (e.half_width or 0) for _, e in found] for sign in (0, -1, 1)]
+            plots.line(axis, label, [x for x, _ in found], bounds[0], colors[name], *bounds[1:], dashed)
 
+    def draw(by_share, by_documents, by_variant) -> None:
+        for name in (main, baseline):
+            for part, dashed in (("trained", False), ("left_out", True)):
+                line(by_share, name, name + dashed * ",\nleft-out labels", _shares(variants),
+                     [above(part, share) for share in _shares(variants)], dashed)
+            for share, dashed in ((fewest, False), (few, True)):
+                line(by_documents, name, f"{name}, {100 * share:g} %", counts,
+                     [above("trained", share, documents=n) for n in counts], dashed)
+        for i, name in enumerate(variants):
+            for share in (few, fewest):
+                if (e := over_seeds(variants[name], above("trained", share))) is not None:
+                    plots.span(by_variant, i, e.mean, e.half_width, colors[name], hollow=share == few)
+        plots.experts_kept(by_share, _shares(variants))
+        by_documents.set_xscale("log")
+        by_documents.set_xticks(counts, counts)
+        by_documents.minorticks_off()
+        by_documents.set_xlabel("documents of each label")
+        by_variant.set_yticks(range(len(variants)), list(variants))
+        by_variant.set_ylim(len(variants) - 0.5, -0.5)
+        by_variant.axvline(0, color=plots.LIGHT, zorder=0)
+        for axis, title in ((by_share, "By the share of the experts"), (by_documents, "By the documents that chose them"),
+                            (by_variant, f"By variant: {100 * few:g} % (hollow) and {100 * fewest:g} % (filled)")):
+            axis.set_title(title)
 
-def _line(axis, xs: list[float], found: list[Estimate | None], **style) -> None:
-    points = [(x, e.mean, e.half_width or 0.0) for x, e in zip(xs, found) if e is not None]
-    if points:
-        x, mean, half = map(np.array, zip(*points))
-        axis.plot(x, mean, marker="o", markersize=4, **style)
-        axis.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+    return plots.save(path, 3, (14, 4.4), draw,
+                      "Loss above the full model's in nats/token (means over labels; bands: 95 % over seeds)")

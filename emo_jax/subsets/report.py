@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
+
+from emo_jax import plots
 
 _HEAD = f"{'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"
 
@@ -39,34 +40,22 @@ def subset_table(result: dict[str, Any]) -> str:
 
 
 def save_figure(models: dict[str, dict[str, Any]], path: Path) -> Path | None:
-    """Loss against kept share, one line a model. Without matplotlib: says so and returns None."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed (pip install 'emo-jax[report]')", file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Loss against the kept share of the experts, and how far it is above the full model's; None without matplotlib."""
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, result in models.items():
-        rows = sorted(result["subsets"], key=lambda row: row["share"])
-        shares = [100 * row["share"] for row in rows] + [100]
-        left.plot(shares, [row["loss"] for row in rows] + [result["full"]["loss"]], marker="o", label=name)
-        gaps = [row["difference"] for row in rows] + [0]
-        line, = right.plot(shares, gaps, marker="o", label=name)
-        intervals = [row["interval"] or [row["difference"]] * 2 for row in rows] + [[0, 0]]
-        right.fill_between(shares, *zip(*intervals), color=line.get_color(), alpha=0.2, linewidth=0)
-    for axis, title in ((left, "loss (nats/token)"), (right, "loss above the full model (nats/token)")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(shares, [f"{s:g}" for s in shares])
-        axis.set(xlabel="experts kept (%)", title=title)
-        axis.grid(alpha=0.3)
-    left.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    def draw(loss, above) -> None:
+        for (name, result), color in zip(models.items(), plots.COLORS):
+            rows = [{"share": 1.0, "difference": 0.0, "interval": None} | result["full"],
+                    *sorted(result["subsets"], key=lambda row: -row["share"])]
+            shares, rise = [row["share"] for row in rows], [row["difference"] for row in rows]
+            intervals = [row["interval"] or [row["difference"]] * 2 for row in rows]
+            plots.line(loss, name, shares, [row["loss"] for row in rows], color)
+            plots.line(above, name, shares, rise, color, *zip(*intervals))
+            for axis in (loss, above):
+                plots.experts_kept(axis, shares)
+        loss.set_title("Loss (nats/token)")
+        above.set_title("Loss above the full model's (nats/token; bands: 95 %)")
+
+    return plots.save(path, 2, (10, 3.8), draw)
 
 
 def _with_full(result: dict[str, Any]) -> list[dict[str, Any]]:
