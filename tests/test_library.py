@@ -25,7 +25,7 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
-    train(tiny_config(folder, "--train.steps=20"), folder / "runs" / "tiny")
+    train(tiny_config(folder, "--train.steps=20", "--data.sequence_length=64"), folder / "runs" / "tiny")
     return folder / "runs" / "tiny"
 
 
@@ -81,7 +81,7 @@ def test_devices_change_nothing(run, model):
 def test_what_is_no_text_is_named(run, model, subset):
     with pytest.raises(InputError, match="must be a list of strings"):
         model.loss("a string")
-    with pytest.raises(InputError, match="text 2 has 201 tokens; a row holds 1 to 32"):
+    with pytest.raises(InputError, match="text 2 has 201 tokens; a row holds 1 to 64"):
         model.router_probabilities(["red", "\x00" * 200])
     other = dataclasses.replace(subset, model={"name": "another", "step": 3, "hash": "0" * 16})
     for use in (lambda: model.loss(TEXTS, subset=other), lambda: model.generate(TEXTS, subset=other),
