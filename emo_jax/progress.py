@@ -25,8 +25,8 @@ def say(message: str) -> None:
 class Progress:
     """A line every few seconds; nothing for work that is done before the first. what: the work, for the line. total: in units; None where nobody knows. every: seconds between two lines."""
 
-    def __init__(self, what: str, total: int | None, unit: str = "bytes", every: float = 3.0):
-        self.what, self.total, self.unit, self.every = what, total, unit, every
+    def __init__(self, what: str, total: int | None, unit: str = "bytes", every: float = 3.0, first: int = 0):
+        self.what, self.total, self.unit, self.every, self.first = what, total, unit, every, first
         self._start = self._last = time.monotonic()
 
     def update(self, done: int) -> None:
@@ -37,11 +37,11 @@ class Progress:
             say(self._line(done, now - self._start))
 
     def _line(self, done: int, seconds: float) -> str:
-        rate = done / seconds
+        rate = (done - self.first) / seconds
         speed = f"{rate:,.0f} a second" if rate >= 10 else f"{rate:.2g} a second"
         if self.total is None:
             return f"{self.what}: {done:,} {self.unit}, {speed}"
-        left = f", {duration((self.total - done) / rate)} left" if done else ""
+        left = f", {duration((self.total - done) / rate)} left" if rate else ""
         share = 100 * done / max(self.total, 1)
         return f"{self.what}: {done:,} of {self.total:,} {self.unit} ({share:.0f} %), {speed}{left}"
 

@@ -18,6 +18,7 @@ from emo_jax.checkpoints.store import BitSum, Leaf, ParameterStore, leaf_shapes
 from emo_jax.config import Config
 from emo_jax.errors import RunError
 from emo_jax.files import write_text
+from emo_jax.progress import track
 
 TABLES = (("layers", "moe", "gate"), ("layers", "moe", "up"), ("layers", "moe", "down"))
 ROUTER = ("layers", "moe", "router")
@@ -49,7 +50,7 @@ def write_checkpoint(out: str | Path, config: Config, values: Values, origin: Ch
     try:
         store.create(shapes)
         batch, size = [], 0
-        for leaf, index in parts_of(shapes):
+        for leaf, index in track(list(parts_of(shapes)), f"writing {target}", "parts"):
             part = np.ascontiguousarray(values(leaf, index), np.float32)
             if part.shape != shapes[leaf][len(index):]:
                 raise RunError(f"{'.'.join(leaf)}{list(index)} has shape {part.shape}, not {shapes[leaf][len(index):]}")

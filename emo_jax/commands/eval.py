@@ -39,9 +39,9 @@ def _full(args) -> Result:
 
     loaded = load(args.checkpoint, args.overrides, step=args.step, data=args.data)
     source, numbers = loaded.documents_to_score()
-    found = loaded.checkpoint
+    found, evaluation = loaded.checkpoint, loaded.evaluation(source, numbers)
     result = {"checkpoint": str(found.path), "step": found.step, "data": source.name,
-              **loaded.evaluation(source, numbers)(loaded.params)}
+              **evaluation.summary(*evaluation.losses(loaded.params, what="scoring"))}
     return Result(result, f"{result['checkpoint']} on {result['data']}\n{table(result)}")
 
 

@@ -106,8 +106,8 @@ def merge(args) -> Result:
     before = load(whole, args.overrides, data=args.data)
     source, numbers = before.documents_to_score()
     evaluation = before.evaluation(source, numbers)
-    full = evaluation.losses(before.params)
-    after = evaluation.losses(load(path, args.overrides).params)
+    full = evaluation.losses(before.params, what="scoring the whole model")
+    after = evaluation.losses(load(path, args.overrides).params, what="scoring the merged model")
     result |= {"data": source.name, "full": evaluation.summary(*full), "documents_left_out": 0, "subsets": [
         compare(evaluation, full, after) | {"name": "merged", "keep": "all", "share": 1.0, "method": "merge"}]}
     return Result(result, f"{path}\n{subset_table(result)}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -72,8 +71,8 @@ def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[n
     store, shapes = ParameterStore(found.path / "params"), leaf_shapes(found.config)
     rows = found.run / HF_FILES / ROUTER_ROWS
     dead_rows = np.load(rows) if rows.is_file() else None
-    sums, started = BitSum(shapes), time.monotonic()
-    for i, e in enumerate(plan):
+    sums = BitSum(shapes)
+    for e in track(plan, f"exporting {found.path}", "tensors"):
         values = None
         if e.leaf:
             try:
@@ -85,9 +84,6 @@ def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[n
         tensor = e.to_theirs(values)
         if e.dead_rows and dead_rows is not None:
             tensor = np.concatenate([tensor[: -e.dead_rows], dead_rows[e.index[0]]])
-        if (i + 1) % 1000 == 0:
-            left = (time.monotonic() - started) / (i + 1) * (len(plan) - i - 1)
-            print(f"exported {i + 1:,} of {len(plan):,} tensors, {left:.0f} s left", file=sys.stderr, flush=True)
         yield np.ascontiguousarray(tensor.astype(dtype, copy=False))
     complete = not found.config.model.experts_per_layer  # else some experts are in no layer and were not read
     if complete and sums.total != found.meta["checksums"]["params"]["sum"]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -30,6 +28,7 @@ from emo_jax.convert.tensors import Reader, read_json
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
 from emo_jax.files import write_json, write_text
+from emo_jax.progress import Progress, say
 
 HF_FILES = "hugging_face"
 ROUTER_ROWS = "shared_router_rows.npy"  # in HF_FILES: [L, shared experts, D]
@@ -133,10 +132,10 @@ def _copy(plan: list[Entry], reader: Reader, importing: Path, config: Config) ->
         if state["identity"] != identity:
             raise InputError(f"{importing} holds the beginning of another import; delete it or give another --out")
         done, sums = state["done"], BitSum(shapes, state["sum"], state["finite"])
-        print(f"resuming the import after {done:,} of {len(plan):,} tensors", file=sys.stderr, flush=True)
+        say(f"resuming the import after {done:,} of {len(plan):,} tensors")
     store = ParameterStore(importing / "params")
     store.create(shapes)
-    started, start = time.monotonic(), done
+    progress = Progress(f"importing {reader.path}", len(plan), "tensors", first=done)
     for batch in _batches(plan[done:]):
         parts = []
         for e in batch:
@@ -146,9 +145,7 @@ def _copy(plan: list[Entry], reader: Reader, importing: Path, config: Config) ->
         store.write(parts)
         done += len(batch)
         write_json(note, {"identity": identity, "done": done, "sum": sums.total, "finite": sums.finite})
-        rate = (time.monotonic() - started) / (done - start)
-        print(f"imported {done:,} of {len(plan):,} tensors, {rate * (len(plan) - done):.0f} s left", file=sys.stderr,
-              flush=True)
+        progress.update(done)
     store.write(_absent_experts(config, shapes))
     if not sums.finite:
         raise InputError(f"{reader.path}: some tensors hold values that are not finite")

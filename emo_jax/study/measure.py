@@ -115,7 +115,8 @@ def _subsets(opened: LoadedModel, evaluation: Evaluation, full, text: _Text, met
     keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in SHARES]
     rows = []
     for share, keep, subsets in zip(SHARES, keeps, choose(opened, calibration, method, [Budget(keep=k) for k in keeps])):
-        loss, tokens = evaluation.losses(opened.params, masks_of_labels(evaluation, calibration.names, subsets))
+        masks = masks_of_labels(evaluation, calibration.names, subsets)
+        loss, tokens = evaluation.losses(opened.params, masks, f"scoring {keep} experts")
         above = {label: float((loss - full[0])[evaluation.labels == label].sum()
                               / max(tokens[evaluation.labels == label].sum(), 1)) for label in calibration.names}
         rows.append({"method": method, "documents": count, "share": share, "keep": keep} | text.means(above))

@@ -31,7 +31,7 @@ def check_subsets(opened: LoadedModel, subsets: dict[str, Subset]) -> dict[str, 
         raise InputError(f"every document of {source.name} was used to choose the subset; give other text with --data")
     evaluation = opened.evaluation(source, kept)
     full = full_losses(opened, evaluation)
-    rows = [compare(evaluation, full, evaluation.losses(opened.params, s.mask())) | describe(name, s)
+    rows = [compare(evaluation, full, evaluation.losses(opened.params, s.mask(), f"scoring {name}")) | describe(name, s)
             for name, s in subsets.items()]
     return {"data": source.name, "documents_left_out": int(len(numbers[:MAX_DOCUMENTS]) - len(kept)) if used else 0,
             "full": evaluation.summary(*full), "subsets": rows}
@@ -60,7 +60,8 @@ def curve(opened: LoadedModel, calibration: Calibration, evaluation: Evaluation,
     full = full_losses(opened, evaluation)
     rows = []
     for keep, subsets in zip(keeps, chosen):
-        losses = evaluation.losses(opened.params, masks_of_labels(evaluation, calibration.names, subsets))
+        masks = masks_of_labels(evaluation, calibration.names, subsets)
+        losses = evaluation.losses(opened.params, masks, f"scoring {keep} experts")
         rows.append(compare(evaluation, full, losses) | {
             "name": f"keep {keep}", "keep": keep, "share": keep / opened.config.model.num_experts, "method": method})
     return {"full": evaluation.summary(*full), "subsets": rows,
@@ -76,7 +77,7 @@ def masks_of_labels(evaluation: Evaluation, names: Sequence[str], subsets: Seque
 def full_losses(opened: LoadedModel, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Of the whole model, by the program that also serves subsets."""
     require_experts(opened.config)
-    return evaluation.losses(opened.params, everything(opened.config).mask())
+    return evaluation.losses(opened.params, everything(opened.config).mask(), "scoring the full model")
 
 
 def describe(name: str, subset: Subset) -> dict[str, Any]:

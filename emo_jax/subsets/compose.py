@@ -92,11 +92,11 @@ def suggest(opened: LoadedModel, calibration: Calibration, evaluation: Evaluatio
         raise InputError(f"--tolerance {tolerance} must not be negative")
     m = opened.config.model
     total = lambda losses: losses[0].sum() / max(losses[1].sum(), 1)  # noqa: E731
-    full, tried = total(evaluation.losses(opened.params)), []
+    full, tried = total(evaluation.losses(opened.params, what="scoring the full model")), []
 
     def attempt(keep: int) -> tuple[Subset, bool]:
         subset = choose_one(opened, calibration, method, Budget(keep=keep), **options)
-        loss = total(evaluation.losses(opened.params, subset.mask()))
+        loss = total(evaluation.losses(opened.params, subset.mask(), f"scoring {keep} experts"))
         tried.append({"keep": keep, "loss": float(loss), "difference": float(loss - full)})
         return subset, loss <= full + tolerance
 

@@ -12,6 +12,7 @@ from emo_jax import compat, sharding
 from emo_jax.config import Config
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.processes import gather_global
+from emo_jax.progress import track
 from emo_jax.train.step import make_eval_step
 
 LabelledRows = list[tuple[str, dict[str, np.ndarray]]]  # label, fields [n, T]
@@ -42,12 +43,13 @@ class Evaluation:
         tokens of the rows (of the label)."""
         return self.summary(*self.losses(params))
 
-    def losses(self, params: dict, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def losses(self, params: dict, allowed: np.ndarray | None = None, what: str = "") -> tuple[np.ndarray, np.ndarray]:
         """(nats, counted tokens) of every row [n], float64. `allowed`: routed experts that may be used, bool [L, R] for
-        all rows or [L, n, R] for each; changing it compiles nothing anew."""
+        all rows or [L, n, R] for each; changing it compiles nothing anew. `what`: the work, for a line of progress."""
         loss, tokens = [], []
         with compat.set_mesh(self._mesh):
-            for start in range(0, len(self._fields["tokens"]), self._batch_size):
+            starts = range(0, len(self._fields["tokens"]), self._batch_size)
+            for start in track(starts, what, "batches") if what else starts:
                 rows = slice(start, start + self._batch_size)
                 batch = {name: sharding.place(x[rows], self._mesh, sharding.TOKENS) for name, x in self._fields.items()}
                 out = self._step(params, batch, self._mask(allowed, rows))
