@@ -32,8 +32,8 @@ def shortened(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:half]}...({len(text):,} characters)...{text[-half:]}"
 
 
-def make_folder(given: str | Path, flag: str = "--out") -> Path:
-    """The absolute path of a folder that a person named with `flag`; made where it is not there. Raises `InputError`."""
+def folder_path(given: str | Path, flag: str = "--out") -> Path:
+    """The absolute path of a folder that a person named with `flag`; there may be none yet. Raises `InputError`."""
     if not str(given):
         raise InputError(f"{flag} is empty; give a folder")
     if "://" in str(given):
@@ -41,6 +41,12 @@ def make_folder(given: str | Path, flag: str = "--out") -> Path:
     folder = given_path(given, flag).absolute()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{flag} {given} is a file; expected a folder")
+    return folder
+
+
+def make_folder(given: str | Path, flag: str = "--out") -> Path:
+    """`folder_path`, made where it is not there."""
+    folder = folder_path(given, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -23,7 +23,8 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """A line every few seconds; nothing for work that is done before the first. what: the work, for the line. total: in units; None where nobody knows. every: seconds between two lines."""
+    """A line every few seconds; nothing for work that is done before the first. what: the work, for the line. total: in units;
+    None where nobody knows. every: seconds between two lines. first: units that were done before."""
 
     def __init__(self, what: str, total: int | None, unit: str = "bytes", every: float = 3.0, first: int = 0):
         self.what, self.total, self.unit, self.every, self.first = what, total, unit, every, first

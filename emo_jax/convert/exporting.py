@@ -27,7 +27,8 @@ from emo_jax.convert.layouts import Entry, entries
 from emo_jax.convert.tensors import SHARD_BYTES, Planned, read_json, write_folder
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import make_folder, replacing, write_json
+from emo_jax.files import folder_path, make_folder, replacing, write_json
+from emo_jax.progress import track
 
 FORMATS = ("hf", "qwen2_moe", "deepseek", "llama")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -37,14 +38,14 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
                       shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
     """Writes the folder `out`; tensors go through memory one at a time. `dtype` auto: that of the checkpoint it was
     imported from, else float32. Raises `InputError`."""
-    found, target = open_checkpoint(path, step), Path(out).absolute()
+    found, target = open_checkpoint(path, step), folder_path(out)
     config = found.config
     layout = {"hf": "emo" if config.model.num_experts else "dense", "deepseek": "qwen2_moe"}.get(form, form)
     description.require_exportable(layout, config)
     hf_files = found.run / HF_FILES
     if dtype == "auto":
         dtype = read_json(hf_files / NOTE)["dtype"] if (hf_files / NOTE).is_file() else "float32"
-    if make_folder(target) and any(target.iterdir()):
+    if target.exists() and any(target.iterdir()):
         raise InputError(f"--out {out} is not an empty folder")
     if layout == "emo" and config.model.num_shared_experts > 1:
         print(f"warning: the published code weights {config.model.num_shared_experts} shared experts by a softmax over "
