@@ -107,6 +107,11 @@ def parameter_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
+def place(x: np.ndarray, mesh: Mesh, where: P) -> jax.Array:
+    """A global array of what every process holds whole."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, where), lambda index: x[index])
+
+
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Global arrays [B, T] from this process's rows [B / processes, T] of each field."""
     sharding = batch_sharding(mesh)

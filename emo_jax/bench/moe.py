@@ -10,6 +10,7 @@ import numpy as np
 
 from emo_jax.bench import compute_dtype, interleaved, ratio
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.rounding import round_up
 
 SMALL = dict(tokens=4096, top_k=3, experts=32, d_model=256, d_ff=256)
 PUBLISHED = dict(tokens=16384, top_k=7, experts=127, d_model=2048, d_ff=2048)  # d_ff: gate and up are one matmul
@@ -54,8 +55,8 @@ def uneven_groups(rows: int, experts: int, alignment: int):
     shares = 1.0 + jnp.arange(experts - 1) % 7
     counts = jnp.floor(rows * shares / jnp.sum(shares)).astype(jnp.int32)
     counts = jnp.append(counts.at[0].add(rows - jnp.sum(counts)), 0)
-    buffer = -(-(rows + experts * (alignment - 1)) // alignment) * alignment
-    return -(-counts // alignment) * alignment, buffer
+    buffer = round_up(rows + experts * (alignment - 1), alignment)
+    return round_up(counts, alignment), buffer
 
 
 def report(r: dict[str, Any]) -> str:

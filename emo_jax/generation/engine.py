@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 from emo_jax import model, sharding
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.generation.placement import for_inference, place, power_of_two, round_rows
+from emo_jax.generation.placement import for_inference, power_of_two, round_rows
 from emo_jax.generation.sampling import Sampling, sample
 from emo_jax.model import KVCache
-from emo_jax.sharding import BATCH, reshard, spec
+from emo_jax.rounding import round_up
+from emo_jax.sharding import BATCH, place, reshard, spec
 from emo_jax.train.hosts import gather_global
 
 PREFILL_CHUNK = 512  # longest part of a prompt that is read at once
@@ -95,7 +96,7 @@ class Generator:
             state, free = self._read_prompts(prompts, max_new_tokens)
             rows = np.zeros(len(state.position), np.int32)
             rows[: len(ids)] = ids
-            rows = place(self.mesh, rows, P(BATCH))
+            rows = place(rows, self.mesh, P(BATCH))
         made = {i: [] for i in ids}
         left, running = max_new_tokens, set(ids)
         while left > 0 and running:
@@ -117,13 +118,13 @@ class Generator:
                 if new:
                     yield i, new
             finished = np.array([i not in running for i in ids] + [True] * (len(state.finished) - len(ids)))
-            state = state._replace(finished=place(self.mesh, finished, P(BATCH)))
+            state = state._replace(finished=place(finished, self.mesh, P(BATCH)))
 
     def _read_prompts(self, prompts, max_new_tokens) -> tuple[State, int]:
         """The state before the first new token, and the free slots of its cache."""
         c, longest = self.config.model, max(map(len, prompts))
         chunk = min(PREFILL_CHUNK, power_of_two(longest, 16))
-        length = -(-longest // chunk) * chunk
+        length = round_up(longest, chunk)
         slots, rows = _slots(length + max_new_tokens), round_rows(len(prompts), self.mesh)
         tokens, segments = np.zeros((2, rows, length), np.int32)
         for row, prompt in enumerate(prompts):
@@ -134,13 +135,13 @@ class Generator:
         shape = (c.num_layers, rows, c.num_kv_heads, slots, c.head_dim)
         empty = jax.jit(lambda: (jnp.zeros(shape, self._run.dtype), jnp.zeros(shape, self._run.dtype)),
                         out_shardings=NamedSharding(self.mesh, heads))()
-        cache = KVCache(*empty, place(self.mesh, np.zeros((rows, slots), np.int32), P(BATCH, None)), jnp.int32(0))
+        cache = KVCache(*empty, place(np.zeros((rows, slots), np.int32), self.mesh, P(BATCH, None)), jnp.int32(0))
         for start in range(0, length, chunk):
-            part = {name: place(self.mesh, a[:, start : start + chunk], sharding.TOKENS) for name, a in
+            part = {name: place(a[:, start : start + chunk], self.mesh, sharding.TOKENS) for name, a in
                     (("tokens", tokens), ("segment_ids", segments), ("positions", positions))}
             cache, logits = self._prefill(self._params, cache, part)
         finished = np.arange(rows) >= len(prompts)
-        position, finished = (place(self.mesh, x, P(BATCH)) for x in (positions[:, -1] + 1, finished))
+        position, finished = (place(x, self.mesh, P(BATCH)) for x in (positions[:, -1] + 1, finished))
         return State(cache, logits, position, finished), slots - length
 
     # ---- on the device ----
@@ -176,4 +177,4 @@ class Generator:
 
 def _slots(n: int) -> int:
     """Buckets of the cache: powers of two, above 1024 multiples of it."""
-    return power_of_two(n, 64) if n <= 1024 else -(-n // 1024) * 1024
+    return power_of_two(n, 64) if n <= 1024 else round_up(n, 1024)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emo_jax import sharding
 from emo_jax.model import Params
+from emo_jax.rounding import ceil_div
 
 FP32 = ("attention_norm", "mlp_norm", "final_norm", "router")
 
@@ -28,11 +28,6 @@ def for_inference(params: Params, dtype) -> Params:
     return jax.tree_util.tree_map_with_path(prepare, params)
 
 
-def place(mesh: Mesh, x: np.ndarray, where: P) -> jax.Array:
-    """An array that every process has, on the mesh."""
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, where), lambda index: x[index])
-
-
 def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
@@ -46,4 +41,4 @@ def bucket(n: int, least: int = 32) -> int:
 def round_rows(n: int, mesh: Mesh) -> int:
     """Rows for n of them: a power of two on every shard of the batch."""
     shards = sharding.batch_shards(mesh)
-    return shards * power_of_two(-(-n // shards))
+    return shards * power_of_two(ceil_div(n, shards))

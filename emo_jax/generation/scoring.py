@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 
 from emo_jax import model
 from emo_jax.config import Config
-from emo_jax.generation.placement import bucket, for_inference, place, power_of_two, round_rows
-from emo_jax.sharding import BATCH, TOKENS, batch_shards, spec
+from emo_jax.generation.placement import bucket, for_inference, power_of_two, round_rows
+from emo_jax.sharding import BATCH, TOKENS, batch_shards, place, spec
 from emo_jax.train.hosts import gather_global
 
 Ids = Sequence[int]
@@ -72,8 +72,8 @@ class Scorer:
             at[b, :n], targets[b, :n] = np.arange(len(tokens) - 1 - n, len(tokens) - 1), tokens[-n:]
             counts[b, :n] = True
         with jax.set_mesh(self.mesh):
-            batch = {name: place(self.mesh, x, TOKENS) for name, x in fields.items()}
-            wanted = [place(self.mesh, x, P(BATCH, None)) for x in (at, targets, counts)]
+            batch = {name: place(x, self.mesh, TOKENS) for name, x in fields.items()}
+            wanted = [place(x, self.mesh, P(BATCH, None)) for x in (at, targets, counts)]
             return tuple(gather_global(x)[: len(rows)] for x in self._score(self._params, batch, *wanted))
 
     def _score_batch(self, params, batch, at: Int[Array, "B C"], targets: Int[Array, "B C"], counts):

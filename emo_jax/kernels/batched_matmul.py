@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from emo_jax.compat import vary_like
+from emo_jax.rounding import ceil_div
 
 BLOCK = 128  # rows
 CHUNK_BYTES = 2**29  # of the copies that exist at a time
@@ -53,7 +54,7 @@ def _weight_gradient(rows, d_out, weights, group_sizes):
 def _num_chunks(num_rows: int, weights) -> int:
     blocks = num_rows // BLOCK
     at_once = max(1, CHUNK_BYTES // (weights[0].size * 4))
-    return next(n for n in range(-(-blocks // at_once), blocks + 1) if blocks % n == 0)
+    return next(n for n in range(ceil_div(blocks, at_once), blocks + 1) if blocks % n == 0)
 
 
 def _chunks(rows, weights):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from emo_jax.rounding import ceil_div
+
 
 @jax.custom_vjp
 def blocked_attention(
@@ -68,7 +70,7 @@ blocked_attention.defvjp(_forward_saved, _backward)
 def _blocks(q, k) -> list[tuple[int, int, int]]:
     """(first query, end of the queries, end of the keys that they may see)"""
     length, keys = q.shape[1], k.shape[1]
-    block = max(128, -(-length // 16))  # at most 16 blocks are unrolled
+    block = max(128, ceil_div(length, 16))  # at most 16 blocks are unrolled
     ends = [(i, min(i + block, length)) for i in range(0, length, block)]
     return [(i, j, j if length == keys else keys) for i, j in ends]
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
+from emo_jax.rounding import ceil_div
 from emo_jax.sharding import ACTIVATIONS, AXES, BATCH, TOKENS, parameter_spec
 
 
@@ -121,7 +122,7 @@ def _is_target(logits, targets, axis):
 def _chunks(a, chunk_tokens):
     """[N, ...] -> [n, N / n, ...] with the smallest n that keeps a chunk at or below `chunk_tokens`."""
     N = a.shape[0]
-    n = next(n for n in range(max(1, -(-N // chunk_tokens)), N + 1) if N % n == 0)
+    n = next(n for n in range(max(1, ceil_div(N, chunk_tokens)), N + 1) if N % n == 0)
     return a.reshape(n, N // n, *a.shape[1:])
 
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from emo_jax.rounding import round_up
+
 
 class Plan(NamedTuple):
     slot_of_row: Int[Array, "S"]  # T * k where the row is padding
@@ -36,7 +38,7 @@ def plan_dispatch(
     local = expert_ids - first
     member = jnp.any(local[..., None] == jnp.arange(count), axis=1) & valid[:, None]  # [T, e]; a token's choices differ
     seen = jnp.cumsum(member.astype(jnp.int32), axis=0)
-    sizes = -(-seen[-1] // alignment) * alignment
+    sizes = round_up(seen[-1], alignment)
     row = jnp.cumsum(sizes) - sizes + seen - 1  # [T, e]
     here = (local >= 0) & (local < count) & valid[:, None]
     rows = jnp.take_along_axis(row, jnp.clip(local, 0, count - 1), axis=1)
@@ -50,7 +52,7 @@ def buffer_rows(tokens: int, k: int, experts: int, alignment: int, buffer_alignm
     """Rows that hold any routing of `tokens` tokens: min(k, experts) choices each, and the padding of the groups. A multiple
     of both alignments."""
     multiple = max(alignment, buffer_alignment)
-    return -(-(tokens * min(k, experts) + experts * (alignment - 1)) // multiple) * multiple
+    return round_up(tokens * min(k, experts) + experts * (alignment - 1), multiple)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

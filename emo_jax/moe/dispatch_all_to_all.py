@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from emo_jax.compat import vary_like
+from emo_jax.rounding import round_up
 
 
 class Updates(NamedTuple):
@@ -44,7 +45,7 @@ def plan_exchange(counts: Int[Array, "P P*e"], me: Int[Array, ""], alignment: in
     """`counts[i]`: rows that device i has for every expert; `me`: the index of this device."""
     P = counts.shape[0]
     counts = counts.reshape(P, P, -1).astype(jnp.int32)  # [source, destination, local expert]
-    groups = -(-jnp.sum(counts, axis=0) // alignment) * alignment  # [destination, local expert]
+    groups = round_up(jnp.sum(counts, axis=0), alignment)  # [destination, local expert]
     starts = jnp.cumsum(groups, axis=1) - groups
     received_at = starts + jnp.cumsum(counts, axis=0) - counts  # by source inside a group
     flat = counts.reshape(P, -1)

@@ -35,6 +35,7 @@ from emo_jax.kernels import rings
 from emo_jax.kernels.grouped_matmul import swiglu
 from emo_jax.moe import dispatch, few_tokens
 from emo_jax.moe import dispatch_all_to_all as a2a
+from emo_jax.rounding import round_up
 from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, fsdp_dimension
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def _all_to_all(x, expert_ids, weights, valid, gate_up, down, first, kernel, buf
     here, plan = jax.tree.map(lambda a: checkpoint_name(a, "routing"), (here, plan))
     multiple = max(alignment, gmm.BUFFER_ALIGNMENT[kernel])
     largest = dispatch.buffer_rows(peers * tokens, k, count, alignment, multiple)
-    room = min(largest, -(-int(buffer_factor * tokens * k + count * (alignment - 1)) // multiple) * multiple)
+    room = min(largest, round_up(int(buffer_factor * tokens * k + count * (alignment - 1)), multiple))
     num_rows = room if buffer_factor else largest
 
     def exchanged(x, weights, gate_up, down):

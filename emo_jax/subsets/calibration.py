@@ -19,6 +19,7 @@ from emo_jax.data.packing import pack
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
+from emo_jax.rounding import round_up
 
 MAX_DOCUMENTS = 1000  # of a group, unless asked for more
 FIELDS = ("tokens", "segment_ids", "positions")
@@ -37,7 +38,7 @@ class Calibration:
         """(fields on the mesh [B, T], the group of every row [B]); the last batch is filled up with rows of padding,
         whose group is -1."""
         shards = sharding.batch_shards(mesh)
-        size = -(-min(batch_size, len(self.groups)) // shards) * shards
+        size = round_up(min(batch_size, len(self.groups)), shards)
         for start in range(0, len(self.groups), size):
             count = len(self.groups[start:start + size])
             rows = {k: np.zeros((size, *x.shape[1:]), x.dtype) for k, x in self.fields.items()}
@@ -45,12 +46,7 @@ class Calibration:
                 rows[name][:count] = x[start:start + size]
             groups = np.full(size, -1)
             groups[:count] = self.groups[start:start + size]
-            yield {name: place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
-
-
-def place(x: np.ndarray, mesh: jax.sharding.Mesh, spec) -> jax.Array:
-    """A global array of what every process holds whole."""
-    return jax.make_array_from_callback(x.shape, jax.sharding.NamedSharding(mesh, spec), lambda index: x[index])
+            yield {name: sharding.place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
 
 
 def from_tokens(documents: Sequence[np.ndarray], length: int | None = None) -> Calibration:

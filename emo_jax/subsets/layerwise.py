@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from emo_jax import compat, model
-from emo_jax.sharding import BATCH, P
+from emo_jax.sharding import BATCH, P, place
 from emo_jax.subsets import layers
 from emo_jax.subsets.budget import pick
-from emo_jax.subsets.calibration import Calibration, place
+from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.opened import Opened
 from emo_jax.subsets.sweep import Totals, batch_size, layer_at, one_sweep
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emo_jax import compat, model
-from emo_jax.sharding import BATCH, P, spec
+from emo_jax.sharding import BATCH, P, place, spec
 from emo_jax.subsets import layers
-from emo_jax.subsets.calibration import Calibration, place
+from emo_jax.subsets.calibration import Calibration
 from emo_jax.subsets.opened import Opened
 from emo_jax.train.hosts import gather_global
 

@@ -42,7 +42,7 @@ class Evaluation:
         padding = -len(self.labels) % self._batch_size  # rows of nothing: segment 0, loss weight 0
         self._fields = {name: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)])
                         for name, x in fields.items()}
-        self._mesh, self._sharding = mesh, sharding.batch_sharding(mesh)
+        self._mesh = mesh
         self._step = make_eval_step(config, mesh, tokenizer.eos_id)
 
     def __call__(self, params: dict) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Evaluation:
         with compat.set_mesh(self._mesh):
             for start in range(0, len(self._fields["tokens"]), self._batch_size):
                 rows = slice(start, start + self._batch_size)
-                batch = {name: self._place(x[rows]) for name, x in self._fields.items()}
+                batch = {name: sharding.place(x[rows], self._mesh, sharding.TOKENS) for name, x in self._fields.items()}
                 out = self._step(params, batch, self._mask(allowed, rows))
                 loss.append(out["loss_sum"])
                 tokens.append(out["loss_tokens"])
@@ -86,12 +86,7 @@ class Evaluation:
         part = allowed[:, rows]
         mask = np.ones((len(part), self._batch_size, 1, part.shape[2]), bool)
         mask[:, :part.shape[1], 0] = part
-        sharded = jax.sharding.NamedSharding(self._mesh, sharding.P(None, sharding.BATCH))
-        return jax.make_array_from_callback(mask.shape, sharded, lambda index: mask[index])
-
-    def _place(self, x: np.ndarray) -> jax.Array:
-        """Every process has all rows and places those of its devices."""
-        return jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index])
+        return sharding.place(mask, self._mesh, sharding.P(None, sharding.BATCH))
 
 
 def evaluate_checkpoint(path: str, data_path: str = "", step: int | None = None,
