@@ -122,13 +122,13 @@ def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def spec(*axes) -> P | None:
-    """`P(*axes)` as an `out_sharding`, or None where no mesh is set (plain functions on one device)."""
+    """`P(*axes)` as an `out_sharding`, or None where no mesh is set: the functions of `moe.routing` and `moe.losses`, and
+    they alone, serve plain arrays too."""
     return None if jax.sharding.get_abstract_mesh().empty else P(*axes)
 
 
 def reshard(x: jax.Array, *axes) -> jax.Array:
-    s = spec(*axes)
-    return x if s is None else compat.reshard(x, s)
+    return compat.reshard(x, P(*axes))
 
 
 def gather_weight(w: jax.Array, dtype, *axes) -> jax.Array:

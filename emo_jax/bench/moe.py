@@ -19,13 +19,13 @@ PUBLISHED = dict(tokens=16384, top_k=7, experts=127, d_model=2048, d_ff=2048)  #
 def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: int, kernel: str = "auto") -> dict[str, Any]:
     """Forward, and forward with backward, of rows [tokens * top_k, d_model] times [experts, d_model, d_ff] with uneven
     groups, one of them empty."""
-    kernel = gmm.choose(kernel, jax.default_backend())
+    chosen = gmm.choose(kernel, jax.default_backend())
     dtype = compute_dtype()
-    sizes, rows = uneven_groups(tokens * top_k, experts, gmm.ROW_ALIGNMENT[kernel])
+    sizes, rows = uneven_groups(tokens * top_k, experts, gmm.ROW_ALIGNMENT[chosen.name])
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, d_model), dtype)
     w = jax.random.normal(keys[1], (experts, d_model, d_ff), dtype)
-    grouped = lambda x, w: gmm.grouped_matmul(x, w, sizes, kernel)
+    grouped = lambda x, w: gmm.grouped_matmul(x, w, sizes, chosen)
     dense = lambda x, w: x @ w
     dense_x = x[: tokens * top_k]
     d_grouped = jax.random.normal(keys[2], (rows, d_ff), dtype)
@@ -42,7 +42,7 @@ def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: 
     }, rounds)
     flops = 2 * tokens * top_k * d_model * d_ff
     return {
-        "kernel": kernel, "device": jax.devices()[0].device_kind, "tokens": tokens, "top_k": top_k, "experts": experts,
+        "kernel": str(chosen), "device": jax.devices()[0].device_kind, "tokens": tokens, "top_k": top_k, "experts": experts,
         "d_model": d_model, "d_ff": d_ff, "rounds": rounds,
         "dense_flops_per_second": float(flops / np.median(times["dense"])),
         "forward_over_dense": ratio(times, "grouped", "dense"),

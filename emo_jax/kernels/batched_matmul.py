@@ -13,12 +13,12 @@ from emo_jax.compat import vary_like
 from emo_jax.rounding import ceil_div
 
 BLOCK = 128  # rows
-CHUNK_BYTES = 2**29  # of the copies that exist at a time
+CHUNK_BYTES = 2**29  # the copies that exist at a time
 
 
 @jax.custom_vjp
 def batched(rows, weights, group_sizes):
-    """rows [S, D], weights [E, D, F], group sizes in multiples of BLOCK -> [S, F]."""
+    """rows [Q, D], weights [E, D, F], group sizes in multiples of BLOCK -> [Q, F]."""
     return _multiply(rows, weights, group_sizes, "cbd,cdf->cbf")
 
 
@@ -58,7 +58,7 @@ def _num_chunks(num_rows: int, weights) -> int:
 
 
 def _chunks(rows, weights):
-    """[S, D] -> [chunks, blocks of a chunk, BLOCK, D]"""
+    """[Q, D] -> [chunks, blocks of a chunk, BLOCK, D]"""
     return rows.reshape(_num_chunks(rows.shape[0], weights), -1, BLOCK, rows.shape[1])
 
 

@@ -35,7 +35,7 @@ def layerwise(opened: Opened, calibration: Calibration, routed: np.ndarray, laye
 
 def _streamed(opened: Opened, calibration: Calibration, routed: np.ndarray, on_host: bool):
     totals = Totals(opened, calibration)
-    first, advance = _layer_steps(opened.run, opened.tokenizer.eos_id)
+    first, advance = _layer_steps(opened.execution)
     store, restore = (_to_host, _to_devices) if on_host else (lambda x: x, lambda x: x)
     masks = np.zeros(totals.score.shape, bool)
     with compat.set_mesh(opened.mesh):
@@ -77,25 +77,25 @@ def _row_masks(opened: Opened, masks: np.ndarray, groups: np.ndarray) -> jax.Arr
 
 
 @functools.cache
-def _layer_steps(run: model.Run, eos_id: int):
+def _layer_steps(execution: model.Execution):
     """(params, batch) -> h and statistics of layer 0; (params, layer, h, batch, mask) -> those of the next layer."""
 
     def enter(params, layer, x, rows):
-        layer_params, present = layer_at(params, layer), model.allowed_experts(run.config.model, None)
-        h, normed = layers.attend(layer_params, x, rows, run)
-        return h, layers.routing_of(layer_params, normed, rows, None if present is None else present[layer], run)
+        layer_params, present = layer_at(params, layer), model.allowed_experts(execution.config.model, None)
+        h, normed = layers.attend(layer_params, x, rows, execution)
+        return h, layers.routing_of(layer_params, normed, rows, None if present is None else present[layer], execution)
 
     @jax.jit
     def first(params, batch):
-        rows = model.row_context(batch, run.config, eos_id)
-        return enter(params, 0, model.embed(params["embedding"], batch["tokens"], run.dtype), rows)
+        rows = model.row_context(batch, execution)
+        return enter(params, 0, model.embed(params["embedding"], batch["tokens"], execution.dtype), rows)
 
     @functools.partial(jax.jit, donate_argnums=2)
     def advance(params, layer, h, batch, allowed):
-        rows = model.row_context(batch, run.config, eos_id)
+        rows = model.row_context(batch, execution)
         layer_params = layer_at(params, layer)
-        normed = model.rms_norm(h, layer_params["mlp_norm"], run.config.model.norm_eps)
-        y, _ = layers.block_of(layer_params, run).moe(normed, rows, None, allowed, run)
+        normed = model.rms_norm(h, layer_params["mlp_norm"], execution.config.model.norm_eps)
+        y, _ = layers.block_of(layer_params, execution).moe(normed, rows, None, allowed, execution)
         return enter(params, layer + 1, h + y, rows)
 
     return first, advance

@@ -26,8 +26,8 @@ class Opened:
     checkpoint: Checkpoint | None = None
 
     @property
-    def run(self) -> model.Run:
-        return model.static_choices(self.config, self.mesh)
+    def execution(self) -> model.Execution:
+        return model.Execution.of(self.config, self.mesh, self.tokenizer.eos_id)
 
     def identity(self) -> dict[str, Any]:
         """What a subset file says about the model it was chosen for."""
