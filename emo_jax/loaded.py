@@ -39,6 +39,7 @@ from emo_jax.errors import InputError
 from emo_jax.generation.engine import Generator
 from emo_jax.generation.sampling import Sampling
 from emo_jax.processes import gather_global
+from emo_jax.rounding import round_up
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.step import make_eval_step
 
@@ -59,8 +60,8 @@ class LoadedModel:
     own_documents: bool = True  # `config.data` names those of the run, of which only the held-out ones may be scored
 
     @cached_property
-    def execution(self) -> model.Run:
-        return model.static_choices(self.config, self.mesh)
+    def execution(self) -> model.Execution:
+        return model.Execution.of(self.config, self.mesh, self.tokenizer.eos_id)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -153,8 +154,8 @@ class LoadedModel:
             if not 0 < len(tokens) <= longest:
                 raise InputError(f"text {i + 1} has {len(tokens):,} tokens; a row holds 1 to {longest:,} "
                                  f"(data.sequence_length)")
-        allowed, program = self.allowed(subset), _program(self.config, self.mesh, self.execution, self.tokenizer.eos_id, what)
-        length = min(-(-max(map(len, documents), default=1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, longest)
+        allowed, program = self.allowed(subset), _program(self.execution, self.mesh, what)
+        length = min(round_up(max(map(len, documents), default=1), LENGTH_MULTIPLE), longest)
         budget = LOGITS // self.config.model.vocab_size if what == "logits" else BATCH_TOKENS
         shards = sharding.batch_shards(self.mesh)
         count = max(1, min(budget // length, len(documents)) // shards) * shards
@@ -180,14 +181,14 @@ def _rows(documents: list[np.ndarray], count: int, length: int) -> dict[str, np.
 
 
 @functools.cache
-def _program(config: Config, mesh: Mesh, execution: model.Run, eos_id: int, what: str):
+def _program(execution: model.Execution, mesh: Mesh, what: str):
     """A jitted (params, rows, allowed) -> a tree of arrays [B, ...] or [B, T, ...]."""
     if what == "loss":
-        return make_eval_step(config, mesh, eos_id)
+        return make_eval_step(execution.config, mesh, execution.eos_id)
 
     @jax.jit
     def program(params, rows, allowed):
-        x_BTD, scores = model.forward(params, rows, execution, allowed=allowed, eos_id=eos_id,
+        x_BTD, scores = model.forward(params, rows, execution, allowed=allowed,
                                       per_layer=lambda x, route, rows: route.scores if what == "scores" else None)
         return jnp.moveaxis(scores, 0, 2) if what == "scores" else model.logits(params, x_BTD, execution)
 

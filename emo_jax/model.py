@@ -1,9 +1,10 @@
 """The EMO transformer, top to bottom.
 
-Shape legend:
-    B rows   T tokens of a row   D model width   H query heads   G key/value heads   K head width   V vocabulary
-    L layers   E experts, shared ones included   R routed experts   k routed experts of a token   F expert hidden width
-    N documents of a row   S slots of a key/value cache
+Shape legend of the package. Arrays in bodies carry theirs as a suffix (x_BTD); annotated parameters do without.
+    B rows   T tokens of a row   D model width   H query heads   G key/value heads   W head width   V vocabulary
+    S keys that queries attend to: a whole row's, or the slots of a cache   N documents of a row   L layers
+    E experts, shared ones included   R routed experts   k routed experts of a token   F expert hidden width
+    e experts of a device   Q rows of its buffer   X devices of the mesh axis `expert`   M microbatches
 
 Pre-norm blocks, h = x + attention(norm(x)), y = h + moe(norm(h)); RMSNorm in fp32, rotary positions (half rotation) that
 count through the packed row, no biases, untied embedding and head. The standard MoE (`router.document_pool=False`) and
@@ -26,30 +27,31 @@ from jaxtyping import Array, Float, Int
 
 from emo_jax import sharding
 from emo_jax.config import Config, ModelConfig
+from emo_jax.kernels import Kernel
 from emo_jax.kernels import attention as attention_kernels
 from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels import grouped_matmul as gmm
 from emo_jax.kernels.cached_attention import cached_attention
 from emo_jax.kernels.compiler_options import has_sparse_cores
 from emo_jax.moe import routing
-from emo_jax.moe.experts import choose_strategy, moe_experts
-from emo_jax.sharding import BATCH, gather_weight, reshard, spec
+from emo_jax.moe.experts import Dispatch, ExpertLayer, choose_strategy, moe_experts
+from emo_jax.sharding import ACTIVATIONS, BATCH, gather_weight, reshard
 
 Params = dict[str, Any]
 
 # What the backward pass keeps of a layer instead of recomputing it, by the names that checkpoint_name gives. In units of
 # one bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D, routing 0.2;
-# and under expert parallelism moe_exchanged, the size of the expert axis (ring) or k (all_to_all).
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "moe": jax.checkpoint_policies.save_only_these_names("routing", "moe_exchanged", "moe_rows", "moe_out"),
-    "attention": jax.checkpoint_policies.save_only_these_names("routing", "moe_exchanged", "attention"),
-    "projections": jax.checkpoint_policies.save_only_these_names(
-        "routing", "moe_exchanged", "attention", "attention_qkv", "residual"),
-    "light": jax.checkpoint_policies.save_only_these_names(
-        "routing", "moe_exchanged", "attention", "attention_qkv", "residual", "moe_hidden"),
+# and under expert parallelism moe_exchanged, the size of the expert axis (ring) or k (all_to_all). All keep expert_counts:
+# R numbers, whose sum over the mesh is not repeated.
+_SAVED = {
+    "full": (),
+    "moe": ("routing", "moe_exchanged", "moe_rows", "moe_out"),
+    "attention": ("routing", "moe_exchanged", "attention"),
+    "projections": ("routing", "moe_exchanged", "attention", "attention_qkv", "residual"),
+    "light": ("routing", "moe_exchanged", "attention", "attention_qkv", "residual", "moe_hidden"),
 }
+REMAT_POLICIES = {"none": None} | {
+    name: jax.checkpoint_policies.save_only_these_names("expert_counts", *saved) for name, saved in _SAVED.items()}
 
 
 class Init:
@@ -79,49 +81,73 @@ class RowContext(NamedTuple):
 
     segments: Int[Array, "B T"]  # documents for attention; all ones for attention_scope=causal
     router_segments: Int[Array, "B T"]  # documents for the router, 0 for padding
-    rotary: tuple[Float[Array, "B T K/2"], Float[Array, "B T K/2"]]  # cos and sin
+    rotary: tuple[Float[Array, "B T W/2"], Float[Array, "B T W/2"]]  # cos and sin
 
 
-class Run(NamedTuple):
-    """Static choices of one compiled function."""
+class Execution(NamedTuple):
+    """The static choices of one compiled function."""
 
     config: Config
     dtype: Any
-    attention: str
-    grouped_matmul: str
-    dispatch: str
+    attention: Kernel
+    grouped_matmul: Kernel
+    dispatch: Dispatch
+    eos_id: int = -1  # for `router.eos_owner=next`
+    balance_groups: int = 1  # groups of rows that experts are balanced in
+
+    @classmethod
+    def of(cls, config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Execution:
+        """Dtype and kernels for the devices of `mesh`, each choice logged once."""
+        device, c = mesh.devices.flat[0], config
+        platform = device.platform
+        dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
+            c.train.compute_dtype, jnp.float32 if platform == "cpu" else jnp.bfloat16)
+        shards = c.router.balance_shards or sharding.batch_shards(mesh)
+        return cls(
+            c, dtype, attention_kernels.choose(c.kernels.attention, platform, c.model.head_dim, mesh.shape["sequence"]),
+            gmm.choose(c.kernels.grouped_matmul, platform),
+            choose_strategy(c.kernels.dispatch, mesh.shape["expert"], c.model.routed_top_k, platform,
+                            has_sparse_cores(device)),
+            eos_id, shards if c.router.balance_scope == "shard" else 1)
+
+    @property
+    def documents_per_row(self) -> int:
+        """The static bound N; the document that a row's last EOS token opens (`eos_owner=next`) comes on top."""
+        return self.config.data.max_documents_per_row + (self.config.router.eos_owner == "next")
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far. Rows are aligned at their ends: shorter ones begin with padding (segment 0)."""
 
-    k: Float[Array, "L B G S K"]
-    v: Float[Array, "L B G S K"]
+    k: Float[Array, "L B G S W"]
+    v: Float[Array, "L B G S W"]
     segments: Int[Array, "B S"]  # 0: padding, or not in use yet
     length: Int[Array, ""]  # slots in use
 
 
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, init: Init):
-        D, H, G, K = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
-        self.q, self.k, self.v = init.weight("q", D, H, K), init.weight("k", D, G, K), init.weight("v", D, G, K)
-        self.o = init.weight("o", H, K, D)
+        D, H, G, W = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q, self.k, self.v = init.weight("q", D, H, W), init.weight("k", D, G, W), init.weight("v", D, G, W)
+        self.o = init.weight("o", H, W, D)
 
-    def __call__(self, x_BTD, rows: RowContext, run: Run, past=None):
-        """(output, (keys, values) of these tokens). `past`: those of a cache, [B, G, S, K], and its segments [B, S]."""
-        q, k, v = (jnp.einsum("btd,dhk->bthk", x_BTD, gather_weight(w[...], run.dtype, None, "tensor", None))
-                   for w in (self.q, self.k, self.v))
-        q, k = rotate(q, rows.rotary), rotate(k, rows.rotary)
+    def __call__(self, x_BTD, rows: RowContext, execution: Execution, past=None):
+        """(output, (keys, values) of these tokens). `past`: those of a cache, [B, G, S, W], and its segments [B, S]."""
+        q_BTHW, k_BTGW, v_BTGW = (
+            jnp.einsum("btd,dhw->bthw", x_BTD, gather_weight(w[...], execution.dtype, None, "tensor", None))
+            for w in (self.q, self.k, self.v))
+        q_BTHW, k_BTGW = rotate(q_BTHW, rows.rotary), rotate(k_BTGW, rows.rotary)
         # Under sequence sharding a device attends with its own queries to the keys of the whole row.
-        k, v = (reshard(a, BATCH, None, "tensor", None) for a in (k, v))
-        q, k, v = (checkpoint_name(a, "attention_qkv") for a in (q, k, v))
+        k_BTGW, v_BTGW = (reshard(a, BATCH, None, "tensor", None) for a in (k_BTGW, v_BTGW))
+        q_BTHW, k_BTGW, v_BTGW = (checkpoint_name(a, "attention_qkv") for a in (q_BTHW, k_BTGW, v_BTGW))
         if past is not None:
-            past_k, past_v, past_segments = past
-            out = cached_attention(q, k, v, past_k, past_v, rows.segments, past_segments)
+            past_k_BGSW, past_v_BGSW, past_segments_BS = past
+            out_BTHW = cached_attention(q_BTHW, k_BTGW, v_BTGW, past_k_BGSW, past_v_BGSW, rows.segments, past_segments_BS)
         else:
-            out = attention_kernels.attention(q, k, v, rows.segments, reshard(rows.segments, BATCH, None), run.attention)
-        o = gather_weight(self.o[...], run.dtype, "tensor", None, None)
-        return jnp.einsum("bthk,hkd->btd", out, o, out_sharding=spec(BATCH, "sequence", None)), (k, v)
+            out_BTHW = attention_kernels.attention(q_BTHW, k_BTGW, v_BTGW, rows.segments,
+                                                   reshard(rows.segments, BATCH, None), execution.attention)
+        o_HWD = gather_weight(self.o[...], execution.dtype, "tensor", None, None)
+        return jnp.einsum("bthw,hwd->btd", out_BTHW, o_HWD, out_sharding=ACTIVATIONS), (k_BTGW, v_BTGW)
 
 
 class MoE(nnx.Module):
@@ -131,24 +157,25 @@ class MoE(nnx.Module):
         self.gate, self.up = init.weight("gate", E, D, F), init.weight("up", E, D, F)
         self.down = init.weight("down", E, F, D)
 
-    def route(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run) -> routing.Routing:
-        c = run.config
-        router = gather_weight(self.router[...], jnp.float32, None, None)
-        logits = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    @jax.named_scope("routing")
+    def route(self, x_BTD, rows: RowContext, pool_sizes, allowed, execution: Execution) -> routing.Routing:
+        c = execution.config
+        router_DR = gather_weight(self.router[...], jnp.float32, None, None)
+        logits_BTR = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), router_DR, precision=jax.lax.Precision.HIGHEST)
         if allowed is not None:
-            logits = jnp.where(allowed, logits, -1e30)
-        return routing.route(logits, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics,
+            logits_BTR = jnp.where(allowed, logits_BTR, -1e30)
+        return routing.route(logits_BTR, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics,
                              c.router.forced_experts)
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run):
-        route = self.route(x_BTD, rows, pool_sizes, allowed, run)
-        valid = rows.router_segments > 0
+    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, execution: Execution, see_rows=None):
+        """(output, routing). `see_rows`: the hook of `ExpertLayer`; what it saw is in the routing."""
+        route = self.route(x_BTD, rows, pool_sizes, allowed, execution)
         table = {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
-        c = run.config
-        y, load = moe_experts(table, x_BTD, route.expert_ids, route.weights, valid, strategy=run.dispatch,
-                              num_shared=c.model.num_shared_experts, kernel=run.grouped_matmul,
-                              buffer_factor=c.kernels.buffer_factor)
-        return checkpoint_name(y, "moe_out"), route._replace(buffer_load=load)
+        c = execution.config
+        layer = ExpertLayer(c.model.num_shared_experts, execution.dispatch, execution.grouped_matmul,
+                            c.kernels.buffer_factor, see_rows)
+        y_BTD, seen_BTk, load = moe_experts(table, x_BTD, route.expert_ids, route.weights, rows.router_segments > 0, layer)
+        return checkpoint_name(y_BTD, "moe_out"), route._replace(buffer_load=load, seen=seen_BTk)
 
 
 class MLP(nnx.Module):
@@ -156,11 +183,12 @@ class MLP(nnx.Module):
         self.gate, self.up = init.weight("gate", c.d_model, c.d_ff), init.weight("up", c.d_model, c.d_ff)
         self.down = init.weight("down", c.d_ff, c.d_model)
 
-    def __call__(self, x_BTD, run: Run):
-        gate, up = (jnp.einsum("btd,df->btf", x_BTD, gather_weight(w[...], run.dtype, None, "tensor"))
-                    for w in (self.gate, self.up))
-        down = gather_weight(self.down[...], run.dtype, "tensor", None)
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, down, out_sharding=spec(BATCH, "sequence", None))
+    @jax.named_scope("mlp")
+    def __call__(self, x_BTD, execution: Execution):
+        gate_BTF, up_BTF = (jnp.einsum("btd,df->btf", x_BTD, gather_weight(w[...], execution.dtype, None, "tensor"))
+                            for w in (self.gate, self.up))
+        down_FD = gather_weight(self.down[...], execution.dtype, "tensor", None)
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, down_FD, out_sharding=ACTIVATIONS)
 
 
 class Block(nnx.Module):
@@ -174,19 +202,20 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(c, init.within("mlp"))
 
-    def attend(self, x_BTD, rows: RowContext, run: Run, past=None):
+    @jax.named_scope("attention")
+    def attend(self, x_BTD, rows: RowContext, execution: Execution, past=None):
         """(h, the normed input of the experts, keys and values)."""
-        eps = run.config.model.norm_eps
-        y_BTD, kv = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rows, run, past)
+        eps = execution.config.model.norm_eps
+        y_BTD, kv = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rows, execution, past)
         h_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
         return h_BTD, rms_norm(h_BTD, self.mlp_norm[...], eps), kv
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, run: Run, past=None):
-        h_BTD, normed, kv = self.attend(x_BTD, rows, run, past)
-        if run.config.model.num_experts:
-            y_BTD, route = self.moe(normed, rows, pool_sizes, allowed, run)
+    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, execution: Execution, past=None):
+        h_BTD, normed_BTD, kv = self.attend(x_BTD, rows, execution, past)
+        if execution.config.model.num_experts:
+            y_BTD, route = self.moe(normed_BTD, rows, pool_sizes, allowed, execution)
         else:
-            y_BTD, route = self.mlp(normed, run), None
+            y_BTD, route = self.mlp(normed_BTD, execution), None
         return h_BTD + y_BTD, route, kv
 
 
@@ -224,72 +253,61 @@ def num_params(config: Config) -> int:
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def static_choices(config: Config, mesh: jax.sharding.Mesh) -> Run:
-    """Dtype and kernels for the devices of `mesh`, each choice logged once."""
-    device = mesh.devices.flat[0]
-    platform = device.platform
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
-        config.train.compute_dtype, jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    attention = attention_kernels.choose(config.kernels.attention, platform, config.model.head_dim, mesh.shape["sequence"])
-    return Run(config, dtype, attention,
-               gmm.choose(config.kernels.grouped_matmul, platform),
-               choose_strategy(config.kernels.dispatch, mesh.shape["expert"], config.model.routed_top_k, platform,
-                               has_sparse_cores(device)))
-
-
 def forward(
     params: Params,
     batch: dict[str, Array],
-    run: Run,
+    execution: Execution,
     *,
     pool_sizes: Int[Array, "L B N"] | None = None,
     allowed: Array | None = None,
-    eos_id: int = -1,
     per_layer=lambda x, route, rows: None,
+    layer_inputs: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """The final normed activations, and what `per_layer(x [B, T, D], routing, rows)` returned in every layer (stacked).
+    """The final normed activations, and what `per_layer(x [B, T, D], routing, rows, *layer_inputs)` returned in every layer
+    (stacked; each of `layer_inputs` has a leading axis L, whose part it gets).
 
-    `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: of every layer and document of the row, None for
-    no pools. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
+    `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: one for every layer and document of the row, None
+    for no pools. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
     """
-    rows = row_context(batch, run.config, eos_id)
-    x_BTD, outputs, _ = _layers(params, batch["tokens"], rows, run, pool_sizes, allowed, per_layer)
+    rows = row_context(batch, execution)
+    x_BTD, outputs, _ = _layers(params, batch["tokens"], rows, execution, pool_sizes, allowed, per_layer, layer_inputs)
     return x_BTD, outputs
 
 
-def extend(
-    params: Params, batch: dict[str, Array], cache: KVCache, run: Run, allowed: Array | None = None
+def forward_with_cache(
+    params: Params, batch: dict[str, Array], cache: KVCache, execution: Execution, allowed: Array | None = None
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """`forward` for the next T tokens of rows whose earlier tokens are in the cache, and the cache with these added.
     Without pools, as in published inference. mesh.sequence must be 1."""
-    segments = batch["segment_ids"]
-    rows = RowContext(segments, segments,
-                      rotary_angles(batch["positions"], run.config.model.head_dim, run.config.model.rope_theta))
-    x_BTD, _, (k, v) = _layers(params, batch["tokens"], rows, run, None, allowed, lambda *_: None, cache)
+    segments_BT, m = batch["segment_ids"], execution.config.model
+    rows = RowContext(segments_BT, segments_BT, rotary_angles(batch["positions"], m.head_dim, m.rope_theta))
+    x_BTD, _, (k_LBTGW, v_LBTGW) = _layers(params, batch["tokens"], rows, execution, None, allowed, lambda *_: None, (), cache)
     put = jax.lax.dynamic_update_slice
     slot, zero = cache.length, jnp.zeros_like(cache.length)
-    k, v = (put(old, new.swapaxes(2, 3), (zero, zero, zero, slot, zero)) for old, new in ((cache.k, k), (cache.v, v)))
-    segments = put(cache.segments, reshard(segments, BATCH, None), (zero, slot))
-    return x_BTD, KVCache(k, v, segments, slot + batch["tokens"].shape[1])
+    k_LBGSW, v_LBGSW = (put(old_LBGSW, new_LBTGW.swapaxes(2, 3), (zero, zero, zero, slot, zero))
+                        for old_LBGSW, new_LBTGW in ((cache.k, k_LBTGW), (cache.v, v_LBTGW)))
+    segments_BS = put(cache.segments, reshard(segments_BT, BATCH, None), (zero, slot))
+    return x_BTD, KVCache(k_LBGSW, v_LBGSW, segments_BS, slot + batch["tokens"].shape[1])
 
 
-def _layers(params, tokens, rows: RowContext, run: Run, pool_sizes, allowed, per_layer, cache: KVCache | None = None):
-    """(final normed activations, what `per_layer` returned, keys and values [L, B, T, G, K] if there is a cache)."""
-    c = run.config
-    x_BTD = embed(params["embedding"], tokens, run.dtype)
+def _layers(params, tokens_BT, rows: RowContext, execution: Execution, pool_sizes, allowed, per_layer, layer_inputs,
+            cache: KVCache | None = None):
+    """(final normed activations, what `per_layer` returned, keys and values [L, B, T, G, W] if there is a cache)."""
+    c = execution.config
+    x_BTD = embed(params["embedding"], tokens_BT, execution.dtype)
     structure, _ = nnx.split(nnx.eval_shape(lambda: Block(c.model, Init(c.model, 0))))
 
     def layer(x_BTD, inputs):
-        layer_params, sizes, mask, past = inputs
+        layer_params, sizes_BN, mask, past, more = inputs
         past = None if past is None else (*past, cache.segments)
-        x_BTD, route, kv = nnx.merge(structure, layer_params)(x_BTD, rows, sizes, mask, run, past)
-        return x_BTD, (per_layer(x_BTD, route, rows), None if past is None else kv)
+        x_BTD, route, kv = nnx.merge(structure, layer_params)(x_BTD, rows, sizes_BN, mask, execution, past)
+        return x_BTD, (per_layer(x_BTD, route, rows, *more), None if past is None else kv)
 
     policy = REMAT_POLICIES[c.train.remat]
     if policy is not None:
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     past = None if cache is None else (cache.k, cache.v)
-    inputs = (params["layers"], pool_sizes, allowed_experts(c.model, allowed), past)
+    inputs = (params["layers"], pool_sizes, allowed_experts(c.model, allowed), past, layer_inputs)
     x_BTD, (outputs, kv) = jax.lax.scan(layer, x_BTD, inputs)
     return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv
 
@@ -298,44 +316,42 @@ def allowed_experts(m: ModelConfig, allowed: Array | None) -> Array | None:
     """`allowed` without the experts that layers of a pruned model lack."""
     if not m.experts_per_layer:
         return allowed
-    routed = jnp.asarray(m.experts_per_layer) - m.num_shared_experts
-    present = jnp.arange(m.num_routed_experts) < routed[:, None]
-    return present if allowed is None else allowed & jnp.expand_dims(present, tuple(range(1, allowed.ndim - 1)))
+    routed_L = jnp.asarray(m.experts_per_layer) - m.num_shared_experts
+    present_LR = jnp.arange(m.num_routed_experts) < routed_L[:, None]
+    return present_LR if allowed is None else allowed & jnp.expand_dims(present_LR, tuple(range(1, allowed.ndim - 1)))
 
 
-def row_context(batch: dict[str, Array], c: Config, eos_id: int) -> RowContext:
-    segments = batch["segment_ids"]
-    causal = c.model.attention_scope == "causal"
-    return RowContext(jnp.ones_like(segments) if causal else segments, router_segments(batch, c, eos_id),
-                      rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta))
+def row_context(batch: dict[str, Array], execution: Execution) -> RowContext:
+    c, segments_BT = execution.config, batch["segment_ids"]
+    causal, next_owns_eos = c.model.attention_scope == "causal", c.router.eos_owner == "next"
+    return RowContext(
+        jnp.ones_like(segments_BT) if causal else segments_BT,
+        routing.split_at_eos(segments_BT, batch["tokens"], execution.eos_id) if next_owns_eos else segments_BT,
+        rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta))
 
 
-def router_segments(batch: dict[str, Array], c: Config, eos_id: int) -> Int[Array, "B T"]:
-    """The documents of a row as the router sees them; `eos_id` matters for `router.eos_owner=next` only."""
-    if c.router.eos_owner == "next":
-        return routing.router_segments(batch["segment_ids"], batch["tokens"], eos_id)
-    return batch["segment_ids"]
+def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    table_VD = gather_weight(embedding, dtype, None, None)
+    return table_VD.at[tokens].get(out_sharding=ACTIVATIONS)
 
 
-def embed(embedding, tokens, dtype):
-    table = gather_weight(embedding, dtype, None, None)
-    return table.at[tokens].get(out_sharding=spec(BATCH, "sequence", None))
-
-
-def token_losses(params: Params, x_BTD, targets, run: Run) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+@jax.named_scope("loss")
+def token_losses(params: Params, x_BTD, targets_BT, execution: Execution) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(cross entropy of every target in nats, logsumexp of its logits), fp32."""
-    return ce.cross_entropy(x_BTD, params["head"], targets, run.config.kernels.loss_chunk_tokens)
+    return ce.cross_entropy(x_BTD, params["head"], targets_BT, execution.config.kernels.loss_chunk_tokens)
 
 
-def loss_sums(params: Params, x_BTD, targets, weights: Float[Array, "B T"], run: Run) -> ce.LossSums:
+@jax.named_scope("loss")
+def loss_sums(params: Params, x_BTD, targets_BT, weights_BT, execution: Execution) -> ce.LossSums:
     """Sums over all tokens, of weights * nll and of weights * logsumexp^2, and the two added with the config's weight."""
-    c = run.config
-    return ce.training_loss(x_BTD, params["head"], targets, weights, c.train.output_z_weight, c.kernels.loss_chunk_tokens)
+    c = execution.config
+    return ce.training_loss(x_BTD, params["head"], targets_BT, weights_BT, c.train.output_z_weight,
+                            c.kernels.loss_chunk_tokens)
 
 
-def logits(params: Params, x_BTD, run: Run) -> Float[Array, "B T V"]:
-    head = gather_weight(params["head"], run.dtype, None, "tensor")
-    return jnp.einsum("btd,dv->btv", x_BTD, head, preferred_element_type=jnp.float32)
+def logits(params: Params, x_BTD, execution: Execution) -> Float[Array, "B T V"]:
+    head_DV = gather_weight(params["head"], execution.dtype, None, "tensor")
+    return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -348,13 +364,15 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
 
 
 def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float):
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    """cos and sin of every position's angles, [B, T, W/2]."""
+    frequencies_W2 = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles_BTW2 = positions[..., None].astype(jnp.float32) * frequencies_W2
+    return jnp.cos(angles_BTW2), jnp.sin(angles_BTW2)
 
 
-def rotate(x: Float[Array, "B T H K"], rotary) -> Float[Array, "B T H K"]:
+def rotate(x: Float[Array, "B T H W"], rotary) -> Float[Array, "B T H W"]:
     """Rotary position embedding in fp32: dimension i of the first half turns with dimension i of the second."""
-    cos, sin = (a[:, :, None, :] for a in rotary)
+    cos_BT1W2, sin_BT1W2 = (a[:, :, None, :] for a in rotary)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = first * cos_BT1W2 - second * sin_BT1W2, second * cos_BT1W2 + first * sin_BT1W2
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

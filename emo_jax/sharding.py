@@ -116,9 +116,9 @@ def abstract(tree, mesh: Mesh):
                         parameter_shardings(tree, mesh))
 
 
-def place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+def place(x: np.ndarray, mesh: Mesh, where: P) -> jax.Array:
     """A global array of what every process holds whole."""
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, where), lambda index: x[index])
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -131,13 +131,13 @@ def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def spec(*axes) -> P | None:
-    """`P(*axes)` as an `out_sharding`, or None where no mesh is set (plain functions on one device)."""
+    """`P(*axes)` as an `out_sharding`, or None where no mesh is set: the functions of `moe.routing` and `moe.losses`, and
+    they alone, serve plain arrays too."""
     return None if jax.sharding.get_abstract_mesh().empty else P(*axes)
 
 
 def reshard(x: jax.Array, *axes) -> jax.Array:
-    s = spec(*axes)
-    return x if s is None else compat.reshard(x, s)
+    return compat.reshard(x, P(*axes))
 
 
 def gather_weight(w: jax.Array, dtype, *axes) -> jax.Array:

@@ -61,11 +61,12 @@ def rows_of(mesh, tokens, segments=None):
 
 def forward_pass(config, mesh, allowed=None, everything=False):
     """A jitted (params, batch) -> logits, or (logits, final activations, (inputs of the next layers, routing))."""
-    run = model.static_choices(config, mesh)
+    execution = model.Execution.of(config, mesh)
 
     def forward(params, batch):
-        x, layers = model.forward(params, batch, run, allowed=allowed, per_layer=lambda x, route, rows: (x, route))
-        logits = model.logits(params, x, run)
+        x, layers = model.forward(params, batch, execution, allowed=allowed,
+                                  per_layer=lambda x, route, rows: (x, route))
+        logits = model.logits(params, x, execution)
         return (logits, x, layers) if everything else logits
 
     return jax.jit(forward)

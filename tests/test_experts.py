@@ -11,48 +11,55 @@ from jaxprs import equations
 
 from emo_jax import sharding
 from emo_jax.errors import InputError
+from emo_jax.kernels import Kernel
 from emo_jax.moe import dispatch, experts
 from emo_jax.moe import dispatch_all_to_all as a2a
+from emo_jax.moe.experts import Dispatch, ExpertLayer
+from emo_jax.rounding import round_up
 
-B, T, D, F, E, K, SHARED = 8, 8, 16, 8, 8, 3, 1
+B, T, D, F, E, CHOICES, SHARED = 8, 8, 16, 8, 8, 3, 1
 ROUTED = E - SHARED
+
+LOCAL, RINGS, RING, DENSE = Dispatch("local"), Dispatch("local", rings=True), Dispatch("ring"), Dispatch("dense")
+ALL_TO_ALL = Dispatch("all_to_all", portable=True)
+BLOCKED, BATCHED, REFERENCE, FUSED = Kernel("blocked"), Kernel("batched"), Kernel("reference"), Kernel("fused", interpret=True)
+ONE_DEVICE = (1, 1, 1, 1, 1)
 
 
 def table_and_tokens(seed=0):
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(0.3 * draw.normal(size=shape), jnp.float32)
     table = {"gate": array(E, D, F), "up": array(E, D, F), "down": array(E, F, D)}
-    return table, array(B, T, D), jnp.abs(array(B, T, K)) + 0.1
+    return table, array(B, T, D), jnp.abs(array(B, T, CHOICES)) + 0.1
 
 
 def loads():
-    """Name -> (expert ids [B, T, K], valid [B, T])."""
+    """Name -> (expert ids [B, T, CHOICES], valid [B, T])."""
     draw = np.random.default_rng(1)
-    anything = np.argsort(draw.random((B, T, ROUTED)), axis=-1)[..., :K]
+    anything = np.argsort(draw.random((B, T, ROUTED)), axis=-1)[..., :CHOICES]
     everything = np.ones((B, T), bool)
     return {
         "random, with padding": (anything, draw.random((B, T)) > 0.2),
         "all tokens on one expert": (np.zeros((B, T, 1), int), everything),
-        "all tokens on the same experts": (np.broadcast_to(np.arange(K), (B, T, K)), everything),
-        "empty experts": (np.argsort(draw.random((B, T, K)), axis=-1) + 2, everything),
+        "all tokens on the same experts": (np.broadcast_to(np.arange(CHOICES), (B, T, CHOICES)), everything),
+        "empty experts": (np.argsort(draw.random((B, T, CHOICES)), axis=-1) + 2, everything),
         "a device without tokens": (anything, np.arange(B)[:, None] % 2 == np.zeros((1, T))),
     }
 
 
-def run(strategy, kernel, shape, load, buffer_factor=0.0, whole_experts=True, call=lambda step, *args: step(*args)):
-    """((value, (y, BufferLoad)), gradients of the table, the tokens and the weights)"""
+def run(strategy, kernel, shape, load, buffer_factor=0.0, whole_experts=True, call=lambda step, *args: step(*args),
+        see_rows=None):
+    """((value, (y, seen, BufferLoad)), gradients of the table, the tokens and the weights)"""
     (table, x, weights), (ids, valid) = table_and_tokens(), loads()[load]
     weights = weights[..., : ids.shape[-1]]
 
     def loss(table, x, weights, ids, valid):
-        y, buffer_load = experts.moe_experts(table, x, ids, weights, valid, num_shared=SHARED, strategy=strategy,
-                                             kernel=kernel, buffer_factor=buffer_factor)
-        return jnp.sum(jnp.sin(y)), (y, buffer_load)
+        layer = ExpertLayer(SHARED, strategy, kernel, buffer_factor, see_rows)
+        y, *others = experts.moe_experts(table, x, ids, weights, valid, layer)
+        return jnp.sum(jnp.sin(y)), (y, *others)
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
     args = (table, x, weights, jnp.asarray(ids, jnp.int32), jnp.asarray(valid))
-    if shape is None:
-        return call(step, *args)
     mesh = jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Explicit,) * 5,
                          devices=jax.devices()[: int(np.prod(shape))])
     place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
@@ -65,61 +72,60 @@ def run(strategy, kernel, shape, load, buffer_factor=0.0, whole_experts=True, ca
 
 @functools.cache
 def oracle(load):
-    return run("dense", "reference", None, load)
+    return run(DENSE, REFERENCE, ONE_DEVICE, load)
 
 
 def assert_equals_oracle(got, load):
-    (_, (y, _)), grads = got
-    (_, (want, _)), want_grads = oracle(load)
+    (_, (y, *_)), grads = got
+    (_, (want, *_)), want_grads = oracle(load)
     np.testing.assert_allclose(y, want, atol=2e-6)
     for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         np.testing.assert_allclose(g, w, atol=1e-5)
 
 
 CASES = [
-    ("local", "blocked", None), ("local", "fused_interpret", None),
-    ("local", "blocked", (2, 2, 1, 2, 1)), ("local", "reference", (1, 4, 1, 1, 2)),
-    ("local", "batched", (2, 1, 1, 1, 2)), ("local", "blocked", (1, 2, 4, 1, 1)),
-    ("local_rings", "fused_interpret", (2, 1, 2, 2, 1)),
-    ("local_rings", "blocked", (1, 2, 4, 1, 1)),
-    ("ring", "blocked", (1, 2, 2, 1, 2)), ("ring", "fused_interpret", (2, 1, 2, 2, 1)),
-    ("all_to_all_portable", "blocked", (1, 2, 2, 2, 1)), ("all_to_all_portable", "fused_interpret", (1, 1, 4, 1, 2)),
+    (LOCAL, BLOCKED, ONE_DEVICE), (LOCAL, FUSED, ONE_DEVICE),
+    (LOCAL, BLOCKED, (2, 2, 1, 2, 1)), (LOCAL, REFERENCE, (1, 4, 1, 1, 2)),
+    (LOCAL, BATCHED, (2, 1, 1, 1, 2)), (LOCAL, BLOCKED, (1, 2, 4, 1, 1)),
+    (RINGS, FUSED, (2, 1, 2, 2, 1)), (RINGS, BLOCKED, (1, 2, 4, 1, 1)),
+    (RING, BLOCKED, (1, 2, 2, 1, 2)), (RING, FUSED, (2, 1, 2, 2, 1)),
+    (ALL_TO_ALL, BLOCKED, (1, 2, 2, 2, 1)), (ALL_TO_ALL, FUSED, (1, 1, 4, 1, 2)),
 ]
 
 
-@pytest.mark.parametrize("strategy, kernel, shape", CASES)
+@pytest.mark.parametrize("strategy, kernel, shape", CASES, ids=str)
 def test_equals_the_dense_oracle(strategy, kernel, shape):
     load = "random, with padding"
     assert_equals_oracle(run(strategy, kernel, shape, load), load)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "local", "local_rings"])
+@pytest.mark.parametrize("strategy", [RING, LOCAL, RINGS], ids=str)
 @pytest.mark.parametrize("shape", [(1, 4, 2, 1, 1), (2, 2, 1, 2, 1)])
 def test_experts_sharded_along_their_widths(shape, strategy):
     """As where the experts do not divide into fsdp x expert."""
     load = "random, with padding"
-    assert_equals_oracle(run(strategy, "blocked", shape, load, whole_experts=False), load)
+    assert_equals_oracle(run(strategy, BLOCKED, shape, load, whole_experts=False), load)
 
 
 @pytest.mark.parametrize("load", [name for name in loads() if "random" not in name])
 def test_skewed_loads(load):
-    assert_equals_oracle(run("ring", "blocked", (1, 1, 4, 1, 1), load), load)
+    assert_equals_oracle(run(RING, BLOCKED, (1, 1, 4, 1, 1), load), load)
 
 
-@pytest.mark.parametrize("load, kernel", [("all tokens on one expert", "reference"),
-                                          ("all tokens on one expert", "fused_interpret"),
-                                          ("all tokens on the same experts", "reference"), ("empty experts", "reference")])
+@pytest.mark.parametrize("load, kernel", [("all tokens on one expert", REFERENCE), ("all tokens on one expert", FUSED),
+                                          ("all tokens on the same experts", REFERENCE), ("empty experts", REFERENCE)],
+                         ids=str)
 def test_all_to_all_falls_back_to_ring_when_the_buffer_is_too_small(load, kernel):
-    got = run("all_to_all_portable", kernel, (1, 1, 4, 1, 1), load, buffer_factor=1.0)
-    buffer_load = got[0][1][1]
+    got = run(ALL_TO_ALL, kernel, (1, 1, 4, 1, 1), load, buffer_factor=1.0)
+    buffer_load = got[0][1][2]
     assert buffer_load.fallback == 1 and buffer_load.required_capacity_factor > 1
     assert_equals_oracle(got, load)
 
 
 @pytest.mark.parametrize("load, buffer_factor", [("random, with padding", 3.0), ("all tokens on one expert", 4.0)])
 def test_all_to_all_uses_a_bounded_buffer_when_the_load_fits(load, buffer_factor):
-    got = run("all_to_all_portable", "reference", (1, 1, 4, 1, 1), load, buffer_factor)
-    buffer_load = got[0][1][1]
+    got = run(ALL_TO_ALL, REFERENCE, (1, 1, 4, 1, 1), load, buffer_factor)
+    buffer_load = got[0][1][2]
     ids, valid = loads()[load]
     busiest = np.bincount((ids[valid] // (E // 4)).ravel(), minlength=4).max()
     np.testing.assert_allclose(buffer_load.required_capacity_factor, busiest / (ids.size / 4))
@@ -127,11 +133,28 @@ def test_all_to_all_uses_a_bounded_buffer_when_the_load_fits(load, buffer_factor
     assert_equals_oracle(got, load)
 
 
+@pytest.mark.parametrize("strategy, kernel, shape, buffer_factor", [
+    (LOCAL, FUSED, (2, 1, 1, 2, 1), 0.0), (RINGS, BLOCKED, (1, 2, 2, 1, 1), 0.0), (RING, BLOCKED, (1, 1, 4, 2, 1), 0.0),
+    (ALL_TO_ALL, BLOCKED, (1, 1, 4, 2, 1), 0.0), (ALL_TO_ALL, REFERENCE, (1, 1, 4, 1, 1), 1.0), (DENSE, BLOCKED, (1, 2, 2, 2, 1),
+                                                                                           0.0)], ids=str)
+def test_the_hook_sees_every_row_whole_under_every_strategy(strategy, kernel, shape, buffer_factor):
+    """A number of every choice, in its place; padding has 0. (A buffer of 1.0 is too small: that layer falls back.)"""
+    load = "random, with padding"
+    (_, (y, seen, buffer_load)), _ = run(strategy, kernel, shape, load, buffer_factor, see_rows=lambda rows: jnp.sum(rows**2, -1))
+    (table, x, weights), (ids, valid) = table_and_tokens(), loads()[load]
+    outputs = experts.swiglu(jnp.einsum("btd,edf->btef", x, jnp.concatenate([table["gate"], table["up"]], -1)))
+    outputs = jnp.einsum("btef,efd->bted", outputs, table["down"])
+    chosen = weights[..., None] * np.take_along_axis(outputs, ids[..., None], axis=2)
+    np.testing.assert_allclose(seen, jnp.sum(chosen**2, -1) * valid[..., None], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(y, oracle(load)[0][1][0], atol=2e-6)
+    assert buffer_load is None or buffer_load.fallback == (buffer_factor == 1.0)
+
+
 def test_an_expert_gradient_is_a_sum_over_all_devices_that_served_it():
     """One token on each device, all on expert 0: its gradient is not that of any one device's token."""
     load = "all tokens on the same experts"
-    for strategy, shape in [("local", (2, 4, 1, 1, 1)), ("all_to_all_portable", (2, 2, 2, 1, 1))]:
-        (_, _), (grads, _, _) = run(strategy, "reference", shape, load)
+    for strategy, shape in [(LOCAL, (2, 4, 1, 1, 1)), (ALL_TO_ALL, (2, 2, 2, 1, 1))]:
+        (_, _), (grads, _, _) = run(strategy, REFERENCE, shape, load)
         np.testing.assert_allclose(np.asarray(grads["down"])[0], oracle(load)[1][0]["down"][0], atol=1e-5)
 
 
@@ -169,22 +192,24 @@ def test_the_way_back_undoes_the_exchange():
     difference, arrived, sizes = jax.jit(on_devices)(jnp.asarray(counts, jnp.int32))
     assert not np.any(difference)
     np.testing.assert_array_equal(arrived, counts.reshape(peers, peers, local).sum((0, 2)))
-    np.testing.assert_array_equal(sizes, -(-counts.sum(0) // 4) * 4)
+    np.testing.assert_array_equal(sizes, round_up(counts.sum(0), 4))
 
 
-@pytest.mark.parametrize("strategy, shape", [("local", None), ("ring", (1, 1, 4, 1, 1)), ("all_to_all", (1, 1, 4, 1, 1))])
+@pytest.mark.parametrize("strategy, shape", [(LOCAL, ONE_DEVICE), (RING, (1, 1, 4, 1, 1)),
+                                             (Dispatch("all_to_all"), (1, 1, 4, 1, 1))], ids=str)
 def test_no_adjoint_scatters_rows(strategy, shape):
     """One scatter writes the plan; the movements of rows, and their adjoints, are gathers. Tables have three dimensions."""
-    written = [e.outvars[0].aval for e in run(strategy, "reference", shape, "random, with padding", call=equations)
+    written = [e.outvars[0].aval for e in run(strategy, REFERENCE, shape, "random, with padding", call=equations)
                if e.primitive.name.startswith("scatter")]
     assert [(a.ndim, a.dtype) for a in written if a.ndim < 3] == [(1, jnp.int32)]
 
 
 def test_the_choice_of_strategy():
     choose = experts.choose_strategy
-    assert [choose("auto", n, 7, "tpu") for n in (1, 4, 7, 8, 64)] == ["local", "ring", "ring", "all_to_all", "all_to_all"]
-    assert choose("all_to_all", 2, 7, "cpu") == "all_to_all_portable"
-    assert choose("local", 4, 7, "cpu") == choose("local", 1, 7, "tpu", sparse_cores=False) == "local"
-    assert choose("local", 4, 7, "tpu", sparse_cores=False) == "local_rings"
+    exchange = Dispatch("all_to_all")
+    assert [choose("auto", n, 7, "tpu") for n in (1, 4, 7, 8, 64)] == [LOCAL, RING, RING, exchange, exchange]
+    assert choose("all_to_all", 2, 7, "cpu") == ALL_TO_ALL
+    assert choose("local", 4, 7, "cpu") == choose("local", 1, 7, "tpu", sparse_cores=False) == LOCAL
+    assert choose("local", 4, 7, "tpu", sparse_cores=False) == RINGS
     with pytest.raises(InputError, match="mesh.expert"):
         choose("all_to_all", 1, 7, "cpu")

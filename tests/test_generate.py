@@ -126,14 +126,15 @@ def test_decoding_is_ten_times_the_loop_without_cache(published):
     made = np.array(g.generate(list(prompts), new))
     cached = time.process_time() - started
 
-    run = model.static_choices(c, mesh)
+    execution = model.Execution.of(c, mesh)
     tokens = np.concatenate([prompts, made], axis=1).astype(np.int32)
     batch = {"tokens": tokens, "positions": np.tile(np.arange(288, dtype=np.int32), (8, 1))}
 
     @jax.jit
     def next_token(params, batch, t):
-        x, _ = model.forward(params, batch, run)
-        return jnp.argmax(model.logits(params, jax.lax.dynamic_slice_in_dim(x, t - 1, 1, axis=1), run)[:, 0], axis=-1)
+        x, _ = model.forward(params, batch, execution)
+        x = jax.lax.dynamic_slice_in_dim(x, t - 1, 1, axis=1)
+        return jnp.argmax(model.logits(params, x, execution)[:, 0], axis=-1)
 
     def one(t):
         segments = np.broadcast_to(np.arange(288) < t, (8, 288)).astype(np.int32)

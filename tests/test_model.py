@@ -12,12 +12,12 @@ from emo_jax.moe import routing
 
 def logits(config, batch, pool_sizes=None):
     mesh = sharding.single_device_mesh()
-    run, params = model.static_choices(config, mesh), model.init_params(config, mesh)
+    execution, params = model.Execution.of(config, mesh), model.init_params(config, mesh)
 
     @jax.jit
     def forward(params, batch, pool_sizes):
-        x, _ = model.forward(params, batch, run, pool_sizes=pool_sizes)
-        return model.logits(params, x, run)
+        x, _ = model.forward(params, batch, execution, pool_sizes=pool_sizes)
+        return model.logits(params, x, execution)
 
     with jax.set_mesh(mesh):
         batch = sharding.global_batch(mesh, batch)
@@ -102,6 +102,7 @@ def test_beta_pools_favour_large_sizes():
 
 
 def test_router_segments_follow_the_published_convention():
-    tokens = jnp.array([[9, 1, 9, 2, 3, 9, 0, 0]])  # 9 ends a document
-    segments = jnp.array([[1, 2, 2, 3, 3, 3, 0, 0]])
-    np.testing.assert_array_equal(routing.router_segments(segments, tokens, 9)[0], [1, 1, 2, 2, 2, 3, 0, 0])
+    mesh, rows = sharding.single_device_mesh(), np.array([[9, 1, 9, 2, 3, 9, 0, 0], [1, 2, 2, 3, 3, 3, 0, 0]], np.int32)
+    with jax.set_mesh(mesh):
+        tokens, segments = (sharding.place(row[None], mesh, sharding.TOKENS) for row in rows)  # 9 ends a document
+        np.testing.assert_array_equal(routing.split_at_eos(segments, tokens, 9)[0], [1, 1, 2, 2, 2, 3, 0, 0])

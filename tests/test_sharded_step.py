@@ -9,6 +9,7 @@ from jaxprs import equations
 
 from emo_jax import model, sharding
 from emo_jax.model import REMAT_POLICIES
+from emo_jax.moe.experts import Dispatch
 from emo_jax.train.step import Objective, Totals, init_state, make_train_step
 
 MESHES = {
@@ -68,8 +69,9 @@ def test_rematerialisation_repeats_no_exchange_and_no_routing(dispatch, exchange
 
     def counts(remat):
         config = tiny.config(train=dict(remat=remat), mesh=dict(fsdp=1, expert=4))
-        run = model.static_choices(config, mesh)._replace(dispatch=dispatch)  # the real exchange, which CPUs cannot run
-        objective = Objective(config, run, 4, Totals(jnp.float32(256), jnp.float32(256)), jnp.int32(0), -1)
+        execution = model.Execution.of(config, mesh)
+        execution = execution._replace(dispatch=Dispatch(dispatch))  # the real exchange, which CPUs cannot run
+        objective = Objective(execution, Totals(jnp.float32(256), jnp.float32(256)), jnp.int32(0))
         with jax.set_mesh(mesh):
             found = equations(jax.value_and_grad(objective, has_aux=True), params, batch, None)
         exchanged = [e for e in found if e.primitive.name == exchange and "expert" in e.params["axis_name"]]

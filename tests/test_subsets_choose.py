@@ -10,7 +10,7 @@ from subset_models import FIXTURES, opened, published, tiny_config
 
 from emo_jax import compat, model, sharding
 from emo_jax.checkpoints import subset
-from emo_jax.config import MeshConfig
+from emo_jax.config import KernelConfig, MeshConfig
 from emo_jax.errors import InputError
 from emo_jax.subsets import choose, layerwise, sweep
 from emo_jax.subsets.budget import Budget
@@ -34,8 +34,8 @@ def logits_of(m, allowed=None):
     ids = GOLDEN["fixed_input_ids"][:1].astype(np.int32)
     with compat.set_mesh(m.mesh):
         batch = sharding.global_batch(m.mesh, from_tokens(ids).fields)
-        x, _ = model.forward(m.params, batch, m.run, allowed=allowed)
-        return np.asarray(model.logits(m.params, x, m.run))
+        x, _ = model.forward(m.params, batch, m.execution, allowed=allowed)
+        return np.asarray(model.logits(m.params, x, m.execution))
 
 
 def test_logits_equal_the_published_model(tiny):
@@ -73,7 +73,7 @@ def test_reap_is_the_mean_weighted_norm(tiny):
 
     @jax.jit
     def one_layer(x, batch, i):
-        rows, layer = model.row_context(batch, tiny.config, -1), sweep.layer_at(tiny.params, i)
+        rows, layer = model.row_context(batch, tiny.execution), sweep.layer_at(tiny.params, i)
         block = sweep.layers.block_of(layer, tiny.execution)
         h, normed = block.attend(x, rows, tiny.execution)[:2]
         y, route = block.moe(normed, rows, None, None, tiny.execution)
@@ -112,8 +112,8 @@ def test_layerwise_runs_every_layer_once_and_recomputing_agrees(tiny, monkeypatc
     passes = []
     steps = layerwise._layer_steps
 
-    def counted(run, eos_id):
-        first, advance = steps(run, eos_id)
+    def counted(execution):
+        first, advance = steps(execution)
         return (lambda *a: (passes.append(0), first(*a))[1],
                 lambda p, i, *a: (passes.append(i + 1), advance(p, i, *a))[1])
 
@@ -138,6 +138,17 @@ def test_a_mesh_of_eight_devices_gives_the_same_scores():
     routed = np.full((1, 3), 5)
     assert (layerwise.layerwise(eight, from_tokens(PROMPTS, 32), routed, on_host=True)[0]
             == layerwise.layerwise(one, from_tokens(PROMPTS, 32), routed)[0]).all()
+
+
+@pytest.mark.parametrize("method", ["easy_ep", "reap"])
+@pytest.mark.parametrize("dispatch", ["local", "ring", "all_to_all", "dense"])
+def test_contributions_agree_under_every_dispatch(method, dispatch):
+    one = opened(tiny_config(num_shared_experts=2))
+    config = dataclasses.replace(one.config, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+                                 kernels=KernelConfig(dispatch=dispatch))
+    eight = opened(config, jax.devices()[:8], jax.tree.map(np.asarray, one.params))
+    np.testing.assert_allclose(sweep.one_sweep(eight, from_tokens(PROMPTS, 32), method),
+                               sweep.one_sweep(one, from_tokens(PROMPTS, 32), method), rtol=2e-4, atol=1e-7)
 
 
 def test_a_total_goes_to_the_layers_that_need_it(tiny):
@@ -165,7 +176,8 @@ def test_a_file_keeps_everything_and_says_what_is_wrong(tiny, tmp_path):
     np.testing.assert_allclose(again.score_array(), found.score_array(), rtol=1e-6)
     content = json.loads((tmp_path / "s.json").read_text())
     for change, message in [({"kept": [[0, 99]] * 3}, "kept\\[0\\]"), ({"version": 9}, "version=9"),
-                            ({"num_routed": 20}, "of a model with"), ({"kept": content["kept"][:2]}, "2 layers")]:
+                            ({"num_routed": 20, "scores": None}, "of a model with"),
+                            ({"kept": content["kept"][:2], "scores": None}, "2 layers")]:
         (tmp_path / "bad.json").write_text(json.dumps(content | change))
         with pytest.raises(InputError, match=message):
             subset.load(tmp_path / "bad.json", tiny.config)

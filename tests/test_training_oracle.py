@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emo_jax import sharding
+from emo_jax import model, sharding
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig, TrainConfig
 from emo_jax.moe import routing
 from emo_jax.train import step as train_step
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EOS = 500
-H, K = 4, 16
+H, W = 4, 16
 
 
 def config():
     labels = 64 / 63  # the published divisor counts labels, one fewer a row than tokens
     return Config(
         name="oracle",
-        model=ModelConfig(vocab_size=512, num_layers=2, d_model=64, num_heads=H, num_kv_heads=H, head_dim=K, d_ff=32,
+        model=ModelConfig(vocab_size=512, num_layers=2, d_model=64, num_heads=H, num_kv_heads=H, head_dim=W, d_ff=32,
                           num_experts=16, top_k=4, attention_scope="causal"),
         router=RouterConfig(pool_min=4, pool_max=16, eos_owner="next", load_balance_weight=0.1 * labels,
                             router_z_weight=1e-3 * labels),
@@ -33,11 +33,11 @@ def from_published(w):
     """Published names and layouts (Linear weights (out, in), experts [E, F, D]) -> our tree."""
     def layer(i):
         p = f"blocks.{i}."
-        heads = {n: w[f"{p}attention.w_{n}.weight"].T.reshape(-1, H, K) for n in "qkv"}
+        heads = {n: w[f"{p}attention.w_{n}.weight"].T.reshape(-1, H, W) for n in "qkv"}
         experts = {ours: w[f"{p}feed_forward_moe.experts.mlp.{theirs}"] for ours, theirs in
                    (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
         return {"attention_norm": w[p + "attention_norm.weight"], "mlp_norm": w[p + "feed_forward_norm.weight"],
-                "attention": heads | {"o": w[p + "attention.w_out.weight"].T.reshape(H, K, -1)},
+                "attention": heads | {"o": w[p + "attention.w_out.weight"].T.reshape(H, W, -1)},
                 "moe": {"router": w[p + "feed_forward_moe.router.weight"][:15].T, "down": experts["down"],
                         "gate": experts["gate"].transpose(0, 2, 1), "up": experts["up"].transpose(0, 2, 1)}}
 
@@ -50,7 +50,7 @@ def from_published(w):
 def test_three_steps_equal_the_published_trainer(monkeypatch):
     inputs, expected, c = np.load(FIXTURES / "train_inputs.npz"), np.load(FIXTURES / "train_emo_main.npz"), config()
     mesh = sharding.make_mesh(c, jax.devices()[:1])
-    documents = train_step.documents_per_row(c)
+    documents = model.Execution.of(c, mesh, EOS).documents_per_row
     sizes = {}
 
     def published_sizes(router, seed, step, layers, document_ids):

@@ -20,9 +20,9 @@ MAX_TOKENS = 1 << 16  # whose probabilities are kept: 4 x L x R bytes each
 
 @dataclass(frozen=True)
 class Activations:
-    """Of n tokens, without padding. A piece is a document, or the part of one that is in a row."""
+    """What the routers did with n tokens, without padding. A piece is a document, or the part of one that is in a row."""
 
-    probabilities: Float[np.ndarray, "n L R"]  # of the router over all routed experts
+    probabilities: Float[np.ndarray, "n L R"]  # the router's, over all routed experts
     expert_ids: Int[np.ndarray, "n L k"]
     tokens: Int[np.ndarray, "n"]  # token ids
     pieces: Int[np.ndarray, "n"]  # 0, 1, ...
@@ -33,7 +33,7 @@ class Activations:
 def collect(opened: LoadedModel, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
     """The activations of `text`, whose groups are the labels, from one forward pass without pools. Of more than
     `max_tokens` tokens whole rows are left out, evenly over the text."""
-    step = _routing_step(opened.execution, opened.tokenizer.eos_id)
+    step = _routing_step(opened.execution)
     rows_kept = _spread(text, max_tokens)
     parts, first_piece, first_row = [], 0, 0
     with compat.set_mesh(opened.mesh):
@@ -57,10 +57,10 @@ def _spread(text: Calibration, max_tokens: int) -> np.ndarray:
 
 
 @functools.cache
-def _routing_step(run: model.Run, eos_id: int):
+def _routing_step(execution: model.Execution):
     @jax.jit
     def step(params, batch):
-        return model.forward(params, batch, run, eos_id=eos_id,
+        return model.forward(params, batch, execution,
                              per_layer=lambda x, route, rows: (route.scores, route.expert_ids))[1]
 
     return step

@@ -10,6 +10,7 @@ import numpy as np
 
 from emo_jax.bench import compute_dtype, interleaved, ratio
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.rounding import round_up
 
 SMALL = dict(tokens=4096, top_k=3, experts=32, d_model=256, d_ff=256)
 PUBLISHED = dict(tokens=16384, top_k=7, experts=127, d_model=2048, d_ff=2048)  # d_ff: gate and up are one matmul
@@ -18,13 +19,13 @@ PUBLISHED = dict(tokens=16384, top_k=7, experts=127, d_model=2048, d_ff=2048)  #
 def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: int, kernel: str = "auto") -> dict[str, Any]:
     """Forward, and forward with backward, of rows [tokens * top_k, d_model] times [experts, d_model, d_ff] with uneven
     groups, one of them empty."""
-    kernel = gmm.choose(kernel, jax.default_backend())
+    chosen = gmm.choose(kernel, jax.default_backend())
     dtype = compute_dtype()
-    sizes, rows = uneven_groups(tokens * top_k, experts, gmm.ROW_ALIGNMENT[kernel])
+    sizes, rows = uneven_groups(tokens * top_k, experts, gmm.ROW_ALIGNMENT[chosen.name])
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, d_model), dtype)
     w = jax.random.normal(keys[1], (experts, d_model, d_ff), dtype)
-    grouped = lambda x, w: gmm.grouped_matmul(x, w, sizes, kernel)
+    grouped = lambda x, w: gmm.grouped_matmul(x, w, sizes, chosen)
     dense = lambda x, w: x @ w
     dense_x = x[: tokens * top_k]
     d_grouped = jax.random.normal(keys[2], (rows, d_ff), dtype)
@@ -41,7 +42,7 @@ def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: 
     }, rounds)
     flops = 2 * tokens * top_k * d_model * d_ff
     return {
-        "kernel": kernel, "device": jax.devices()[0].device_kind, "tokens": tokens, "top_k": top_k, "experts": experts,
+        "kernel": str(chosen), "device": jax.devices()[0].device_kind, "tokens": tokens, "top_k": top_k, "experts": experts,
         "d_model": d_model, "d_ff": d_ff, "rounds": rounds,
         "dense_flops_per_second": float(flops / np.median(times["dense"])),
         "forward_over_dense": ratio(times, "grouped", "dense"),
@@ -54,8 +55,8 @@ def uneven_groups(rows: int, experts: int, alignment: int):
     shares = 1.0 + jnp.arange(experts - 1) % 7
     counts = jnp.floor(rows * shares / jnp.sum(shares)).astype(jnp.int32)
     counts = jnp.append(counts.at[0].add(rows - jnp.sum(counts)), 0)
-    buffer = -(-(rows + experts * (alignment - 1)) // alignment) * alignment
-    return -(-counts // alignment) * alignment, buffer
+    buffer = round_up(rows + experts * (alignment - 1), alignment)
+    return round_up(counts, alignment), buffer
 
 
 def report(r: dict[str, Any]) -> str:

@@ -82,10 +82,10 @@ def random_batch(config: Config, documents: int) -> dict[str, np.ndarray]:
 
 
 def _train_step(config, mesh, batch):
-    run, box = make_train_step(config, mesh), [init_state(config, mesh)]
+    train_step, box = make_train_step(config, mesh), [init_state(config, mesh)]
 
     def call():
-        box[0], metrics = run(box[0], batch)
+        box[0], metrics = train_step(box[0], batch)
         return metrics
 
     return call
@@ -93,12 +93,12 @@ def _train_step(config, mesh, batch):
 
 def _gradient(config, mesh, batch):
     """Forward and backward alone, as other codebases are often timed."""
-    run, params = model.static_choices(config, mesh), model.init_params(config, mesh)
+    execution, params = model.Execution.of(config, mesh), model.init_params(config, mesh)
 
     @jax.jit
     def gradient(params, batch):
         tokens = jnp.float32(batch["tokens"].size)
-        objective = Objective(config, run, sharding.batch_shards(mesh), Totals(tokens, tokens), jnp.int32(0), -1)
+        objective = Objective(execution, Totals(tokens, tokens), jnp.int32(0))
         return jax.grad(lambda p: objective(p, batch, None)[0])(params)
 
     def call():

@@ -22,8 +22,10 @@ from emo_jax.errors import InputError
 from emo_jax.generation.placement import for_inference, power_of_two, round_rows
 from emo_jax.generation.sampling import Sampling, sample
 from emo_jax.model import KVCache
+from emo_jax.moe.experts import Dispatch
 from emo_jax.processes import gather_global
-from emo_jax.sharding import BATCH, place, reshard, spec
+from emo_jax.rounding import round_up
+from emo_jax.sharding import BATCH, place, reshard
 
 PREFILL_CHUNK = 512  # longest part of a prompt that is read at once
 DECODE_CHUNK = 16  # tokens between two looks of the host
@@ -31,11 +33,11 @@ Stop = Callable[[int, list[int]], bool]
 
 
 class State(NamedTuple):
-    """Of a batch, between two chunks."""
+    """A batch between two chunks."""
 
     cache: KVCache
-    logits: Float[Array, "B V"]  # of the next token
-    position: Int[Array, "B"]  # of the next token
+    logits: Float[Array, "B V"]  # for the next token
+    position: Int[Array, "B"]  # where the next token stands
     finished: Bool[Array, "B"]
 
 
@@ -54,11 +56,11 @@ class Generator:
         self.eos_ids = tuple(eos_ids)
         self.max_length = max_length or config.data.sequence_length
         self.batch_size = batch_size
-        self._run = model.static_choices(config, mesh)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._decode_run = self._run._replace(dispatch="few_tokens") if on_cpu else self._run
+        self._execution = self._decoding = model.Execution.of(config, mesh)
+        if mesh.devices.flat[0].platform == "cpu":
+            self._decoding = self._execution._replace(dispatch=Dispatch("few_tokens"))
         self._allowed = None if allowed is None else jnp.asarray(allowed)
-        self._params = for_inference(params, self._run.dtype)
+        self._params = for_inference(params, self._execution.dtype)
         self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
         self._decode = jax.jit(self._decode_chunk, static_argnames=("kind", "count"), donate_argnums=1)
 
@@ -123,7 +125,7 @@ class Generator:
         """The state before the first new token, and the free slots of its cache."""
         c, longest = self.config.model, max(map(len, prompts))
         chunk = min(PREFILL_CHUNK, power_of_two(longest, 16))
-        length = -(-longest // chunk) * chunk
+        length = round_up(longest, chunk)
         slots, rows = _slots(length + max_new_tokens), round_rows(len(prompts), self.mesh)
         tokens, segments = np.zeros((2, rows, length), np.int32)
         for row, prompt in enumerate(prompts):
@@ -132,7 +134,7 @@ class Generator:
         positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
         heads = P(None, BATCH, "tensor", None, None)
         shape = (c.num_layers, rows, c.num_kv_heads, slots, c.head_dim)
-        empty = jax.jit(lambda: (jnp.zeros(shape, self._run.dtype), jnp.zeros(shape, self._run.dtype)),
+        empty = jax.jit(lambda: (jnp.zeros(shape, self._execution.dtype), jnp.zeros(shape, self._execution.dtype)),
                         out_shardings=NamedSharding(self.mesh, heads))()
         cache = KVCache(*empty, place(np.zeros((rows, slots), np.int32), self.mesh, P(BATCH, None)), jnp.int32(0))
         for start in range(0, length, chunk):
@@ -146,11 +148,11 @@ class Generator:
     # ---- on the device ----
 
     def _prefill_chunk(self, params, cache: KVCache, part):
-        x, cache = model.extend(params, part, cache, self._run, self._allowed)
+        x, cache = model.forward_with_cache(params, part, cache, self._execution, self._allowed)
         return cache, self._next_logits(params, x[:, -1:])
 
     def _next_logits(self, params, x) -> Float[Array, "B V"]:
-        return reshard(model.logits(params, x, self._run)[:, 0], BATCH, None)
+        return reshard(model.logits(params, x, self._execution)[:, 0], BATCH, None)
 
     def _decode_chunk(self, params, state: State, rows, temperature, top_p, seed, *, kind, count):
         """`count` more tokens of every row [B, count]; after its end-of-document token a row makes any. Stops
@@ -165,15 +167,15 @@ class Generator:
             finished = state.finished | jnp.any(token[:, None] == jnp.asarray(self.eos_ids, jnp.int32), axis=1)
             batch = {"tokens": token, "segment_ids": jnp.where(finished, 0, 1), "positions": state.position}
             batch = {name: reshard(a[:, None], BATCH, "sequence") for name, a in batch.items()}
-            x, cache = model.extend(params, batch, state.cache, self._decode_run, self._allowed)
+            x, cache = model.forward_with_cache(params, batch, state.cache, self._decoding, self._allowed)
             out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.zeros_like(step), step))
             return step + 1, State(cache, self._next_logits(params, x), state.position + 1, finished), out
 
-        out = jnp.zeros((len(rows), count), jnp.int32, out_sharding=spec(BATCH, None))
+        out = jnp.zeros((len(rows), count), jnp.int32, out_sharding=P(BATCH, None))
         _, state, out = jax.lax.while_loop(more, body, (jnp.int32(0), state, out))
         return state, out
 
 
 def _slots(n: int) -> int:
     """Buckets of the cache: powers of two, above 1024 multiples of it."""
-    return power_of_two(n, 64) if n <= 1024 else -(-n // 1024) * 1024
+    return power_of_two(n, 64) if n <= 1024 else round_up(n, 1024)

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from emo_jax import sharding
 from emo_jax.model import Params
+from emo_jax.rounding import ceil_div
 
 FP32 = ("attention_norm", "mlp_norm", "final_norm", "router")
 
@@ -40,4 +41,4 @@ def bucket(n: int, least: int = 32) -> int:
 def round_rows(n: int, mesh: Mesh) -> int:
     """Rows for n of them: a power of two on every shard of the batch."""
     shards = sharding.batch_shards(mesh)
-    return shards * power_of_two(-(-n // shards))
+    return shards * power_of_two(ceil_div(n, shards))

@@ -17,10 +17,10 @@ from emo_jax import model
 from emo_jax.config import Config
 from emo_jax.generation.placement import bucket, for_inference, power_of_two, round_rows
 from emo_jax.processes import gather_global
-from emo_jax.sharding import BATCH, TOKENS, batch_shards, place, spec
+from emo_jax.sharding import BATCH, TOKENS, batch_shards, place
 
 Ids = Sequence[int]
-BATCH_TOKENS = 16_384  # of a batch on each shard, padding included
+BATCH_TOKENS = 16_384  # a batch on each shard, padding included
 LOGITS = 1 << 26  # values on each shard at a time
 
 
@@ -31,14 +31,14 @@ class Scorer:
                  allowed: np.ndarray | None = None):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
         self.config, self.mesh, self.max_length = config, mesh, config.data.sequence_length
-        self._run = model.static_choices(config, mesh)
+        self._execution = model.Execution.of(config, mesh)
         self._allowed = None if allowed is None else jnp.asarray(allowed)
         self._score = jax.jit(self._score_batch)
         self.set_params(params)
 
     def set_params(self, params: model.Params | None) -> None:
         """None: lets go of them."""
-        self._params = params and for_inference(params, self._run.dtype)
+        self._params = params and for_inference(params, self._execution.dtype)
 
     def __call__(self, pairs: list[tuple[Ids, Ids]], progress: bool = False) -> list[tuple[float, bool]]:
         """(sum of the log probabilities of the continuation in nats, whether greedy decoding makes it) of every
@@ -77,18 +77,18 @@ class Scorer:
             return tuple(gather_global(x)[: len(rows)] for x in self._score(self._params, batch, *wanted))
 
     def _score_batch(self, params, batch, at: Int[Array, "B C"], targets: Int[Array, "B C"], counts):
-        x_BTD, _ = model.forward(params, batch, self._run, allowed=self._allowed)
+        x_BTD, _ = model.forward(params, batch, self._execution, allowed=self._allowed)
         B, C = at.shape
         # Only the positions that predict a continuation need logits; a matmul with a 0/1 matrix picks them exactly.
         pick = (at[..., None] == jnp.arange(x_BTD.shape[1])).astype(x_BTD.dtype)
         x_BCD = jnp.einsum("bct,btd->bcd", pick, x_BTD, precision=jax.lax.Precision.HIGHEST,
-                           out_sharding=spec(BATCH, None, None))
+                           out_sharding=P(BATCH, None, None))
         part = next(n for n in range(1, C + 1) if C % n == 0 and
                     (B // batch_shards(self.mesh)) * (C // n) * self.config.model.vocab_size <= LOGITS or n == C)
 
         def scores(inputs):
             x, targets = inputs
-            head = model.gather_weight(params["head"], self._run.dtype, None, None)
+            head = model.gather_weight(params["head"], self._execution.dtype, None, None)
             logits = jnp.einsum("bcd,dv->bcv", x, head, preferred_element_type=jnp.float32)
             chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
             log_probs = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)

@@ -17,8 +17,8 @@ BLOCK, COMPUTE_BLOCK = 1024, 512
 
 
 def splash_attention(q, k, v, q_segments, k_segments, interpret: bool, shards: int = 1):
-    """q [B, T, H, K], k and v [B, S, G, K], segments [B, T] and [B, S] -> [B, T, H, K]; with `shards`, of the mesh axis
-    `sequence`, S = shards * T."""
+    """q [B, T, H, W], k and v [B, S, G, W], segments [B, T] and [B, S] -> [B, T, H, W], where S = shards * T: `shards` is
+    the size of the mesh axis `sequence`."""
     kernel = _kernel(q.shape[1], k.shape[1], q.shape[2], shards, interpret)
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * (1 / math.sqrt(q.shape[-1])), k, v))
     out = jax.vmap(kernel)(q.astype(k.dtype), k, v, splash.SegmentIds(q_segments, k_segments))

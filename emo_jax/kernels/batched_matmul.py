@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from emo_jax.compat import vary_like
+from emo_jax.rounding import ceil_div
 
 BLOCK = 128  # rows
-CHUNK_BYTES = 2**29  # of the copies that exist at a time
+CHUNK_BYTES = 2**29  # the copies that exist at a time
 
 
 @jax.custom_vjp
 def batched(rows, weights, group_sizes):
-    """rows [S, D], weights [E, D, F], group sizes in multiples of BLOCK -> [S, F]."""
+    """rows [Q, D], weights [E, D, F], group sizes in multiples of BLOCK -> [Q, F]."""
     return _multiply(rows, weights, group_sizes, "cbd,cdf->cbf")
 
 
@@ -53,11 +54,11 @@ def _weight_gradient(rows, d_out, weights, group_sizes):
 def _num_chunks(num_rows: int, weights) -> int:
     blocks = num_rows // BLOCK
     at_once = max(1, CHUNK_BYTES // (weights[0].size * 4))
-    return next(n for n in range(-(-blocks // at_once), blocks + 1) if blocks % n == 0)
+    return next(n for n in range(ceil_div(blocks, at_once), blocks + 1) if blocks % n == 0)
 
 
 def _chunks(rows, weights):
-    """[S, D] -> [chunks, blocks of a chunk, BLOCK, D]"""
+    """[Q, D] -> [chunks, blocks of a chunk, BLOCK, D]"""
     return rows.reshape(_num_chunks(rows.shape[0], weights), -1, BLOCK, rows.shape[1])
 
 

@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from emo_jax.rounding import ceil_div
+
 
 @jax.custom_vjp
 def blocked_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"],
+    q: Float[Array, "B T H W"], k: Float[Array, "B S G W"], v: Float[Array, "B S G W"],
     q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], start: Int[Array, ""],
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H W"]:
     return _forward(q, k, v, q_segments, k_segments, start)[0]
 
 
 def _forward(q, k, v, *where):
-    """(output [B, T, H, K], logsumexp of every query's logits [B, G, M, T, 1])"""
+    """(output [B, T, H, W], logsumexp of every query's logits [B, G, H/G, T, 1])"""
     groups = k.shape[2]
     qs, ks, vs = _queries(q, groups), _keys(k), _keys(v)
     outs, lses = [], []
@@ -32,7 +34,7 @@ def _forward(q, k, v, *where):
         top = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bgmts,bgsk->bgmtk", weights.astype(v.dtype), vs[:, :, :seen], preferred_element_type=jnp.float32)
+        out = jnp.einsum("bgmts,bgsw->bgmtw", weights.astype(v.dtype), vs[:, :, :seen], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
     return _from_queries(jnp.concatenate(outs, axis=3)), jnp.concatenate(lses, axis=3)
@@ -52,11 +54,11 @@ def _backward(saved, d_out):
     for i, j, seen in _blocks(q, k):
         at, keys = (slice(None),) * 3 + (slice(i, j),), (slice(None), slice(None), slice(0, seen))
         probs = jnp.exp(_logits(qs[at], ks[keys], *where, i) - lse[at])
-        d_probs = jnp.einsum("bgmtk,bgsk->bgmts", ds[at], vs[keys], preferred_element_type=jnp.float32)
+        d_probs = jnp.einsum("bgmtw,bgsw->bgmts", ds[at], vs[keys], preferred_element_type=jnp.float32)
         d_logits = (probs * (d_probs - delta[at])).astype(dtype)
-        d_q.append(jnp.einsum("bgmts,bgsk->bgmtk", d_logits, ks[keys]))
-        d_k = d_k.at[keys].add(jnp.einsum("bgmts,bgmtk->bgsk", d_logits, qs[at], preferred_element_type=jnp.float32))
-        d_v = d_v.at[keys].add(jnp.einsum("bgmts,bgmtk->bgsk", probs.astype(dtype), ds[at],
+        d_q.append(jnp.einsum("bgmts,bgsw->bgmtw", d_logits, ks[keys]))
+        d_k = d_k.at[keys].add(jnp.einsum("bgmts,bgmtw->bgsw", d_logits, qs[at], preferred_element_type=jnp.float32))
+        d_v = d_v.at[keys].add(jnp.einsum("bgmts,bgmtw->bgsw", probs.astype(dtype), ds[at],
                                           preferred_element_type=jnp.float32))
     d_q = _from_queries(jnp.concatenate(d_q, axis=3)) / math.sqrt(q.shape[-1])
     return d_q.astype(dtype), *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (d_k, d_v)), None, None, None
@@ -68,32 +70,32 @@ blocked_attention.defvjp(_forward_saved, _backward)
 def _blocks(q, k) -> list[tuple[int, int, int]]:
     """(first query, end of the queries, end of the keys that they may see)"""
     length, keys = q.shape[1], k.shape[1]
-    block = max(128, -(-length // 16))  # at most 16 blocks are unrolled
+    block = max(128, ceil_div(length, 16))  # at most 16 blocks are unrolled
     ends = [(i, min(i + block, length)) for i in range(0, length, block)]
     return [(i, j, j if length == keys else keys) for i, j in ends]
 
 
 def _logits(q_block, keys, q_segments, k_segments, start, i):
-    logits = jnp.einsum("bgmtk,bgsk->bgmts", q_block, keys, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bgmtw,bgsw->bgmts", q_block, keys, preferred_element_type=jnp.float32)
     t, s = logits.shape[-2:]
     causal = start + i + jnp.arange(t)[:, None] >= jnp.arange(s)
     visible = causal & (q_segments[:, i : i + t, None] == k_segments[:, None, :s])
     return jnp.where(visible[:, None, None], logits, -1e30)
 
 
-def _split_heads(x, groups):  # [B, T, H, K] -> [B, G, H/G, T, K]
-    B, T, H, K = x.shape
-    return x.reshape(B, T, groups, H // groups, K).transpose(0, 2, 3, 1, 4)
+def _split_heads(x, groups):  # [B, T, H, W] -> [B, G, H/G, T, W]
+    B, T, H, W = x.shape
+    return x.reshape(B, T, groups, H // groups, W).transpose(0, 2, 3, 1, 4)
 
 
 def _queries(q, groups):
     return _split_heads(q * (1 / math.sqrt(q.shape[-1])), groups)
 
 
-def _keys(k):  # [B, T, G, K] -> [B, G, T, K]
+def _keys(k):  # [B, T, G, W] -> [B, G, T, W]
     return k.transpose(0, 2, 1, 3)
 
 
 def _from_queries(x):  # the inverse of _split_heads
-    B, G, M, T, K = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, G * M, K)
+    B, G, share, T, W = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, G * share, W)

@@ -4,7 +4,7 @@ Tokens are taken in chunks; the logits of one chunk exist at a time. `cross_entr
 evaluation). `training_loss` gives their weighted sum, and since that is linear in its cotangent, the gradients are made
 in the forward pass from the same logits: three matmuls of the vocabulary's size instead of four.
 
-On a mesh every device works on its own tokens with the gathered head; over `tensor` the vocabulary is sharded.
+Every device works on its own tokens with the gathered head; over `tensor` the vocabulary is sharded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
+from emo_jax.rounding import ceil_div
 from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, parameter_spec
 
 
@@ -35,13 +36,13 @@ def training_loss(
     """Weighted sums over all tokens of the mesh. `head` is the fp32 master, multiplied in the dtype of `x`."""
 
     def device(x, head, targets, weights):
-        x, head, targets, weights = (_vary(a) for a in (x, _whole_head(head, x), targets, weights))
-        sums = _objective(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), z_weight,
-                          chunk_tokens, _vocabulary_axis())
-        return sums if jax.sharding.get_abstract_mesh().empty else LossSums(*lax.psum(jnp.stack(sums), AXES))
+        # As varying over every axis: the adjoint sums the cotangents of devices that share an array.
+        x, head, targets, weights = (compat.vary(a, AXES) for a in (x, _whole_head(head, x), targets, weights))
+        sums = _objective(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), z_weight, chunk_tokens)
+        return LossSums(*lax.psum(jnp.stack(sums), AXES))
 
-    return _on_mesh(device, (ACTIVATIONS, parameter_spec(("head",)), TOKENS, TOKENS), LossSums(P(), P(), P()))(
-        x, head, targets, weights)
+    return compat.shard_map(device, in_specs=(ACTIVATIONS, parameter_spec(("head",)), TOKENS, TOKENS),
+                            out_specs=LossSums(P(), P(), P()))(x, head, targets, weights)
 
 
 def cross_entropy(
@@ -50,35 +51,36 @@ def cross_entropy(
     """(negative log-likelihood of the target in nats, logsumexp of the logits) of every token, fp32."""
 
     def device(x, head, targets):
-        head, axis = _whole_head(head, x), _vocabulary_axis()
-        part = jax.checkpoint(lambda chunk: _losses(chunk[0], head, chunk[1], axis)[1:], prevent_cse=False)
+        head = _whole_head(head, x)
+        part = jax.checkpoint(lambda chunk: _losses(chunk[0], head, chunk[1])[1:], prevent_cse=False)
         nll, lse = lax.map(part, (_chunks(x.reshape(-1, x.shape[-1]), chunk_tokens),
                                   _chunks(targets.reshape(-1), chunk_tokens)))
         nll, lse = (a.reshape(targets.shape) for a in (nll, lse))
         return nll, lse
 
-    return _on_mesh(device, (ACTIVATIONS, parameter_spec(("head",)), TOKENS), (TOKENS, TOKENS))(x, head, targets)
+    return compat.shard_map(device, in_specs=(ACTIVATIONS, parameter_spec(("head",)), TOKENS),
+                            out_specs=(TOKENS, TOKENS))(x, head, targets)
 
 
 # ---- one device -----------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _objective(x, head, targets, weights, z_weight, chunk_tokens, axis):
-    """`LossSums` of tokens x [N, D]. With a sharded vocabulary every device of `axis` returns its share of the sums."""
-    return _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, axis)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _objective(x, head, targets, weights, z_weight, chunk_tokens):
+    """`LossSums` of tokens x [T, D]; every device of `tensor` returns its share of the sums."""
+    return _objective_forward(x, head, targets, weights, z_weight, chunk_tokens)[0]
 
 
-def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, axis):
-    share = 1 if axis is None else lax.axis_size(axis)
+def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens):
+    share = lax.axis_size("tensor")
 
     def chunk(carry, inputs):
         sums, d_head = carry
         x, targets, weights = inputs
-        logits, nll, lse = _losses(x, head, targets, axis)
+        logits, nll, lse = _losses(x, head, targets)
         # d objective / d logits = weights * ((1 + 2 z lse) softmax - one_hot)
         probs = jnp.exp(logits - lse[:, None]) * (weights * (1 + 2 * z_weight * lse))[:, None]
-        d_logits = jnp.where(_is_target(logits, targets, axis), probs - weights[:, None], probs).astype(x.dtype)
+        d_logits = jnp.where(_is_target(logits, targets), probs - weights[:, None], probs).astype(x.dtype)
         d_x = lax.dot_general(d_logits, head, (((1,), (1,)), ((), ()))).astype(x.dtype)
         d_head += lax.dot_general(x, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         nll_sum, z_sum = jnp.sum(weights * nll) / share, jnp.sum(weights * jnp.square(lse)) / share
@@ -90,7 +92,7 @@ def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, axis):
     return LossSums(*sums), (d_x.reshape(x.shape), d_head.astype(head.dtype))
 
 
-def _objective_backward(z_weight, chunk_tokens, axis, saved, d_sums):
+def _objective_backward(z_weight, chunk_tokens, saved, d_sums):
     d_x, d_head = saved
     return (*((d * d_sums.objective).astype(d.dtype) for d in (d_x, d_head)), None, None)
 
@@ -98,54 +100,30 @@ def _objective_backward(z_weight, chunk_tokens, axis, saved, d_sums):
 _objective.defvjp(_objective_forward, _objective_backward)
 
 
-def _losses(x, head, targets, axis):
+def _losses(x, head, targets):
     """(logits [n, V], nll [n], logsumexp [n]), fp32, of one chunk."""
     logits = lax.dot_general(x, head, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    top = lax.stop_gradient(jnp.max(logits, axis=-1))
-    if axis is not None:
-        top = lax.pmax(top, axis)
+    top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), "tensor")
     # A masked sum instead of a gather of the target's logit: its adjoint is no scatter.
     sums = jnp.stack([jnp.sum(jnp.exp(logits - top[:, None]), axis=-1),
-                      jnp.sum(jnp.where(_is_target(logits, targets, axis), logits, 0.0), axis=-1)])
-    if axis is not None:
-        sums = lax.psum(sums, axis)
+                      jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)])
+    sums = lax.psum(sums, "tensor")
     lse = top + jnp.log(sums[0])
     return logits, lse - sums[1], lse
 
 
-def _is_target(logits, targets, axis):
-    first = 0 if axis is None else lax.axis_index(axis) * logits.shape[1]
+def _is_target(logits, targets):
+    first = lax.axis_index("tensor") * logits.shape[1]
     return first + jnp.arange(logits.shape[1]) == targets[:, None]
 
 
 def _chunks(a, chunk_tokens):
-    """[N, ...] -> [n, N / n, ...] with the smallest n that keeps a chunk at or below `chunk_tokens`."""
-    N = a.shape[0]
-    n = next(n for n in range(max(1, -(-N // chunk_tokens)), N + 1) if N % n == 0)
-    return a.reshape(n, N // n, *a.shape[1:])
-
-
-# ---- mesh -----------------------------------------------------------------------------------------------------------
-
-
-def _on_mesh(device, in_specs, out_specs):
-    if jax.sharding.get_abstract_mesh().empty:
-        return device
-    return compat.shard_map(device, in_specs=in_specs, out_specs=out_specs)
-
-
-def _vocabulary_axis():
-    return None if jax.sharding.get_abstract_mesh().empty else "tensor"
+    """[T, ...] -> [n, T / n, ...] with the smallest n that keeps a chunk at or below `chunk_tokens`."""
+    T = a.shape[0]
+    n = next(n for n in range(max(1, ceil_div(T, chunk_tokens)), T + 1) if T % n == 0)
+    return a.reshape(n, T // n, *a.shape[1:])
 
 
 def _whole_head(head, x):
     """Cast first, then gathered over the FSDP axes; the adjoint reduces the gradient back to its shards."""
-    head = head.astype(x.dtype)
-    if jax.sharding.get_abstract_mesh().empty:
-        return head
-    return lax.all_gather(head, ("fsdp", "expert"), axis=0, tiled=True)
-
-
-def _vary(a):
-    """As varying over every axis: the adjoint sums the cotangents of devices that share it."""
-    return a if jax.sharding.get_abstract_mesh().empty else compat.vary(a, AXES)
+    return lax.all_gather(head.astype(x.dtype), ("fsdp", "expert"), axis=0, tiled=True)

@@ -6,14 +6,14 @@
               d_down = hidden^T @ d_out;  d_gate_up = rows^T @ [d_gate, d_up];  d_rows = [d_gate, d_up] @ gate_up^T
 
 Nothing of width 2F or F passes through memory only to be multiplied elementwise, and no router weight multiplies a
-[S, D] array. Between the passes gate and up are kept, named "moe_hidden" for rematerialisation policies.
+[Q, D] array. Between the passes gate and up are kept, named "moe_hidden" for rematerialisation policies.
 
 Work is cut into visits: a visit is one tile of TILE rows and one expert that has rows in it. A tile inside one group is one
 large matmul; where groups meet, only the sub-tiles of SUB rows that the expert has rows in are multiplied, and its rows
 masked in. The number of visits depends on the routing, not on the number of experts. Rows past the last group are never
 written: whoever reads them must not use them. Off TPU the kernels run interpreted, for the parity tests.
 
-Shapes: S rows, D width, F expert hidden width, E local experts; gate_up [E, D, 2F], down [E, F, D].
+Shapes: Q rows, D width, F expert hidden width, E experts of the device; gate_up [E, D, 2F], down [E, F, D].
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ WEIGHT_BLOCK = 2**22  # bytes of a weight block on the chip, at most; there are 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def expert_mlp(
-    rows: Float[Array, "S D"], gate_up: Float[Array, "E D two_F"], down: Float[Array, "E F D"],
-    weights: Float[Array, "S"], group_sizes: Int[Array, "E"], interpret: bool,
-) -> Float[Array, "S D"]:
-    """weights[s] * expert(rows[s]) for every row. S must be a multiple of TILE, or of 8 when interpreted."""
+    rows: Float[Array, "Q D"], gate_up: Float[Array, "E D two_F"], down: Float[Array, "E F D"],
+    weights: Float[Array, "Q"], group_sizes: Int[Array, "E"], interpret: bool,
+) -> Float[Array, "Q D"]:
+    """weights[q] * expert(rows[q]) for every row. Q must be a multiple of TILE, or of 8 when interpreted."""
     return _forward(rows, gate_up, down, weights, group_sizes, interpret)[0]
 
 
@@ -59,7 +59,7 @@ def _backward(interpret, saved, d_out):
     every_visit = plan_visits(group_sizes, rows.shape[0], empty_groups=True)
     d_down = weight_gradient(hidden, d_out[None], every_visit, interpret)
     d_gate_up = weight_gradient(rows, d_gate_up_rows, every_visit, interpret)
-    # The weights' gradients first: their reductions over the mesh have longer to run, and three [S, D] arrays are freed.
+    # The weights' gradients first: their reductions over the mesh have longer to run, and three [Q, D] arrays are freed.
     d_gate_up_rows, d_gate_up, d_down = lax.optimization_barrier((d_gate_up_rows, d_gate_up, d_down))
     d_rows = matmul(d_gate_up_rows, gate_up, visits, interpret, transpose=True)
     return d_rows, d_gate_up, d_down, d_weights, None
@@ -130,11 +130,11 @@ def _merge(ref, rows, value, inside):
 
 
 def matmul(rows, weights, visits: Visits, interpret: bool, transpose: bool = False):
-    """rows [P, S, C] times the expert's weights [E, P * C, N] -> [S, N], or [E, N, P * C] when transposed; the rows'
-    columns lie in P parts."""
-    parts, S, contract = rows.shape
+    """rows [parts, Q, F] times the expert's weights [E, parts * F, D] -> [Q, D], or [E, D, parts * F] when transposed; the
+    rows' columns lie in parts."""
+    parts, Q, contract = rows.shape
     width = weights.shape[1 if transpose else 2]
-    tile, column = row_tile(S), column_block(width, parts * contract * weights.dtype.itemsize)
+    tile, column = row_tile(Q), column_block(width, parts * contract * weights.dtype.itemsize)
 
     def kernel(*refs):
         visit, rows_ref, weights_ref, out_ref = Visits(*refs[:5]), *refs[5:]
@@ -151,17 +151,17 @@ def matmul(rows, weights, visits: Visits, interpret: bool, transpose: bool = Fal
 
     block = (None, column, parts * contract) if transpose else (None, parts * contract, column)
     return _call(
-        kernel, visits, (width // column,), interpret, flops=2 * S * parts * contract * width,
+        kernel, visits, (width // column,), interpret, flops=2 * Q * parts * contract * width,
         inputs=[(rows, (parts, tile, contract), lambda n, e, t: (0, t, 0)),
                 (weights, block, (lambda n, e, t: (e, n, 0)) if transpose else (lambda n, e, t: (e, 0, n)))],
-        outputs=[((S, width), rows.dtype, (tile, column), lambda n, e, t: (t, n))])[0]
+        outputs=[((Q, width), rows.dtype, (tile, column), lambda n, e, t: (t, n))])[0]
 
 
 def swiglu_matmul(rows, gate_up, weights, visits: Visits, interpret: bool):
-    """(rows @ gate and rows @ up [2, S, F], silu(gate) * up * weights [S, F])."""
-    S, D = rows.shape
+    """(rows @ gate and rows @ up [2, Q, F], silu(gate) * up * weights [Q, F])."""
+    Q, D = rows.shape
     F = gate_up.shape[2] // 2
-    tile, column = row_tile(S), column_block(F, D * gate_up.dtype.itemsize)
+    tile, column = row_tile(Q), column_block(F, D * gate_up.dtype.itemsize)
     blocks = F // column
 
     def kernel(*refs):
@@ -176,20 +176,20 @@ def swiglu_matmul(rows, gate_up, weights, visits: Visits, interpret: bool):
         _for_each_part(visit, tile, 1, part)
 
     return _call(
-        kernel, visits, (blocks,), interpret, flops=4 * S * D * F,
+        kernel, visits, (blocks,), interpret, flops=4 * Q * D * F,
         inputs=[(rows, (tile, D), lambda n, e, t: (t, 0)),
                 (gate_up, (None, D, column), lambda n, e, t: (e, 0, n)),
                 (gate_up, (None, D, column), lambda n, e, t: (e, 0, blocks + n)),
                 (weights[:, None], (tile, 1), lambda n, e, t: (t, 0))],
-        outputs=[((2, S, F), rows.dtype, (2, tile, column), lambda n, e, t: (0, t, n)),
-                 ((S, F), rows.dtype, (tile, column), lambda n, e, t: (t, n))])
+        outputs=[((2, Q, F), rows.dtype, (2, tile, column), lambda n, e, t: (0, t, n)),
+                 ((Q, F), rows.dtype, (tile, column), lambda n, e, t: (t, n))])
 
 
 def swiglu_matmul_adjoint(d_out, down, gate_up_rows, weights, visits: Visits, interpret: bool):
-    """From d_out [S, D]: (d_gate_up_rows [2, S, F], hidden [S, F] once more, d_weights [S])."""
-    S, D = d_out.shape
+    """From d_out [Q, D]: (d_gate_up_rows [2, Q, F], hidden [Q, F] once more, d_weights [Q])."""
+    Q, D = d_out.shape
     F = down.shape[1]
-    tile, column = row_tile(S), column_block(F, D * down.dtype.itemsize)
+    tile, column = row_tile(Q), column_block(F, D * down.dtype.itemsize)
 
     def kernel(*refs):
         visit, d_out_ref, down_ref, gate_up_ref, weight_ref, d_gate_up, hidden, d_weight = Visits(*refs[:5]), *refs[5:]
@@ -209,22 +209,22 @@ def swiglu_matmul_adjoint(d_out, down, gate_up_rows, weights, visits: Visits, in
 
     by_row = lambda n, e, t: (t, n)
     d_gate_up, hidden, d_weights = _call(
-        kernel, visits, (F // column,), interpret, flops=2 * S * D * F,
+        kernel, visits, (F // column,), interpret, flops=2 * Q * D * F,
         inputs=[(d_out, (tile, D), lambda n, e, t: (t, 0)),
                 (down, (None, column, D), lambda n, e, t: (e, n, 0)),
                 (gate_up_rows, (2, tile, column), lambda n, e, t: (0, t, n)),
                 (weights[:, None], (tile, 1), lambda n, e, t: (t, 0))],
-        outputs=[((2, S, F), d_out.dtype, (2, tile, column), lambda n, e, t: (0, t, n)),
-                 ((S, F), d_out.dtype, (tile, column), by_row),
-                 ((F // column, S, 1), jnp.float32, (None, tile, 1), lambda n, e, t: (n, t, 0))])
+        outputs=[((2, Q, F), d_out.dtype, (2, tile, column), lambda n, e, t: (0, t, n)),
+                 ((Q, F), d_out.dtype, (tile, column), by_row),
+                 ((F // column, Q, 1), jnp.float32, (None, tile, 1), lambda n, e, t: (n, t, 0))])
     return d_gate_up, hidden, jnp.sum(d_weights[..., 0], axis=0)
 
 
 def weight_gradient(rows, d_out, visits: Visits, interpret: bool):
-    """rows [S, D]^T times d_out [P, S, N] within each group -> [E, D, P * N]. `visits` include the empty groups."""
-    (S, D), (parts, _, width) = rows.shape, d_out.shape
+    """rows [Q, D]^T times d_out [parts, Q, F] within each group -> [E, D, parts * F]. `visits` include the empty groups."""
+    (Q, D), (parts, _, width) = rows.shape, d_out.shape
     E = visits.start.shape[0]
-    tile, column = row_tile(S), column_block(width, D * rows.dtype.itemsize)
+    tile, column = row_tile(Q), column_block(width, D * rows.dtype.itemsize)
     blocks = width // column
 
     def kernel(*refs):
@@ -251,7 +251,7 @@ def weight_gradient(rows, d_out, visits: Visits, interpret: bool):
             out_ref[...] = total[...].astype(out_ref.dtype)
 
     return _call(
-        kernel, visits, (parts * blocks,), interpret, flops=2 * S * D * parts * width,
+        kernel, visits, (parts * blocks,), interpret, flops=2 * Q * D * parts * width,
         inputs=[(rows, (tile, D), lambda n, e, t: (t, 0)),
                 (d_out, (None, tile, column), lambda n, e, t: (lax.div(n, blocks), t, lax.rem(n, blocks)))],
         outputs=[((E, D, parts * width), rows.dtype, (None, D, column), lambda n, e, t: (e, 0, n))],

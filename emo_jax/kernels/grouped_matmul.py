@@ -1,8 +1,9 @@
 """Grouped matmul: rows sorted by expert times each expert's own matrix.
 
-`grouped_matmul(rows [S, D], weights [E, D, F], group_sizes [E]) -> [S, F]`: the first `group_sizes[0]` rows are multiplied
+`grouped_matmul(rows [Q, D], weights [E, D, F], group_sizes [E]) -> [Q, F]`: the first `group_sizes[0]` rows are multiplied
 by `weights[0]`, and so on. Groups may be empty. Rows past the last group come out as zeros and get zero gradients. Every
-group size is a multiple of the kernel's `ROW_ALIGNMENT` (the dispatch plan pads groups with zero rows).
+group size is a multiple of the kernel's `ROW_ALIGNMENT` (the dispatch plan pads groups with zero rows). These are functions
+of one device; E are its experts, Q the rows of its buffer.
 
 Kernels (`kernels.grouped_matmul`); auto takes the first of the platform:
     fused     TPU: the whole SwiGLU of the experts in five Pallas kernels (`expert_mlp_tpu`)
@@ -28,39 +29,41 @@ from jaxtyping import Array, Float, Int
 from emo_jax.compat import vary_like
 from emo_jax.config import GroupedMatmul
 from emo_jax.errors import InputError
+from emo_jax.kernels import Kernel
 
 log = logging.getLogger(__name__)
 
 KERNELS = typing.get_args(GroupedMatmul)[1:]  # without auto
-# Pallas TPU kernels; elsewhere they run interpreted (slow, for tests), and their names end in _interpret. They do not say
-# over which mesh axes their results vary, so `shard_map` cannot check it.
-PALLAS = ("fused", "megablox", "fused_interpret", "megablox_interpret")
-# What the dispatch plan pads every group to, and the number of rows S to.
-ROW_ALIGNMENT = {"blocked": 64, "batched": 128} | dict.fromkeys(("reference", *PALLAS), 1)
-BUFFER_ALIGNMENT = ROW_ALIGNMENT | {"fused": 512, "megablox": 512, "fused_interpret": 8, "megablox_interpret": 8}
+# Pallas kernels of TPU. They do not say over which mesh axes their results vary, so `shard_map` cannot check it.
+PALLAS = ("fused", "megablox")
+ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "batched": 128, "blocked": 64, "reference": 1}  # of the size of every group
+
+
+def buffer_alignment(kernel: Kernel) -> int:
+    """What the number of rows Q is a multiple of."""
+    return (8 if kernel.interpret else 512) if kernel.name in PALLAS else ROW_ALIGNMENT[kernel.name]
 
 
 @functools.cache
-def choose(kernel: str, platform: str) -> str:
+def choose(kernel: str, platform: str) -> Kernel:
     """The kernel for "auto"; logged once."""
     if kernel not in ("auto", *KERNELS):
         raise InputError(f"kernels.grouped_matmul={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-    chosen = {"tpu": "fused", "cpu": "blocked"}.get(platform, "batched") if kernel == "auto" else kernel
-    if chosen in PALLAS and platform != "tpu":
-        chosen += "_interpret"
+    name = {"tpu": "fused", "cpu": "blocked"}.get(platform, "batched") if kernel == "auto" else kernel
+    chosen = Kernel(name, interpret=name in PALLAS and platform != "tpu")
     log.info("grouped matmul: %s", chosen)
     return chosen
 
 
 def expert_mlp(
-    rows: Float[Array, "S D"], gate_up: Float[Array, "E D two_F"], down: Float[Array, "E F D"],
-    weights: Float[Array, "S"], group_sizes: Int[Array, "E"], kernel: str,
-) -> Float[Array, "S D"]:
-    """weights[s] * (silu(row @ gate) * (row @ up)) @ down of each row's own expert."""
-    if kernel.startswith("fused"):
+    rows: Float[Array, "Q D"], gate_up: Float[Array, "E D two_F"], down: Float[Array, "E F D"],
+    weights: Float[Array, "Q"], group_sizes: Int[Array, "E"], kernel: Kernel,
+) -> Float[Array, "Q D"]:
+    """weights[q] * (silu(row @ gate) * (row @ up)) @ down of each row's own expert."""
+    if kernel.name == "fused":
         from emo_jax.kernels import expert_mlp_tpu
 
-        return expert_mlp_tpu.expert_mlp(rows, gate_up, down, weights, group_sizes, kernel.endswith("interpret"))
+        return expert_mlp_tpu.expert_mlp(rows, gate_up, down, weights, group_sizes, kernel.interpret)
     hidden = checkpoint_name(grouped_matmul(rows, gate_up, group_sizes, kernel), "moe_hidden")
     return grouped_matmul(swiglu(hidden) * weights[:, None].astype(rows.dtype), down, group_sizes, kernel)
 
@@ -71,15 +74,15 @@ def swiglu(gate_up: Float[Array, "*rows two_F"]) -> Float[Array, "*rows F"]:
 
 
 def grouped_matmul(
-    rows: Float[Array, "S D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, "E"], kernel: str
-) -> Float[Array, "S F"]:
-    if kernel == "blocked":
+    rows: Float[Array, "Q D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, "E"], kernel: Kernel
+) -> Float[Array, "Q F"]:
+    if kernel.name == "blocked":
         return _blocked(rows, weights, group_sizes)
-    if kernel in PALLAS:
+    if kernel.name in PALLAS:
         from emo_jax.kernels.megablox import megablox
 
-        return megablox(rows, weights, group_sizes, kernel.endswith("interpret"))
-    if kernel == "batched":
+        return megablox(rows, weights, group_sizes, kernel.interpret)
+    if kernel.name == "batched":
         from emo_jax.kernels.batched_matmul import batched
 
         return batched(rows, weights, group_sizes)
@@ -91,7 +94,7 @@ def reference(rows, weights, group_sizes):
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(rows.shape[0])[:, None]
     member = ((index >= ends - group_sizes) & (index < ends)).astype(rows.dtype)
-    return jnp.einsum("sd,edf,se->sf", rows, weights, member)
+    return jnp.einsum("qd,edf,qe->qf", rows, weights, member)
 
 
 # ---- blocked: a loop over the row blocks that are in use, each one dense matmul ------------------------------------
@@ -124,7 +127,7 @@ def _block_experts(group_sizes, num_rows):
 
 
 def _rows_times_weights(rows, weights, group_sizes, *, transpose):
-    """rows [S, D] @ weights [E, D, F] -> [S, F]; transposed: rows [S, F] @ weights^T -> [S, D]."""
+    """rows [Q, D] @ weights [E, D, F] -> [Q, F]; transposed: rows [Q, F] @ weights^T -> [Q, D]."""
     experts, used = _block_experts(group_sizes, rows.shape[0])
     contract, width = (1, weights.shape[1]) if transpose else (0, weights.shape[2])
 
@@ -139,7 +142,7 @@ def _rows_times_weights(rows, weights, group_sizes, *, transpose):
 
 
 def _weight_gradient(rows, d_out, group_sizes):
-    """rows^T [D, S] @ d_out [S, F] within each group -> [E, D, F], fp32."""
+    """rows^T [D, Q] @ d_out [Q, F] within each group -> [E, D, F], fp32."""
     experts, used = _block_experts(group_sizes, rows.shape[0])
 
     def body(i, d_weights):

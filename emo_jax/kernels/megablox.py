@@ -15,12 +15,12 @@ import jax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 TILE_ROWS = 512
-TILE_WIDTH = 1024  # of both matrix dimensions: 2 MB a bf16 tile, several of which fit the vector memory
+TILE_WIDTH = 1024  # both matrix dimensions: 2 MB a bf16 tile, several of which fit the vector memory
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def megablox(rows, weights, group_sizes, interpret: bool):
-    """rows [S, D], weights [E, D, F], group_sizes [E] -> [S, F]."""
+    """rows [Q, D], weights [E, D, F], group_sizes [E] -> [Q, F]."""
     return _gmm(rows, weights, group_sizes, interpret, transpose=False)
 
 
@@ -31,8 +31,8 @@ def _forward(rows, weights, group_sizes, interpret):
 def _backward(interpret, saved, d_out):
     rows, weights, group_sizes = saved
     d_rows = _gmm(d_out, weights, group_sizes, interpret, transpose=True)
-    S, D = rows.shape
-    d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, tiles(S, D, d_out.shape[1]), interpret=interpret)
+    Q, D = rows.shape
+    d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, tiles(Q, D, d_out.shape[1]), interpret=interpret)
     return d_rows, d_weights, None
 
 
@@ -40,9 +40,9 @@ megablox.defvjp(_forward, _backward)
 
 
 def _gmm(rows, weights, group_sizes, interpret, *, transpose):
-    S, contract = rows.shape
+    Q, contract = rows.shape
     width = weights.shape[1] if transpose else weights.shape[2]
-    return gmm(rows, weights, group_sizes, rows.dtype, tiles(S, contract, width), transpose_rhs=transpose,
+    return gmm(rows, weights, group_sizes, rows.dtype, tiles(Q, contract, width), transpose_rhs=transpose,
                interpret=interpret)
 
 

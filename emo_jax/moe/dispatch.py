@@ -4,7 +4,7 @@ A *slot* is one of the k choices of a token; slot t * k + j is choice j of token
 experts work on, grouped by expert. Rows and slots correspond one to one, so that every movement, and the adjoint of every
 movement, is a gather: none scatters, and `gather_tokens` and `combine` are each other's transpose.
 
-Shapes: T tokens of this device (or group), k choices, S rows of the buffer, e local experts.
+Letters are those of `emo_jax.model`; T are the tokens of this device (or of its group), flat.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from emo_jax.rounding import round_up
+
+
+class Tokens(NamedTuple):
+    """The tokens of one device, [B, T, ...] or flat, and what the router decided for them."""
+
+    x: Float[Array, "*tokens D"]
+    expert_ids: Int[Array, "*tokens k"]
+    weights: Float[Array, "*tokens k"]
+    valid: Bool[Array, "*tokens"]  # False for padding
+
 
 class Plan(NamedTuple):
-    slot_of_row: Int[Array, "S"]  # T * k where the row is padding
-    row_of_slot: Int[Array, "T k"]  # S where the slot's expert is not here, or the token is padding
+    slot_of_row: Int[Array, "Q"]  # T * k where the row is padding
+    row_of_slot: Int[Array, "T k"]  # Q where the slot's expert is not here, or the token is padding
     group_sizes: Int[Array, "e"]  # rows of each local expert, padded to the kernel's alignment
 
 
@@ -31,30 +42,30 @@ def plan_dispatch(
     """Groups the slots by local expert, in token order, without a sort. `experts`: (first id, number) of the local
     experts. The buffer is large enough for any routing: dropless by construction."""
     first, count = experts
-    tokens, k = expert_ids.shape
-    num_rows = buffer_rows(tokens, k, count, alignment, buffer_alignment)
-    local = expert_ids - first
-    member = jnp.any(local[..., None] == jnp.arange(count), axis=1) & valid[:, None]  # [T, e]; a token's choices differ
-    seen = jnp.cumsum(member.astype(jnp.int32), axis=0)
-    sizes = -(-seen[-1] // alignment) * alignment
-    row = jnp.cumsum(sizes) - sizes + seen - 1  # [T, e]
-    here = (local >= 0) & (local < count) & valid[:, None]
-    rows = jnp.take_along_axis(row, jnp.clip(local, 0, count - 1), axis=1)
-    row_of_slot = jnp.where(here, rows, num_rows)
-    slots = jnp.arange(tokens * k, dtype=jnp.int32)
-    slot_of_row = jnp.full(num_rows, tokens * k, jnp.int32).at[row_of_slot.reshape(-1)].set(slots, mode="drop")
-    return Plan(slot_of_row, row_of_slot, sizes)
+    T, k = expert_ids.shape
+    Q = buffer_rows(T, k, count, alignment, buffer_alignment)
+    local_Tk = expert_ids - first
+    member_Te = jnp.any(local_Tk[..., None] == jnp.arange(count), axis=1) & valid[:, None]  # a token's choices differ
+    seen_Te = jnp.cumsum(member_Te.astype(jnp.int32), axis=0)
+    sizes_e = round_up(seen_Te[-1], alignment)
+    row_Te = jnp.cumsum(sizes_e) - sizes_e + seen_Te - 1
+    here_Tk = (local_Tk >= 0) & (local_Tk < count) & valid[:, None]
+    row_Tk = jnp.take_along_axis(row_Te, jnp.clip(local_Tk, 0, count - 1), axis=1)
+    row_of_slot_Tk = jnp.where(here_Tk, row_Tk, Q)
+    slots = jnp.arange(T * k, dtype=jnp.int32)
+    slot_of_row_Q = jnp.full(Q, T * k, jnp.int32).at[row_of_slot_Tk.reshape(-1)].set(slots, mode="drop")
+    return Plan(slot_of_row_Q, row_of_slot_Tk, sizes_e)
 
 
 def buffer_rows(tokens: int, k: int, experts: int, alignment: int, buffer_alignment: int = 1) -> int:
     """Rows that hold any routing of `tokens` tokens: min(k, experts) choices each, and the padding of the groups. A multiple
     of both alignments."""
     multiple = max(alignment, buffer_alignment)
-    return -(-(tokens * min(k, experts) + experts * (alignment - 1)) // multiple) * multiple
+    return round_up(tokens * min(k, experts) + experts * (alignment - 1), multiple)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather_tokens(x: Float[Array, "T D"], plan: Plan, fill: bool = True) -> Float[Array, "S D"]:
+def gather_tokens(x: Float[Array, "T D"], plan: Plan, fill: bool = True) -> Float[Array, "Q D"]:
     """The token of every row; padding rows are zeros with `fill`, else anything (one pass over the rows fewer)."""
     k = plan.row_of_slot.shape[1]
     if fill:
@@ -63,14 +74,14 @@ def gather_tokens(x: Float[Array, "T D"], plan: Plan, fill: bool = True) -> Floa
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(rows: Float[Array, "S D"], plan: Plan, fill: bool = True) -> Float[Array, "T D"]:
+def combine(rows: Float[Array, "Q D"], plan: Plan, fill: bool = True) -> Float[Array, "T D"]:
     """The sum of every token's rows, accumulated in fp32. `fill` is that of the adjoint."""
-    row_of_slot = plan.row_of_slot.T  # [k, T]: then the sum is over the leading axis, which needs no change of layout
-    parts = rows.at[jnp.minimum(row_of_slot, rows.shape[0] - 1)].get(mode="promise_in_bounds")
+    row_kT = plan.row_of_slot.T  # then the sum is over the leading axis, which needs no change of layout
+    parts_kTD = rows.at[jnp.minimum(row_kT, rows.shape[0] - 1)].get(mode="promise_in_bounds")
     if not fill:  # TPU: else the cast is fused into the gather, which then writes twice the bytes
-        parts = jax.lax.optimization_barrier(parts)
-    parts = jnp.where((row_of_slot < rows.shape[0])[..., None], parts.astype(jnp.float32), 0.0)
-    return jnp.sum(parts, axis=0).astype(rows.dtype)
+        parts_kTD = jax.lax.optimization_barrier(parts_kTD)
+    parts_kTD = jnp.where((row_kT < rows.shape[0])[..., None], parts_kTD.astype(jnp.float32), 0.0)
+    return jnp.sum(parts_kTD, axis=0).astype(rows.dtype)
 
 
 gather_tokens.defvjp(lambda x, plan, fill: (gather_tokens(x, plan, fill), plan),
@@ -80,15 +91,18 @@ combine.defvjp(lambda rows, plan, fill: (combine(rows, plan, fill), plan),
 
 
 @jax.custom_vjp
-def slots_to_rows(values: Float[Array, "T k"], plan: Plan) -> Float[Array, "S"]:
+def slots_to_rows(values: Float[Array, "T k"], plan: Plan) -> Float[Array, "Q"]:
     """A number of every slot, e.g. its router weight, by row; 0 in padding rows."""
     return values.reshape(-1).at[plan.slot_of_row].get(mode="fill", fill_value=0)
 
 
-slots_to_rows.defvjp(
-    lambda values, plan: (slots_to_rows(values, plan), plan),
-    lambda plan, d: (d.at[plan.row_of_slot].get(mode="fill", fill_value=0), _zero(plan)),
-)
+def rows_to_slots(values: Float[Array, "Q"], plan: Plan) -> Float[Array, "T k"]:
+    """A number of every row, by slot; 0 where the slot has no row here."""
+    return values.at[plan.row_of_slot].get(mode="fill", fill_value=0)
+
+
+slots_to_rows.defvjp(lambda values, plan: (slots_to_rows(values, plan), plan),
+                     lambda plan, d: (rows_to_slots(d, plan), _zero(plan)))
 
 
 def _zero(plan: Plan) -> Plan:

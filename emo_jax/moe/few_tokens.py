@@ -10,49 +10,46 @@ import jax
 import jax.numpy as jnp
 
 from emo_jax import compat
+from emo_jax.moe.dispatch import Tokens
 from emo_jax.sharding import AXES
 
 
-def device_experts(table, x, expert_ids, weights, valid, *, axes, num_shared, fsdp):
-    """The body of one device, as `experts.moe_experts` describes it. `axes`: sizes of the mesh axes, None without a
-    mesh; `fsdp`: the dimension of each table that this axis shards."""
-    batch_shape, width = x.shape[:2], x.shape[2]
-    x, expert_ids, weights, valid = (a.reshape(-1, *a.shape[2:]) for a in (x, expert_ids, weights, valid))
-    expert_axis = 1
-    if axes:
-        expert_axis = axes["expert"]
-        if axes["fsdp"] > 1:
-            table = {name: jax.lax.all_gather(w, "fsdp", axis=fsdp[name], tiled=True) for name, w in table.items()}
-    local = table["gate"].shape[0]
-    shared = local * expert_axis - num_shared + jnp.arange(num_shared)  # chosen by all, with weight 1
-    expert_ids = jnp.concatenate([expert_ids, jnp.broadcast_to(shared, (len(x), num_shared))], axis=1)
-    weights = jnp.concatenate([jnp.where(valid[:, None], weights, 0), jnp.ones((len(x), num_shared))], axis=1)
-    first = 0
-    if axes:
-        table = {name: compat.vary(w, AXES) for name, w in table.items()}
-        x, expert_ids, weights = (compat.vary(a, AXES) for a in (x, expert_ids, weights))
-        first = jax.lax.axis_index("expert") * local
-    tokens = (x, expert_ids, weights)
-    if expert_axis > 1:
-        tokens = [jax.lax.all_gather(a, "expert", tiled=True) for a in tokens]
-    y = _used_experts(table, *tokens, first)
-    if expert_axis > 1:
-        y = jax.lax.psum_scatter(y, "expert", tiled=True)
-    if axes:
-        y = jax.lax.psum(y, "tensor")
-    return y.astype(x.dtype).reshape(*batch_shape, width)
+def device_experts(table, tokens: Tokens, *, layer, fsdp):
+    """The body of one device, as `experts.moe_experts` describes it. `fsdp`: the dimension of each table that this axis
+    shards."""
+    batch_shape, peers = tokens.x.shape[:2], jax.lax.axis_size("expert")
+    x_TD, ids_Tk, weights_Tk, valid_T = (a.reshape(-1, *a.shape[2:]) for a in tokens)
+    if jax.lax.axis_size("fsdp") > 1:
+        table = {name: jax.lax.all_gather(w, "fsdp", axis=fsdp[name], tiled=True) for name, w in table.items()}
+    count = table["gate"].shape[0]
+    shared = count * peers - layer.num_shared + jnp.arange(layer.num_shared)  # chosen by all, with weight 1
+    ids_Tk = jnp.concatenate([ids_Tk, jnp.broadcast_to(shared, (len(x_TD), layer.num_shared))], axis=1)
+    weights_Tk = jnp.concatenate([jnp.where(valid_T[:, None], weights_Tk, 0), jnp.ones((len(x_TD), layer.num_shared))],
+                                 axis=1)
+    table = {name: compat.vary(w, AXES) for name, w in table.items()}
+    chosen = [compat.vary(a, AXES) for a in (x_TD, ids_Tk, weights_Tk)]
+    if peers > 1:
+        chosen = [jax.lax.all_gather(a, "expert", tiled=True) for a in chosen]
+    y_TD = _used_experts(table, *chosen, jax.lax.axis_index("expert") * count)
+    if peers > 1:
+        y_TD = jax.lax.psum_scatter(y_TD, "expert", tiled=True)
+    y_TD = jax.lax.psum(y_TD, "tensor")
+    return y_TD.astype(x_TD.dtype).reshape(*batch_shape, -1), None, None
 
 
-def _used_experts(table, x, expert_ids, weights, first):
-    chosen = expert_ids[..., None] == first + jnp.arange(table["gate"].shape[0])
-    mixture = jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=1)  # [T, e]
-    used = jnp.any(mixture != 0, axis=0)
-    used_first = jnp.argsort(~used, stable=True)
+def _used_experts(table, x_TD, ids_Tk, weights_Tk, first):
+    chosen_Tke = ids_Tk[..., None] == first + jnp.arange(table["gate"].shape[0])
+    mixture_Te = jnp.sum(jnp.where(chosen_Tke, weights_Tk[..., None], 0.0), axis=1)
+    used_e = jnp.any(mixture_Te != 0, axis=0)
+    used_first = jnp.argsort(~used_e, stable=True)
 
-    def body(i, y):
-        gate, up, down = (jax.lax.dynamic_index_in_dim(table[name], used_first[i], keepdims=False).astype(x.dtype)
-                          for name in ("gate", "up", "down"))
-        weight = jax.lax.dynamic_index_in_dim(mixture, used_first[i], axis=1).astype(x.dtype)
-        return y + (jax.nn.silu(x @ gate) * (x @ up) * weight) @ down
+    def body(i, y_TD):
+        gate_DF, up_DF, down_FD = (
+            jax.lax.dynamic_index_in_dim(table[name], used_first[i], keepdims=False).astype(x_TD.dtype)
+            for name in ("gate", "up", "down"))
+        weight_T1 = jax.lax.dynamic_index_in_dim(mixture_Te, used_first[i], axis=1).astype(x_TD.dtype)
+        return y_TD + (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF) * weight_T1) @ down_FD
 
-    return jax.lax.fori_loop(0, jnp.sum(used), body, compat.vary_like(jnp.zeros_like(x), x, table["gate"]))
+    start_TD = compat.vary_like(jnp.zeros_like(x_TD), x_TD, table["gate"])
+    with jax.named_scope("experts"):
+        return jax.lax.fori_loop(0, jnp.sum(used_e), body, start_TD)

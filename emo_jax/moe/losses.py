@@ -1,7 +1,7 @@
 """Auxiliary losses of the router, and the counts they are made of.
 
 They are functions of global arrays: under jit on a mesh the counts are sums over all data shards, so that the
-load-balancing loss is exactly global for one all-reduce of R numbers.
+load-balancing loss is exactly global for one all-reduce of R numbers. They also take plain arrays, without a mesh.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from emo_jax.moe.routing import one_hot_experts
 from emo_jax.sharding import spec
 
 
@@ -17,34 +18,29 @@ def expert_counts(
     expert_ids: Int[Array, "B T k"], mask: Bool[Array, "B T"], num_routed: int, groups: int = 1
 ) -> Float[Array, "groups R"]:
     """Tokens sent to each routed expert, by group of rows; `mask` is False for padding. No gradient."""
-    chosen = (expert_ids[..., None] == jnp.arange(num_routed)) & mask[..., None, None]
-    return group_rows(jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32), groups)
-
-
-def score_sums(
-    scores: Float[Array, "B T R"], mask: Bool[Array, "B T"], groups: int = 1
-) -> Float[Array, "groups R"]:
-    """Sums of the routers' scores over the tokens, by group of rows."""
-    return group_rows(jnp.sum(jnp.where(mask[..., None], scores, 0.0), axis=1), groups)
+    chosen_BTR = jnp.where(mask[..., None], one_hot_experts(expert_ids, num_routed), 0.0)
+    return group_rows(jnp.sum(chosen_BTR, axis=1), groups)
 
 
 def load_balancing_loss(
-    scores: Float[Array, "B T R"], counts: Float[Array, "R"], mask: Bool[Array, "B T"], top_k: int, divisor: float
-) -> Float[Array, ""]:
+    scores: Float[Array, "B T R"], counts: Float[Array, "*groups R"], mask: Bool[Array, "B T"], top_k: int,
+    divisor: Float[Array, "..."] | float, tokens: Float[Array, "..."] | float | None = None,
+) -> Float[Array, "*groups"]:
     """R/k * sum_e (counts_e / divisor) * mean_tokens(scores_e); 1 at uniform load.
 
     `counts` are those of the scope over which experts are balanced (all data shards and microbatches of the optimizer
     step) and `divisor` the tokens in it. The gradient flows through `scores` only. (EMO paper, load balancing; global
     batch: arXiv 2501.11873.)
+
+    The mean is over `tokens` tokens, by default those of the mask: with the tokens of the whole step, the losses of its
+    microbatches add up to that of the step. `counts` with a leading axis are those of groups of rows, each of which gets
+    its own loss (`divisor` and `tokens` [groups, 1]).
     """
-    mean_scores = score_sums(scores, mask)[0] / jnp.sum(mask)
-    return balance(counts / divisor, mean_scores, top_k)
-
-
-def balance(fraction: Float[Array, "*layers R"], mean_scores: Float[Array, "*layers R"], top_k: int):
-    """R/k * sum_e fraction_e * mean_scores_e, with no gradient through the fractions."""
-    num_routed = fraction.shape[-1]
-    return num_routed / top_k * jnp.sum(jax.lax.stop_gradient(fraction) * mean_scores, axis=-1)
+    R = counts.shape[-1]
+    sums_BR = jnp.sum(jnp.where(mask[..., None], scores, 0.0), axis=1)
+    sums = group_rows(sums_BR, *counts.shape[:-1]).reshape(counts.shape)
+    mean_scores = sums / (jnp.sum(mask) if tokens is None else tokens)
+    return R / top_k * jnp.sum(jax.lax.stop_gradient(counts / divisor) * mean_scores, axis=-1)
 
 
 def router_z_loss(
@@ -54,11 +50,11 @@ def router_z_loss(
     return jnp.sum(jnp.where(mask, jnp.square(logsumexp), 0.0)) / divisor
 
 
-def group_rows(per_row: jax.Array, groups: int) -> jax.Array:
-    """[B, ...] -> [groups, ...]: sums over consecutive rows."""
+def group_rows(per_row: Float[Array, "B *rest"], groups: int = 1) -> Float[Array, "groups *rest"]:
+    """Sums over consecutive rows."""
     if groups == 1:
         return jnp.sum(per_row, axis=0, keepdims=True)
-    member = (jnp.arange(per_row.shape[0]) // (per_row.shape[0] // groups) == jnp.arange(groups)[:, None])
-    replicated = spec(*[None] * per_row.ndim)
-    return jnp.einsum("gb,b...->g...", member.astype(per_row.dtype), per_row, precision=jax.lax.Precision.HIGHEST,
-                      out_sharding=replicated)
+    B = per_row.shape[0]
+    member_gB = jnp.arange(B) // (B // groups) == jnp.arange(groups)[:, None]
+    return jnp.einsum("gb,b...->g...", member_gB.astype(per_row.dtype), per_row, precision=jax.lax.Precision.HIGHEST,
+                      out_sharding=spec(*[None] * per_row.ndim))

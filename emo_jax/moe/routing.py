@@ -1,7 +1,7 @@
 """EMO routing: document pools, then top-k inside the pool (equations: EMO paper, section 3; published code's router).
 
-Shapes: B rows, T tokens, N documents of a row, R routed experts, k routed experts of a token.
-All of it runs in the global view under jit, on sharded arrays, without host round trips.
+All of it runs in the global view under jit, on sharded arrays, without host round trips; letters are those of
+`emo_jax.model`. The functions also take plain arrays, without a mesh.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Routing(NamedTuple):
     scores: Float[Array, "B T R"]  # fp32, what the load-balancing loss sees; outside the pool 0 (emo_v1)
     pool: Bool[Array, "B T R"]
     logsumexp: Float[Array, "B T"]  # fp32, of the logits that the scores are made of, for the router z-loss
-    buffer_load: NamedTuple | None = None  # see experts.BufferLoad; filled in by the layer
+    # The layer fills these in:
+    buffer_load: NamedTuple | None = None  # see experts.BufferLoad
+    seen: Float[Array, "B T k"] | None = None  # see experts.ExpertLayer.see_rows
 
 
 def route(
@@ -61,23 +63,23 @@ def route(
     """
     save = functools.partial(checkpoint_name, name="routing")
     rules = SEMANTICS[semantics] if isinstance(semantics, str) else semantics
-    logits = save(logits.astype(jnp.float32))
+    logits_BTR = save(logits.astype(jnp.float32))
     if pool_sizes is None:
-        pool = jnp.ones_like(logits, dtype=bool)
+        pool_BTR = jnp.ones_like(logits_BTR, dtype=bool)
     else:
-        pool = save(document_pool(jax.nn.softmax(logits), segment_ids, pool_sizes, forced_experts))
-    pool_logits = jnp.where(pool, logits, -jnp.inf)
-    score_logits = pool_logits if rules.pool_softmax else logits
-    logsumexp = jax.nn.logsumexp(score_logits, axis=-1)
-    scores = jnp.exp(score_logits - logsumexp[..., None])
+        pool_BTR = save(document_pool(jax.nn.softmax(logits_BTR), segment_ids, pool_sizes, forced_experts))
+    pool_logits_BTR = jnp.where(pool_BTR, logits_BTR, -jnp.inf)
+    score_logits_BTR = pool_logits_BTR if rules.pool_softmax else logits_BTR
+    logsumexp_BT = jax.nn.logsumexp(score_logits_BTR, axis=-1)
+    scores_BTR = jnp.exp(score_logits_BTR - logsumexp_BT[..., None])
     # Scores rise with the logits, so both semantics select the same experts.
-    expert_ids = save(jax.lax.top_k(jax.lax.stop_gradient(pool_logits), top_k)[1])
-    weights = select(scores, expert_ids)
+    expert_ids_BTk = save(jax.lax.top_k(jax.lax.stop_gradient(pool_logits_BTR), top_k)[1])
+    weights_BTk = select(scores_BTR, expert_ids_BTk)
     if rules.normalize is not None:
-        weights = weights / jnp.sum(weights**rules.normalize, -1, keepdims=True) ** (1 / rules.normalize)
+        weights_BTk = weights_BTk / jnp.sum(weights_BTk**rules.normalize, -1, keepdims=True) ** (1 / rules.normalize)
     if rules.restore_scale:
-        weights = weights * top_k
-    return Routing(expert_ids, weights, scores, pool, logsumexp)
+        weights_BTk = weights_BTk * top_k
+    return Routing(expert_ids_BTk, weights_BTk, scores_BTR, pool_BTR, logsumexp_BT)
 
 
 def document_pool(
@@ -86,34 +88,37 @@ def document_pool(
 ) -> Bool[Array, "B T R"]:
     """The experts that the token's document may use: those with the largest sums of `router_probs` over the document,
     `pool_sizes` of them (ties: the lowest id first). Everything is allowed to padding, which never votes."""
-    documents = one_hot_documents(segment_ids, pool_sizes.shape[1])
-    votes = jnp.einsum("btn,btr->bnr", documents, jax.lax.stop_gradient(router_probs),
-                       precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, None, None))
-    forced = jnp.arange(votes.shape[-1]) >= votes.shape[-1] - forced_experts
-    rank = jnp.argsort(jnp.argsort(jnp.where(forced, 1.0, -votes), axis=-1, stable=True), axis=-1)
-    dropped = ((rank >= pool_sizes[..., None]) & ~forced).astype(jnp.float32)
+    documents_BTN = one_hot_documents(segment_ids, pool_sizes.shape[1])
+    votes_BNR = jnp.einsum("btn,btr->bnr", documents_BTN, jax.lax.stop_gradient(router_probs),
+                           precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, None, None))
+    forced_R = jnp.arange(votes_BNR.shape[-1]) >= votes_BNR.shape[-1] - forced_experts
+    rank_BNR = jnp.argsort(jnp.argsort(jnp.where(forced_R, 1.0, -votes_BNR), axis=-1, stable=True), axis=-1)
+    dropped_BNR = ((rank_BNR >= pool_sizes[..., None]) & ~forced_R).astype(jnp.float32)
     # Back to the tokens as a matmul with a 0/1 matrix: exact, and it shards and runs like any other matmul.
-    return jnp.einsum("btn,bnr->btr", documents, dropped, out_sharding=spec(BATCH, "sequence", None)) < 0.5
+    return jnp.einsum("btn,bnr->btr", documents_BTN, dropped_BNR, out_sharding=spec(BATCH, "sequence", None)) < 0.5
 
 
 def one_hot_documents(segment_ids: Int[Array, "B T"], max_documents: int) -> Float[Array, "B T N"]:
     return (segment_ids[..., None] == jnp.arange(1, max_documents + 1)).astype(jnp.float32)
 
 
+def one_hot_experts(expert_ids: Int[Array, "B T k"], num_routed: int) -> Float[Array, "B T R"]:
+    """1 for the experts that the token chose."""
+    return jnp.any(expert_ids[..., None] == jnp.arange(num_routed), axis=2).astype(jnp.float32)
+
+
 def select(scores: Float[Array, "B T R"], expert_ids: Int[Array, "B T k"]) -> Float[Array, "B T k"]:
     """`scores` at `expert_ids`. As a masked sum, its adjoint is one too, instead of a scatter."""
-    chosen = expert_ids[..., None] == jnp.arange(scores.shape[-1])
-    return jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1)
+    chosen_BTkR = expert_ids[..., None] == jnp.arange(scores.shape[-1])
+    return jnp.sum(jnp.where(chosen_BTkR, scores[..., None, :], 0.0), axis=-1)
 
 
-def router_segments(
-    segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"], eos_id: int
-) -> Int[Array, "B T"]:
+def split_at_eos(segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"], eos_id: int) -> Int[Array, "B T"]:
     """Documents as the published router sees them (`router.eos_owner=next`): an EOS token opens the next document,
     except in the first position of a row; a document may be that one token. Padding stays 0."""
-    opens = (tokens == eos_id) & (jnp.arange(tokens.shape[1]) > 0)
-    opened = reshard(jnp.cumsum(reshard(opens, BATCH, None), axis=1), BATCH, "sequence")  # needs the whole row
-    return jnp.where(segment_ids > 0, 1 + opened, 0)
+    opens_BT = (tokens == eos_id) & (jnp.arange(tokens.shape[1]) > 0)
+    opened_BT = reshard(jnp.cumsum(reshard(opens_BT, BATCH, None), axis=1), BATCH, "sequence")  # needs the whole row
+    return jnp.where(segment_ids > 0, 1 + opened_BT, 0)
 
 
 def draw_pool_sizes(
@@ -134,6 +139,6 @@ def draw_pool_sizes(
             return jnp.minimum(lo + jnp.floor(u * (hi - lo + 1)).astype(jnp.int32), hi)
         return jnp.round(lo + (hi - lo) * u ** (1 / config.pool_beta)).astype(jnp.int32)
 
-    per_layer = jnp.arange(layers) if config.pool_scope == "layer" else jnp.zeros(layers, jnp.int32)
+    key_of_layer_L = jnp.arange(layers) if config.pool_scope == "layer" else jnp.zeros(layers, jnp.int32)
     over_documents = jax.vmap(jax.vmap(size, in_axes=(None, 0)), in_axes=(None, 0))
-    return jax.vmap(over_documents, in_axes=(0, None))(per_layer, document_ids)
+    return jax.vmap(over_documents, in_axes=(0, None))(key_of_layer_L, document_ids)

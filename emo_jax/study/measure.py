@@ -21,6 +21,7 @@ from emo_jax.data.order import documents_of_labels
 from emo_jax.errors import InputError
 from emo_jax.loaded import LoadedModel, load
 from emo_jax.progress import say
+from emo_jax.rounding import ceil_div
 from emo_jax.subsets import calibration as calibration_lib
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.check import full_losses, masks_of_labels
@@ -94,7 +95,7 @@ class _Text:
     def evaluation(self, mesh) -> Evaluation:
         """All of the scored documents."""
         c = self.config
-        rows = -(-SCORED * TOKENS // c.data.sequence_length) * len(self.scored)
+        rows = ceil_div(SCORED * TOKENS, c.data.sequence_length) * len(self.scored)
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, eval_rows=rows))
         numbers = np.sort(np.concatenate(list(self.scored.values())))
         return Evaluation(c, mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)

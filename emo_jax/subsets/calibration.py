@@ -20,6 +20,7 @@ from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
 from emo_jax.loaded import LoadedModel
+from emo_jax.rounding import round_up
 
 MAX_DOCUMENTS = 1000  # of a group, unless asked for more
 FIELDS = ("tokens", "segment_ids", "positions")
@@ -38,7 +39,7 @@ class Calibration:
         """(fields on the mesh [B, T], the group of every row [B]); the last batch is filled up with rows of padding,
         whose group is -1."""
         shards = sharding.batch_shards(mesh)
-        size = -(-min(batch_size, len(self.groups)) // shards) * shards
+        size = round_up(min(batch_size, len(self.groups)), shards)
         for start in range(0, len(self.groups), size):
             count = len(self.groups[start:start + size])
             rows = {k: np.zeros((size, *x.shape[1:]), x.dtype) for k, x in self.fields.items()}

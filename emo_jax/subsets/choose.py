@@ -10,6 +10,7 @@ from emo_jax.checkpoints.subset import Subset, kept_of, require_experts
 from emo_jax.data.documents import Examples
 from emo_jax.errors import InputError
 from emo_jax.loaded import LoadedModel
+from emo_jax.rounding import round_up
 from emo_jax.subsets.budget import Budget, pick
 from emo_jax.subsets.calibration import Calibration, from_source, from_tokens
 from emo_jax.subsets.layerwise import layerwise
@@ -54,7 +55,7 @@ def choose_subset(loaded: LoadedModel, texts: Sequence[str], keep: int, method: 
 
 def choose_for_prompt(opened: LoadedModel, prompts: Sequence[np.ndarray], keep: int) -> Subset:
     """The experts that prompts (token ids) choose for themselves, by router probability."""
-    length = -(-max(map(len, prompts)) // 64) * 64  # few lengths, few compilations
+    length = round_up(max(map(len, prompts)), 64)  # few lengths, few compilations
     return choose_one(opened, from_tokens(prompts, length), "router", Budget(keep=keep))
 
 

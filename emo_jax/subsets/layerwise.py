@@ -12,9 +12,9 @@ import functools
 import jax
 import numpy as np
 
-from emo_jax import compat, model, sharding
+from emo_jax import compat, model
 from emo_jax.loaded import LoadedModel
-from emo_jax.sharding import BATCH, P
+from emo_jax.sharding import BATCH, P, place
 from emo_jax.subsets import layers
 from emo_jax.subsets.budget import pick
 from emo_jax.subsets.calibration import Calibration
@@ -35,7 +35,7 @@ def layerwise(opened: LoadedModel, calibration: Calibration, routed: np.ndarray,
 
 def _streamed(opened: LoadedModel, calibration: Calibration, routed: np.ndarray, on_host: bool):
     totals = Totals(opened, calibration)
-    first, advance = _layer_steps(opened.execution, opened.tokenizer.eos_id)
+    first, advance = _layer_steps(opened.execution)
     store, restore = (_to_host, _to_devices) if on_host else (lambda x: x, lambda x: x)
     masks = np.zeros(totals.score.shape, bool)
     with compat.set_mesh(opened.mesh):
@@ -73,29 +73,29 @@ def _recomputed(opened: LoadedModel, calibration: Calibration, routed: np.ndarra
 def _row_masks(opened: LoadedModel, masks: np.ndarray, groups: np.ndarray) -> jax.Array:
     """bool [B, 1, R] from one layer's masks [G, R]; padding rows may use everything."""
     rows = np.where((groups >= 0)[:, None], masks[groups], True)
-    return sharding.place(rows[:, None], opened.mesh, P(BATCH))
+    return place(rows[:, None], opened.mesh, P(BATCH))
 
 
 @functools.cache
-def _layer_steps(run: model.Run, eos_id: int):
+def _layer_steps(execution: model.Execution):
     """(params, batch) -> h and statistics of layer 0; (params, layer, h, batch, mask) -> those of the next layer."""
 
     def enter(params, layer, x, rows):
-        layer_params, present = layer_at(params, layer), model.allowed_experts(run.config.model, None)
-        h, normed = layers.attend(layer_params, x, rows, run)
-        return h, layers.routing_of(layer_params, normed, rows, None if present is None else present[layer], run)
+        layer_params, present = layer_at(params, layer), model.allowed_experts(execution.config.model, None)
+        h, normed = layers.attend(layer_params, x, rows, execution)
+        return h, layers.routing_of(layer_params, normed, rows, None if present is None else present[layer], execution)
 
     @jax.jit
     def first(params, batch):
-        rows = model.row_context(batch, run.config, eos_id)
-        return enter(params, 0, model.embed(params["embedding"], batch["tokens"], run.dtype), rows)
+        rows = model.row_context(batch, execution)
+        return enter(params, 0, model.embed(params["embedding"], batch["tokens"], execution.dtype), rows)
 
     @functools.partial(jax.jit, donate_argnums=2)
     def advance(params, layer, h, batch, allowed):
-        rows = model.row_context(batch, run.config, eos_id)
+        rows = model.row_context(batch, execution)
         layer_params = layer_at(params, layer)
-        normed = model.rms_norm(h, layer_params["mlp_norm"], run.config.model.norm_eps)
-        y, _ = layers.block_of(layer_params, run).moe(normed, rows, None, allowed, run)
+        normed = model.rms_norm(h, layer_params["mlp_norm"], execution.config.model.norm_eps)
+        y, _ = layers.block_of(layer_params, execution).moe(normed, rows, None, allowed, execution)
         return enter(params, layer + 1, h + y, rows)
 
     return first, advance

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emo_jax import compat, model, sharding
+from emo_jax import compat, model
 from emo_jax.loaded import LoadedModel
 from emo_jax.processes import gather_global
-from emo_jax.sharding import BATCH, P, spec
+from emo_jax.sharding import BATCH, P, place
 from emo_jax.subsets import layers
 from emo_jax.subsets.calibration import Calibration
 
@@ -42,7 +42,7 @@ def one_sweep(opened: LoadedModel, calibration: Calibration, method: str, masks:
     """
     totals, m = Totals(opened, calibration), opened.config.model
     depth = m.num_layers if depth is None else depth
-    step = _sweep_step(opened.execution, method, opened.tokenizer.eos_id)
+    step = _sweep_step(opened.execution, method)
     with compat.set_mesh(opened.mesh):
         for batch, groups in calibration.batches(opened.mesh, batch_size(opened)):
             allowed = row_masks(opened, masks, groups)
@@ -56,7 +56,7 @@ def row_masks(opened: LoadedModel, masks: np.ndarray | None, groups: np.ndarray)
     rows = np.ones((m.num_layers, len(groups), 1, m.num_routed_experts), bool)
     if masks is not None:
         rows[:, groups >= 0, 0] = masks[groups[groups >= 0]].swapaxes(0, 1)
-    return sharding.place(rows, opened.mesh, P(None, BATCH))
+    return place(rows, opened.mesh, P(None, BATCH))
 
 
 def batch_size(opened: LoadedModel) -> int:
@@ -69,26 +69,26 @@ def layer_at(params: model.Params, layer) -> model.Params:
 
 
 @functools.cache
-def _sweep_step(run: model.Run, method: str, eos_id: int):
-    c = run.config
+def _sweep_step(execution: model.Execution, method: str):
+    m = execution.config.model
 
     @jax.jit
     def step(params, batch, allowed, depth):
-        rows = model.row_context(batch, c, eos_id)
-        x = model.embed(params["embedding"], batch["tokens"], run.dtype)
-        allowed = model.allowed_experts(c.model, allowed)
-        shape = (c.model.num_layers, x.shape[0], c.model.num_routed_experts)
-        zeros = jnp.zeros(shape, jnp.float32, out_sharding=spec(None, BATCH, None))
+        rows = model.row_context(batch, execution)
+        x_BTD = model.embed(params["embedding"], batch["tokens"], execution.dtype)
+        allowed = model.allowed_experts(m, allowed)
+        zeros_LBR = jnp.zeros((m.num_layers, x_BTD.shape[0], m.num_routed_experts), jnp.float32,
+                              out_sharding=P(None, BATCH, None))
 
         def layer(i, carry):
-            x, sums = carry
+            x_BTD, sums = carry
             layer_params = layer_at(params, i)
-            h, normed = layers.attend(layer_params, x, rows, run)
+            h_BTD, normed_BTD = layers.attend(layer_params, x_BTD, rows, execution)
             mask = jax.lax.dynamic_index_in_dim(allowed, i, keepdims=False)
-            y, new = layers.mix(layer_params, normed, rows, mask, run, method)
+            y_BTD, new = layers.mix(layer_params, normed_BTD, rows, mask, execution, method)
             sums = jax.tree.map(lambda s, n: jax.lax.dynamic_update_index_in_dim(s, n, i, 0), sums, new)
-            return h + y, sums
+            return h_BTD + y_BTD, sums
 
-        return jax.lax.fori_loop(0, depth, layer, (x, layers.Statistics(zeros, zeros)))[1]
+        return jax.lax.fori_loop(0, depth, layer, (x_BTD, layers.Statistics(zeros_LBR, zeros_LBR)))[1]
 
     return step

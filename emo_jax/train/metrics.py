@@ -189,6 +189,8 @@ class Log:
         while self._pending and (until is None or self._pending[0][0] <= until):
             step, metrics = self._pending.popleft()
             metrics = jax.device_get(metrics)
+            if "expert_load_max" in metrics:
+                metrics["experts_max_load"] = metrics["expert_load_max"].max()
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(metrics[name]):
                     self._pending.clear()

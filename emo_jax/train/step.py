@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from emo_jax import model, sharding
 from emo_jax.config import Config
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
-from emo_jax.sharding import BATCH, batch_shards, reshard
+from emo_jax.sharding import BATCH, reshard
 from emo_jax.train.optimizer import learning_rate, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
     """A jitted `(state, batch) -> (state, metrics)` that donates the state. Metrics are fp32: scalars `loss` (nats a
     token), `total_loss`, the auxiliary losses (unweighted), `grad_norm`, `learning_rate`, `tokens`, `loss_tokens`, and
     arrays [L] of what the routers did (see `RouterStats`)."""
-    run = model.static_choices(config, mesh)
+    execution = model.Execution.of(config, mesh, eos_id)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     M = config.train.microbatches
     if M > 1 and config.model.num_experts and config.router.balance_scope == "step":
@@ -65,10 +67,11 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
     def train_step(state: TrainState, batch: Batch):
         totals = Totals(tokens=jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
                         loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
-        objective = Objective(config, run, batch_shards(mesh), totals, state.step, eos_id)
+        objective = Objective(execution, totals, state.step)
         (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = sums.metrics(config, totals) | {
             "total_loss": total, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step),
             "tokens": totals.tokens, "loss_tokens": totals.loss_tokens}
@@ -82,27 +85,22 @@ def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
     """A jitted `(params, batch, allowed=None) -> sums of every row [B]`: `loss_sum` (nats), `loss_tokens`, and `loss_bytes`
     where the batch has `target_bytes` [B, T]. Pools have the size `router.pool_eval` (0: none). `allowed` bool [L, R]
     restricts the routed experts; [L, B, 1, R] those of every row."""
-    run = model.static_choices(config, mesh)
+    execution = model.Execution.of(config, mesh, eos_id)
 
     def eval_step(params, batch: Batch, allowed=None):
-        sizes = None
+        sizes_LBN = None
         if config.uses_pools and config.router.pool_eval:
-            shape = (config.model.num_layers, batch["tokens"].shape[0], documents_per_row(config))
-            sizes = reshard(jnp.full(shape, config.router.pool_eval, jnp.int32), None, BATCH, None)
-        x, _ = model.forward(params, batch, run, pool_sizes=sizes, allowed=allowed, eos_id=eos_id)
-        nll, _ = model.token_losses(params, x, batch["targets"], run)
-        weights = batch["loss_weights"]
-        sums = {"loss_sum": jnp.sum(nll * weights, axis=1), "loss_tokens": jnp.sum(weights, axis=1)}
+            shape = (config.model.num_layers, batch["tokens"].shape[0], execution.documents_per_row)
+            sizes_LBN = reshard(jnp.full(shape, config.router.pool_eval, jnp.int32), None, BATCH, None)
+        x_BTD, _ = model.forward(params, batch, execution, pool_sizes=sizes_LBN, allowed=allowed)
+        nll_BT, _ = model.token_losses(params, x_BTD, batch["targets"], execution)
+        weights_BT = batch["loss_weights"]
+        sums = {"loss_sum": jnp.sum(nll_BT * weights_BT, axis=1), "loss_tokens": jnp.sum(weights_BT, axis=1)}
         if "target_bytes" in batch:
-            sums["loss_bytes"] = jnp.sum(batch["target_bytes"] * weights, axis=1)
+            sums["loss_bytes"] = jnp.sum(batch["target_bytes"] * weights_BT, axis=1)
         return sums
 
     return _with_mesh(jax.jit(eval_step), mesh)
-
-
-def documents_per_row(config: Config) -> int:
-    """The static bound N; the document that a row's last EOS token opens (`eos_owner=next`) comes on top."""
-    return config.data.max_documents_per_row + (config.router.eos_owner == "next")
 
 
 # ---- the objective of one microbatch --------------------------------------------------------------------------------
@@ -114,13 +112,12 @@ class Totals(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Sums over the tokens or documents of a microbatch, of every layer [L] (after the scan)."""
+    """Sums over the tokens or documents of a microbatch, for every layer [L] (after the scan)."""
 
     counts: Float[Array, "groups R"]
-    score_sums: Float[Array, "groups R"]
-    group_tokens: Float[Array, "groups"]
+    load_balancing: Float[Array, ""]  # the microbatch's share of the loss; the shares of a step add up to it
     z: Float[Array, ""]  # logsumexp^2
-    entropy: Float[Array, ""]  # of the scores, nats
+    entropy: Float[Array, ""]  # entropy of the scores, nats
     pool_size: Float[Array, ""]  # routed experts in the pool of a token
     documents: Float[Array, ""]
     experts_of_documents: Float[Array, ""]  # distinct routed experts that a document used
@@ -130,7 +127,6 @@ class RouterStats(NamedTuple):
 class Sums(NamedTuple):
     loss: Float[Array, ""]
     output_z: Float[Array, ""]
-    load_balancing: Float[Array, "L"]  # already divided
     router: RouterStats | None
 
     def metrics(self, config: Config, totals: Totals) -> dict[str, Array]:
@@ -138,14 +134,13 @@ class Sums(NamedTuple):
         if self.router is None:
             return out
         r, m = self.router, config.model
-        load = jnp.sum(r.counts, axis=1) * (m.num_routed_experts / (m.routed_top_k * totals.tokens))
+        load_LR = jnp.sum(r.counts, axis=1) * (m.num_routed_experts / (m.routed_top_k * totals.tokens))
         return out | {
-            "load_balancing_loss": jnp.mean(self.load_balancing),
+            "load_balancing_loss": jnp.mean(r.load_balancing),
             "router_z_loss": jnp.mean(r.z) / totals.tokens,
-            "experts_max_load": jnp.max(load),
             "dropped_tokens": jnp.zeros(()),  # every dispatch strategy is dropless
-            "expert_load_max": jnp.max(load, axis=1),
-            "expert_load_min": jnp.min(load, axis=1),
+            "expert_load_max": jnp.max(load_LR, axis=1),
+            "expert_load_min": jnp.min(load_LR, axis=1),
             "router_entropy": r.entropy / totals.tokens,
             "pool_size_mean": r.pool_size / totals.tokens,
             "experts_per_document": r.experts_of_documents / jnp.maximum(r.documents, 1),
@@ -157,84 +152,78 @@ class Sums(NamedTuple):
 
 
 class Objective(NamedTuple):
-    config: Config
-    run: model.Run
-    shards: int
+    execution: model.Execution
     totals: Totals
     step: Int[Array, ""]
-    eos_id: int
 
     def counts(self, params, batch: Batch) -> Float[Array, "L groups R"]:
         """The experts' counts of one microbatch, without losses."""
-        _, stats = self._forward(params, batch)
-        return stats.counts
+        return self._forward(params, batch, None)[1].counts
 
     def __call__(self, params, batch: Batch, step_counts: Float[Array, "L R"] | None):
-        """(the microbatch's part of the step's total loss, `Sums`)."""
-        c, totals = self.config, self.totals
-        x, stats = self._forward(params, batch)
-        objective, loss, output_z = model.loss_sums(params, x, batch["targets"], batch["loss_weights"], self.run)
+        """(the microbatch's part of the step's total loss, `Sums`). `step_counts`: the experts' counts of all microbatches,
+        None where this is the only one, or where they are not balanced together."""
+        c, totals = self.execution.config, self.totals
+        x_BTD, stats = self._forward(params, batch, step_counts)
+        objective, loss, output_z = model.loss_sums(params, x_BTD, batch["targets"], batch["loss_weights"], self.execution)
         total = objective / totals.loss_tokens
-        if stats is None:
-            return total, Sums(loss, output_z, jnp.zeros(()), None)
-        balance = self._load_balancing(stats, step_counts)
-        scale = 1 / c.model.num_layers if routing.SEMANTICS[c.router.semantics].aux_per_layer else 1.0
-        total += scale * c.router.load_balance_weight * jnp.sum(balance)
-        total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
-        return total, Sums(loss, output_z, balance, stats)
+        if stats is not None:
+            scale = 1 / c.model.num_layers if routing.SEMANTICS[c.router.semantics].aux_per_layer else 1.0
+            total += scale * c.router.load_balance_weight * jnp.sum(stats.load_balancing)
+            total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
+        return total, Sums(loss, output_z, stats)
 
-    def _load_balancing(self, stats: RouterStats, step_counts) -> Float[Array, "L"]:
-        """This microbatch's share of the loss, by layer; the shares of a step add up to it."""
-        k, scope = self.config.model.routed_top_k, self.config.router.balance_scope
-        if scope == "step":
-            counts = stats.counts[:, 0] if step_counts is None else step_counts
-            return losses.balance(counts / self.totals.tokens, stats.score_sums[:, 0] / self.totals.tokens, k)
-        tokens = jnp.maximum(stats.group_tokens, 1.0)[..., None]  # [L, groups, 1]
-        share = jnp.sum(stats.group_tokens, axis=1) / self.totals.tokens  # [L], 1 / microbatches for full rows
-        return share * jnp.mean(losses.balance(stats.counts / tokens, stats.score_sums / tokens, k), axis=1)
-
-    def _forward(self, params, batch: Batch):
-        c = self.config
-        sizes = None
+    def _forward(self, params, batch: Batch, step_counts):
+        c, sizes_LBN = self.execution.config, None
         if c.uses_pools:
-            documents = first_document_ids(batch, c, self.eos_id)
-            sizes = routing.draw_pool_sizes(c.router, c.seed, self.step, c.model.num_layers, documents)
-        groups = 1
-        if c.router.balance_scope == "shard":
-            groups = c.router.balance_shards or self.shards
-        stats = (lambda x, route, rows: None) if not c.model.num_experts else (
-            lambda x, route, rows: router_stats(route, rows.router_segments, c, groups))
-        return model.forward(params, batch, self.run, pool_sizes=sizes, eos_id=self.eos_id, per_layer=stats)
+            documents_BN = segment_document_ids(batch, self.execution)
+            sizes_LBN = routing.draw_pool_sizes(c.router, c.seed, self.step, c.model.num_layers, documents_BN)
+        return model.forward(
+            params, batch, self.execution, pool_sizes=sizes_LBN, layer_inputs=() if step_counts is None else (step_counts,),
+            per_layer=self._router_stats if c.model.num_experts else lambda x, route, rows: None)
+
+    def _router_stats(self, x_BTD, route: routing.Routing, rows: model.RowContext, step_counts_R=None) -> RouterStats:
+        segments_BT, R = rows.router_segments, self.execution.config.model.num_routed_experts
+        mask_BT = segments_BT > 0
+        frozen = jax.tree.map(jax.lax.stop_gradient, route)
+        counts_gR = losses.expert_counts(frozen.expert_ids, mask_BT, R, self.execution.balance_groups)
+        counts_gR = checkpoint_name(counts_gR, "expert_counts")
+        scores_BTR = frozen.scores
+        entropy_BT = -jnp.sum(jnp.where(scores_BTR > 0, scores_BTR * jnp.log(scores_BTR), 0.0), axis=-1)
+        documents_BTN = routing.one_hot_documents(segments_BT, self.execution.documents_per_row)
+        used_BNR = jnp.einsum("btn,btr->bnr", documents_BTN, routing.one_hot_experts(frozen.expert_ids, R),
+                              out_sharding=P(BATCH, None, None)) > 0.5
+        return RouterStats(
+            counts=counts_gR,
+            load_balancing=self._load_balancing(route.scores, counts_gR, step_counts_R, mask_BT),
+            z=losses.router_z_loss(route.logsumexp, mask_BT, 1.0),
+            entropy=jnp.sum(jnp.where(mask_BT, entropy_BT, 0.0)),
+            pool_size=jnp.sum(jnp.where(mask_BT, jnp.sum(frozen.pool, axis=-1), 0), dtype=jnp.float32),
+            documents=jnp.sum(jnp.any(documents_BTN > 0, axis=1), dtype=jnp.float32),
+            experts_of_documents=jnp.sum(used_BNR, dtype=jnp.float32),
+            buffer_load=frozen.buffer_load,
+        )
+
+    def _load_balancing(self, scores_BTR, counts_gR, step_counts_R, mask_BT) -> Float[Array, ""]:
+        c, tokens = self.execution.config, self.totals.tokens
+        if c.router.balance_scope == "step":
+            counts_1R = counts_gR if step_counts_R is None else step_counts_R[None]
+            return losses.load_balancing_loss(scores_BTR, counts_1R, mask_BT, c.model.routed_top_k, tokens, tokens)[0]
+        tokens_g = losses.group_rows(jnp.sum(mask_BT, axis=1, dtype=jnp.float32), self.execution.balance_groups)
+        share = jnp.sum(tokens_g) / tokens  # 1 / microbatches for full rows
+        tokens_g1 = jnp.maximum(tokens_g, 1.0)[:, None]
+        return share * jnp.mean(losses.load_balancing_loss(scores_BTR, counts_gR, mask_BT, c.model.routed_top_k,
+                                                           tokens_g1, tokens_g1))
 
 
-def router_stats(route: routing.Routing, segments: Int[Array, "B T"], c: Config, groups: int) -> RouterStats:
-    mask, num_routed = segments > 0, c.model.num_routed_experts
-    frozen = jax.tree.map(jax.lax.stop_gradient, route)
-    entropy = -jnp.sum(jnp.where(frozen.scores > 0, frozen.scores * jnp.log(frozen.scores), 0.0), axis=-1)
-    one_hot = routing.one_hot_documents(segments, documents_per_row(c))
-    chosen = jnp.any(frozen.expert_ids[..., None] == jnp.arange(num_routed), axis=2).astype(jnp.float32)
-    used = jnp.einsum("btn,btr->bnr", one_hot, chosen, out_sharding=routing.spec(BATCH, None, None)) > 0.5
-    return RouterStats(
-        counts=losses.group_rows(jnp.sum(jnp.where(mask[..., None], chosen, 0.0), axis=1), groups),
-        score_sums=losses.score_sums(route.scores, mask, groups),
-        group_tokens=losses.group_rows(jnp.sum(mask, axis=1, dtype=jnp.float32), groups),
-        z=losses.router_z_loss(route.logsumexp, mask, 1.0),
-        entropy=jnp.sum(jnp.where(mask, entropy, 0.0)),
-        pool_size=jnp.sum(jnp.where(mask, jnp.sum(frozen.pool, axis=-1), 0), dtype=jnp.float32),
-        documents=jnp.sum(jnp.any(one_hot > 0, axis=1), dtype=jnp.float32),
-        experts_of_documents=jnp.sum(used, dtype=jnp.float32),
-        buffer_load=frozen.buffer_load,
-    )
-
-
-def first_document_ids(batch: Batch, c: Config, eos_id: int) -> Int[Array, "B N"]:
-    """The id, in the data source, of each document of a row: that of its last token (with `eos_owner=next` the first one
-    belongs to the document before)."""
-    segments = model.router_segments(batch, c, eos_id)
-    position = jnp.arange(segments.shape[1])[:, None]
-    member = segments[..., None] == jnp.arange(1, documents_per_row(c) + 1)  # [B, T, N]
-    last = jnp.max(jnp.where(member, position, -1), axis=1, keepdims=True)
-    return jnp.sum(jnp.where(position == last, batch["document_ids"][..., None], 0), axis=1)
+def segment_document_ids(batch: Batch, execution: model.Execution) -> Int[Array, "B N"]:
+    """The id, in the data source, of each document that the router sees in a row: that of its last token (with
+    `eos_owner=next` the first one belongs to the document before)."""
+    segments_BT = model.row_context(batch, execution).router_segments
+    position_T1 = jnp.arange(segments_BT.shape[1])[:, None]
+    member_BTN = segments_BT[..., None] == jnp.arange(1, execution.documents_per_row + 1)
+    last_B1N = jnp.max(jnp.where(member_BTN, position_T1, -1), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(position_T1 == last_B1N, batch["document_ids"][..., None], 0), axis=1)
 
 
 # ---- microbatches ---------------------------------------------------------------------------------------------------
@@ -247,7 +236,7 @@ def _over_microbatches(objective: Objective, params, batch: Batch, M: int):
         return value_and_grad(params, batch, None)
     parts = {name: _split_rows(a, M) for name, a in batch.items()}
     step_counts = None
-    c = objective.config
+    c = objective.execution.config
     if c.model.num_experts and c.router.balance_scope == "step":
         counts = jax.lax.map(lambda part: objective.counts(params, part), parts)
         step_counts = jnp.sum(counts, axis=(0, 2))
