@@ -28,8 +28,8 @@ _FSDP = ("fsdp", "expert")
 PARAMETER_SPECS = {
     "embedding": P(None, _FSDP),  # [V, D]
     "head": P(_FSDP, "tensor"),  # [D, V]
-    "q": P(_FSDP, "tensor", None), "k": P(_FSDP, "tensor", None), "v": P(_FSDP, "tensor", None),  # [D, H, K]
-    "o": P("tensor", None, _FSDP),  # [H, K, D]
+    "q": P(_FSDP, "tensor", None), "k": P(_FSDP, "tensor", None), "v": P(_FSDP, "tensor", None),  # [D, H, W]
+    "o": P("tensor", None, _FSDP),  # [H, W, D]
     "router": P(_FSDP, None),  # [D, R]
     "attention_norm": P(None), "mlp_norm": P(None), "final_norm": P(None),  # [D]
     # Expert tables whose experts do not divide into fsdp x expert; else see `parameter_spec`.
@@ -131,8 +131,8 @@ def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def spec(*axes) -> P | None:
-    """`P(*axes)` as an `out_sharding`, or None where no mesh is set: the functions of `moe.routing` and `moe.losses`, and
-    they alone, serve plain arrays too."""
+    """`P(*axes)` as an `out_sharding`, or None where no mesh is set: the router's functions and losses, and they
+    alone, serve plain arrays too."""
     return None if jax.sharding.get_abstract_mesh().empty else P(*axes)
 
 

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 KERNELS = typing.get_args(GroupedMatmul)[1:]  # without auto
 # Pallas kernels of TPU. They do not say over which mesh axes their results vary, so `shard_map` cannot check it.
 PALLAS = ("fused", "megablox")
-ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "batched": 128, "blocked": 64, "reference": 1}  # of the size of every group
+ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "batched": 128, "blocked": 64, "reference": 1}  # divides every group's size
 
 
 def buffer_alignment(kernel: Kernel) -> int:

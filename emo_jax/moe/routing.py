@@ -1,7 +1,7 @@
 """EMO routing: document pools, then top-k inside the pool (equations: EMO paper, section 3; published code's router).
 
 All of it runs in the global view under jit, on sharded arrays, without host round trips; letters are those of
-`emo_jax.model`. The functions also take plain arrays, without a mesh.
+`emo_jax.model`. `route` and `document_pool` also take plain arrays, without a mesh.
 """
 
 from __future__ import annotations

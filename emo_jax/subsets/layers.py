@@ -41,7 +41,8 @@ def mix(layer_params: model.Params, normed_BTD, rows: model.RowContext, allowed,
     return METHODS[method](block_of(layer_params, execution).moe, normed_BTD, rows, allowed, execution)
 
 
-def routing_of(layer_params: model.Params, normed_BTD, rows: model.RowContext, allowed, execution: model.Execution) -> Statistics:
+def routing_of(layer_params: model.Params, normed_BTD, rows: model.RowContext, allowed,
+               execution: model.Execution) -> Statistics:
     """The statistics of `router` without the experts."""
     return _router_statistics(block_of(layer_params, execution).moe.route(normed_BTD, rows, None, allowed, execution), rows)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from emo_jax import model, sharding
 from emo_jax.config import Config
@@ -112,15 +112,15 @@ class Totals(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Sums over the tokens or documents of a microbatch, for every layer [L] (after the scan)."""
+    """Sums over the tokens or documents of a microbatch: of one layer, after the scan of all [L]."""
 
-    counts: Float[Array, "groups R"]
-    load_balancing: Float[Array, ""]  # the microbatch's share of the loss; the shares of a step add up to it
-    z: Float[Array, ""]  # logsumexp^2
-    entropy: Float[Array, ""]  # entropy of the scores, nats
-    pool_size: Float[Array, ""]  # routed experts in the pool of a token
-    documents: Float[Array, ""]
-    experts_of_documents: Float[Array, ""]  # distinct routed experts that a document used
+    counts: Float[Array, "*L groups R"]
+    load_balancing: Float[Array, "*L"]  # the microbatch's share of the loss; the shares of a step add up to it
+    z: Float[Array, "*L"]  # logsumexp^2
+    entropy: Float[Array, "*L"]  # entropy of the scores, nats
+    pool_size: Float[Array, "*L"]  # routed experts in the pool of a token
+    documents: Float[Array, "*L"]
+    experts_of_documents: Float[Array, "*L"]  # distinct routed experts that a document used
     buffer_load: Any = None  # experts.BufferLoad with kernels.dispatch=all_to_all
 
 
@@ -207,8 +207,8 @@ class Objective(NamedTuple):
     def _load_balancing(self, scores_BTR, counts_gR, step_counts_R, mask_BT) -> Float[Array, ""]:
         c, tokens = self.execution.config, self.totals.tokens
         if c.router.balance_scope == "step":
-            counts_1R = counts_gR if step_counts_R is None else step_counts_R[None]
-            return losses.load_balancing_loss(scores_BTR, counts_1R, mask_BT, c.model.routed_top_k, tokens, tokens)[0]
+            counts_R = counts_gR[0] if step_counts_R is None else step_counts_R
+            return losses.load_balancing_loss(scores_BTR, counts_R, mask_BT, c.model.routed_top_k, tokens, tokens)
         tokens_g = losses.group_rows(jnp.sum(mask_BT, axis=1, dtype=jnp.float32), self.execution.balance_groups)
         share = jnp.sum(tokens_g) / tokens  # 1 / microbatches for full rows
         tokens_g1 = jnp.maximum(tokens_g, 1.0)[:, None]
@@ -249,7 +249,7 @@ def _over_microbatches(objective: Objective, params, batch: Batch, M: int):
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _split_rows(a: Float[Array, "B T"], M: int) -> Float[Array, "M B/M T"]:
+def _split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "M B/M T"]:
     """Microbatch m holds rows m, M + m, ...: a device's rows stay on it."""
     parts = jnp.moveaxis(a.reshape(a.shape[0] // M, M, a.shape[1]), 1, 0)
     return reshard(parts, None, BATCH, "sequence")
