@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -47,9 +47,9 @@ class Progress:
         return f"{self.what}: {done:,} of {self.total:,} {self.unit} ({share:.0f} %), {speed}{left}"
 
 
-def track(items: Iterable[Item], what: str, unit: str, every: float = 3.0) -> Iterator[Item]:
-    """The items, with a line of progress while they are worked on."""
-    progress = Progress(what, len(items) if hasattr(items, "__len__") else None, unit, every)
+def track(items: Iterable[Item], what: str, unit: str, every: float = 3.0, total: int | None = None) -> Iterator[Item]:
+    """The items, with a line of progress while they are worked on. total: their number, where they do not say it."""
+    progress = Progress(what, len(items) if isinstance(items, Sized) else total, unit, every)
     for done, item in enumerate(items, 1):
         yield item
         progress.update(done)

@@ -12,9 +12,10 @@ from emo_jax import compat, model, sharding
 from emo_jax.checkpoints import subset
 from emo_jax.config import KernelConfig, MeshConfig
 from emo_jax.errors import InputError
-from emo_jax.subsets import choose, layerwise, sweep
+from emo_jax.subsets import choose, sweep
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.calibration import Calibration, from_tokens
+from emo_jax.subsets.methods import layerwise
 
 GOLDEN = np.load(FIXTURES / "selection_hf_tiny_emo.npz")
 PROMPTS = [ids[:n] for ids, n in zip(GOLDEN["input_ids"], GOLDEN["attention_mask"].sum(axis=1))]
@@ -74,7 +75,7 @@ def test_reap_is_the_mean_weighted_norm(tiny):
     @jax.jit
     def one_layer(x, batch, i):
         rows, layer = model.row_context(batch, tiny.execution), sweep.layer_at(tiny.params, i)
-        block = sweep.layers.block_of(layer, tiny.execution)
+        block = sweep.block_of(layer, tiny.execution)
         h, normed = block.attend(x, rows, tiny.execution)[:2]
         y, route = block.moe(normed, rows, None, None, tiny.execution)
         return h + y, (normed[0], route.expert_ids[0], route.weights[0])

@@ -13,7 +13,7 @@ from emo_jax import compat, model
 from emo_jax.loaded import LoadedModel
 from emo_jax.processes import gather_global
 from emo_jax.subsets.calibration import Calibration
-from emo_jax.subsets.sweep import batch_size
+from emo_jax.subsets.sweep import batches
 
 MAX_TOKENS = 1 << 16  # whose probabilities are kept: 4 x L x R bytes each
 
@@ -30,15 +30,15 @@ class Activations:
     names: tuple[str, ...]
 
 
-def collect(opened: LoadedModel, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
+def collect(loaded: LoadedModel, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
     """The activations of `text`, whose groups are the labels, from one forward pass without pools. Of more than
     `max_tokens` tokens whole rows are left out, evenly over the text."""
-    step = _routing_step(opened.execution)
+    step = _routing_step(loaded.execution)
     rows_kept = _spread(text, max_tokens)
     parts, first_piece, first_row = [], 0, 0
-    with compat.set_mesh(opened.mesh):
-        for batch, groups in text.batches(opened.mesh, batch_size(opened)):
-            probabilities, expert_ids = (gather_global(x) for x in step(opened.params, batch))  # [L, B, T, .]
+    with compat.set_mesh(loaded.mesh):
+        for batch, groups in batches(loaded, text, "activations of the routers"):
+            probabilities, expert_ids = (gather_global(x) for x in step(loaded.params, batch))  # [L, B, T, .]
             tokens, segments = (gather_global(batch[name]) for name in ("tokens", "segment_ids"))
             rows = np.arange(first_row, first_row + len(groups))
             use = (segments > 0) & (groups >= 0)[:, None] & np.isin(rows, rows_kept)[:, None]

@@ -42,14 +42,14 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     other numbers of documents. Raises `InputError` if no label has two documents.
     """
     began = time.monotonic()
-    opened = load(path, list(overrides), data=data)
-    text = _Text(opened, max(choosing))
-    evaluation = text.evaluation(opened.mesh)
-    full = full_losses(opened, evaluation)
+    loaded = load(path, list(overrides), data=data)
+    text = _Text(loaded, max(choosing))
+    evaluation = text.evaluation(loaded.mesh)
+    full = full_losses(loaded, evaluation)
     summary = evaluation.summary(*full)["labels"]
     result = {
-        "checkpoint": str(opened.checkpoint.path), "config": opened.config.name, "seed": opened.config.seed,
-        "tokens": opened.checkpoint.meta["tokens"], "step": opened.checkpoint.step, "data": text.source.name,
+        "checkpoint": str(loaded.checkpoint.path), "config": loaded.config.name, "seed": loaded.config.seed,
+        "tokens": loaded.checkpoint.meta["tokens"], "step": loaded.checkpoint.step, "data": text.source.name,
         "labels": {"trained": text.trained, "left_out": text.left_out},
         "full": text.means({label: part["loss"] for label, part in summary.items()}),
         "subsets": [],
@@ -58,19 +58,19 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     settings += [(methods[0], count) for count in sorted(choosing) if count != max(choosing)]
     for method, count in settings:
         say(f"{path}: experts chosen by {method} from {count} documents of each label")
-        result["subsets"] += _subsets(opened, evaluation, full, text, method, count)
+        result["subsets"] += _subsets(loaded, evaluation, full, text, method, count)
     say(f"{path}: activations of the routers")
-    return result | {"information": _information(opened, text), "seconds": time.monotonic() - began}
+    return result | {"information": _information(loaded, text), "seconds": time.monotonic() - began}
 
 
 class _Text:
     """Which documents of which label choose, and which are scored."""
 
-    def __init__(self, opened: LoadedModel, most: int):
-        config = opened.config
-        self.config, self.tokenizer = config, opened.tokenizer
-        self.source, numbers = opened.documents_to_score()
-        if opened.own_documents:
+    def __init__(self, loaded: LoadedModel, most: int):
+        config = loaded.config
+        self.config, self.tokenizer = config, loaded.tokenizer
+        self.source, numbers = loaded.documents_to_score()
+        if loaded.own_documents:
             left_out = documents_of_labels(self.source, config.data.left_out)
             numbers = np.concatenate([numbers, calibration_lib.sample(left_out, MAX_DOCUMENTS, config.seed)])
         by_label = {label: documents for label, documents in calibration_lib.by_label(self.source, numbers).items()
@@ -110,23 +110,23 @@ class _Text:
         return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
 
 
-def _subsets(opened: LoadedModel, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
+def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
     """The loss above the full model's with a subset for every label, by kept share."""
-    m, calibration = opened.config.model, text.choosing(count)
+    m, calibration = loaded.config.model, text.choosing(count)
     keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in SHARES]
     rows = []
-    for share, keep, subsets in zip(SHARES, keeps, choose(opened, calibration, method, [Budget(keep=k) for k in keeps])):
+    for share, keep, subsets in zip(SHARES, keeps, choose(loaded, calibration, method, [Budget(keep=k) for k in keeps])):
         masks = masks_of_labels(evaluation, calibration.names, subsets)
-        loss, tokens = evaluation.losses(opened.params, masks, f"scoring {keep} experts")
+        loss, tokens = evaluation.losses(loaded.params, masks, f"scoring {keep} experts")
         above = {label: float((loss - full[0])[evaluation.labels == label].sum()
                               / max(tokens[evaluation.labels == label].sum(), 1)) for label in calibration.names}
         rows.append({"method": method, "documents": count, "share": share, "keep": keep} | text.means(above))
     return rows
 
 
-def _information(opened: LoadedModel, text: _Text) -> dict[str, Any]:
+def _information(loaded: LoadedModel, text: _Text) -> dict[str, Any]:
     """Means over the layers, and the layers. `effective_experts` is None where no document is long enough."""
-    activations = collect(opened, text.to_look_at())
+    activations = collect(loaded, text.to_look_at())
     by_layer = {"expert_label": information.label_information(activations),
                 "expert_token": information.token_information(activations),
                 "effective_experts": information.effective_experts(activations)}

@@ -22,48 +22,48 @@ CONFIDENCE = 0.95
 DOCUMENTS_OF_LABEL = 16  # that choose, in `check_own_labels`
 
 
-def check_subsets(opened: LoadedModel, subsets: dict[str, Subset]) -> dict[str, Any]:
+def check_subsets(loaded: LoadedModel, subsets: dict[str, Subset]) -> dict[str, Any]:
     """Every subset, used for all text. Documents that one of them was chosen by are left out."""
-    source, numbers = opened.documents_to_score()
+    source, numbers = loaded.documents_to_score()
     used = {h for s in subsets.values() for h in s.calibration.get("document_hashes", ())}
     kept = calibration_lib.without(source, numbers[:MAX_DOCUMENTS], used) if used else numbers
     if not len(kept):
         raise InputError(f"every document of {source.name} was used to choose the subset; give other text with --data")
-    evaluation = opened.evaluation(source, kept)
-    full = full_losses(opened, evaluation)
-    rows = [compare(evaluation, full, evaluation.losses(opened.params, s.mask(), f"scoring {name}")) | describe(name, s)
+    evaluation = loaded.evaluation(source, kept)
+    full = full_losses(loaded, evaluation)
+    rows = [compare(evaluation, full, evaluation.losses(loaded.params, s.mask(), f"scoring {name}")) | describe(name, s)
             for name, s in subsets.items()]
     return {"data": source.name, "documents_left_out": int(len(numbers[:MAX_DOCUMENTS]) - len(kept)) if used else 0,
             "full": evaluation.summary(*full), "subsets": rows}
 
 
-def check_own_labels(opened: LoadedModel, keeps: Sequence[int], method: str, documents: int = 0,
+def check_own_labels(loaded: LoadedModel, keeps: Sequence[int], method: str, documents: int = 0,
                      **options: Any) -> dict[str, Any]:
     """A subset for every label and number of kept experts, each scored on the text of its own label only: half of the
     label's documents (at most `documents` of it) choose, the other half is scored."""
-    source, numbers = opened.documents_to_score()
-    seed = opened.config.seed
+    source, numbers = loaded.documents_to_score()
+    seed = loaded.config.seed
     chosen_by, scored = calibration_lib.halves(calibration_lib.by_label(source, numbers[:MAX_DOCUMENTS]), seed)
     if not scored:
         raise InputError(f"{source.name}: no label has two documents, one to choose experts by and one to score")
     limit = documents or DOCUMENTS_OF_LABEL
     groups = {label: calibration_lib.sample(np.array(ids), limit, seed) for label, ids in chosen_by.items()}
-    calibration = calibration_lib.from_source(opened.config, source, opened.tokenizer, groups)
-    evaluation = opened.evaluation(source, np.array(sorted(sum(scored.values(), []))))
-    return {"data": source.name, "method": method} | curve(opened, calibration, evaluation, keeps, method, **options)
+    calibration = calibration_lib.from_source(loaded.config, source, loaded.tokenizer, groups)
+    evaluation = loaded.evaluation(source, np.array(sorted(sum(scored.values(), []))))
+    return {"data": source.name, "method": method} | curve(loaded, calibration, evaluation, keeps, method, **options)
 
 
-def curve(opened: LoadedModel, calibration: Calibration, evaluation: Evaluation, keeps: Sequence[int], method: str,
+def curve(loaded: LoadedModel, calibration: Calibration, evaluation: Evaluation, keeps: Sequence[int], method: str,
           **options: Any) -> dict[str, Any]:
     """{"full", "subsets"}: rows of a label use the subset of the label's group. One sweep a number of kept experts."""
-    chosen = choose(opened, calibration, method, [Budget(keep=k) for k in keeps], **options)
-    full = full_losses(opened, evaluation)
+    chosen = choose(loaded, calibration, method, [Budget(keep=k) for k in keeps], **options)
+    full = full_losses(loaded, evaluation)
     rows = []
     for keep, subsets in zip(keeps, chosen):
         masks = masks_of_labels(evaluation, calibration.names, subsets)
-        losses = evaluation.losses(opened.params, masks, f"scoring {keep} experts")
+        losses = evaluation.losses(loaded.params, masks, f"scoring {keep} experts")
         rows.append(compare(evaluation, full, losses) | {
-            "name": f"keep {keep}", "keep": keep, "share": keep / opened.config.model.num_experts, "method": method})
+            "name": f"keep {keep}", "keep": keep, "share": keep / loaded.config.model.num_experts, "method": method})
     return {"full": evaluation.summary(*full), "subsets": rows,
             "kept": {name: [list(map(list, s[i].kept)) for s in chosen] for i, name in enumerate(calibration.names)}}
 
@@ -74,10 +74,10 @@ def masks_of_labels(evaluation: Evaluation, names: Sequence[str], subsets: Seque
     return np.stack([masks[label] for label in evaluation.labels], axis=1)
 
 
-def full_losses(opened: LoadedModel, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+def full_losses(loaded: LoadedModel, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Of the whole model, by the program that also serves subsets."""
-    require_experts(opened.config)
-    return evaluation.losses(opened.params, everything(opened.config).mask(), "scoring the full model")
+    require_experts(loaded.config)
+    return evaluation.losses(loaded.params, everything(loaded.config).mask(), "scoring the full model")
 
 
 def describe(name: str, subset: Subset) -> dict[str, Any]:

@@ -84,24 +84,24 @@ def similarity(subsets: Sequence[Subset]) -> dict[str, Any]:
     return result
 
 
-def suggest(opened: LoadedModel, calibration: Calibration, evaluation: Evaluation, tolerance: float,
+def suggest(loaded: LoadedModel, calibration: Calibration, evaluation: Evaluation, tolerance: float,
             method: str = "router", **options: Any) -> tuple[Subset, list[dict[str, Any]]]:
     """The smallest subset whose loss on `evaluation` stays within `tolerance` (nats/token) of the full model's, found
     by bisection over the number of experts, and the (keep, loss, difference) of every number tried."""
     if tolerance < 0:
         raise InputError(f"--tolerance {tolerance} must not be negative")
-    m = opened.config.model
+    m = loaded.config.model
     total = lambda losses: losses[0].sum() / max(losses[1].sum(), 1)  # noqa: E731
-    full, tried = total(evaluation.losses(opened.params, what="scoring the full model")), []
+    full, tried = total(evaluation.losses(loaded.params, what="scoring the full model")), []
 
     def attempt(keep: int) -> tuple[Subset, bool]:
-        subset = choose_one(opened, calibration, method, Budget(keep=keep), **options)
-        loss = total(evaluation.losses(opened.params, subset.mask(), f"scoring {keep} experts"))
+        subset = choose_one(loaded, calibration, method, Budget(keep=keep), **options)
+        loss = total(evaluation.losses(loaded.params, subset.mask(), f"scoring {keep} experts"))
         tried.append({"keep": keep, "loss": float(loss), "difference": float(loss - full)})
         return subset, loss <= full + tolerance
 
     low, high = m.num_shared_experts + 1, m.num_experts  # high is always good enough
-    best = choose(opened, calibration, method, [Budget(keep=high)], **options)[0][0]
+    best = choose(loaded, calibration, method, [Budget(keep=high)], **options)[0][0]
     while low < high:
         middle = (low + high) // 2
         subset, good = attempt(middle)

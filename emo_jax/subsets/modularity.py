@@ -53,10 +53,10 @@ class Modularity:
     def __call__(self, params: Params) -> dict[str, Any]:
         """{"loss" (of the full model), "loss_at": {"25%": ..}, "mutual_information" (nats, mean of the layers),
         "mutual_information_layers"}."""
-        opened = LoadedModel(self._config, self._mesh, params, self._tokenizer)
+        loaded = LoadedModel(self._config, self._mesh, params, self._tokenizer)
         evaluation, names = self._evaluation, self._calibration.names
         budgets = [Budget(keep=k) for k in self._keeps.values()]
-        chosen = choose(opened, self._calibration, "router", budgets)
+        chosen = choose(loaded, self._calibration, "router", budgets)
         probabilities = np.stack([s.score_array() for s in chosen[0]])
         information = mutual_information(probabilities, self._tokens)
         at = {f"{share:.1%}".replace(".0", ""): self._loss(params, masks_of_labels(evaluation, names, subsets))

@@ -1,1 +1,0 @@
-NAMES = ("layerwise", "router", "easy_ep", "reap", "random")
