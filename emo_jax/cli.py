@@ -30,6 +30,7 @@ from emo_jax.commands import (
     subset,
     train,
 )
+from emo_jax.commands.arguments import take_overrides
 from emo_jax.errors import InputError, RunError
 from emo_jax.progress import is_primary
 
@@ -38,11 +39,10 @@ COMMANDS = (train.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *stud
             completion.COMMAND)
 GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
           "data": "the documents of a config", "bench": "speed against the ideal of this machine"}
-_OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
+    argv, overrides = take_overrides(list(sys.argv[1:] if argv is None else argv))
     args = parser().parse_args(argv)
     command: Command = args.command
     logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
@@ -77,20 +77,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(args, 1, f"out of device memory: {str(e).splitlines()[0]}\nmore devices, a larger "
                      f"train.microbatches, train.remat=full or a smaller train.batch_size need less")
-
-
-def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Splits off `--a.b=c` and `--a.b c`, wherever they stand."""
-    rest, overrides = [], []
-    while argv:
-        item = argv.pop(0)
-        if not _OVERRIDE.fullmatch(item):
-            rest.append(item)
-        elif "=" not in item and argv and not argv[0].startswith("--"):
-            overrides.append(f"{item}={argv.pop(0)}")
-        else:
-            overrides.append(item)
-    return rest, overrides
 
 
 def _fail(args, status: int, message: str) -> int:

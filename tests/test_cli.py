@@ -13,6 +13,7 @@ from tiny_run import config_file, records
 
 from emo_jax import cli
 from emo_jax.checkpoints import checkpoint
+from emo_jax.commands.arguments import take_overrides
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_every_command_has_examples_that_parse():
         assert command.examples, command.name
         for example in command.examples:
             if example.startswith("emo-jax "):
-                argv, overrides = cli._take_overrides(shlex.split(example)[1:])
+                argv, overrides = take_overrides(shlex.split(example)[1:])
                 assert cli.parser().parse_args(argv).command is command, example
                 assert not overrides or command.overrides, example
 

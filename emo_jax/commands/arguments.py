@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from emo_jax.errors import InputError
 from emo_jax.subsets import methods
 
 CONFIG = "a file of configs/, or its name"
+_OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
 CKPT = "a run's folder, its checkpoints/, or one step folder"
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits off `--a.b=c` and `--a.b c`, wherever they stand."""
+    rest, overrides = [], []
+    while argv:
+        item = argv.pop(0)
+        if not _OVERRIDE.fullmatch(item):
+            rest.append(item)
+        elif "=" not in item and argv and not argv[0].startswith("--"):
+            overrides.append(f"{item}={argv.pop(0)}")
+        else:
+            overrides.append(item)
+    return rest, overrides
 
 
 def numbers(text: str) -> tuple[int, ...]:
