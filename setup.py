@@ -1,4 +1,5 @@
-"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval,test]` for figures and clusters, tasks, tests."""
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval]` for figures and clusters, tasks; `.[test]`,
+`.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB) and `.[check]` for changing it."""
 
 import pathlib
 import re
@@ -11,6 +12,7 @@ here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
 report = ["matplotlib", "scikit-learn", "scipy"]
 evaluation = ["lm-eval>=0.4.13"]
+gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
 
 
 class BuildWithConfigs(build_py):
@@ -32,6 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["emo_jax", "emo_jax.*"]),
+    package_data={"emo_jax": ["py.typed", "**/README.md"]},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
@@ -40,10 +43,14 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        "cuda": ["jax[cuda13]", *gpu_attention],
+        "gpu-attention": gpu_attention,
+        "completion": ["shtab"],
         "report": report,
         "eval": evaluation,
-        "test": ["pytest", "pytest-xdist", *report, *evaluation, "torch==2.13.0", "transformers>=5", "safetensors"],
+        "test": ["pytest", "pytest-xdist", "beartype", "safetensors", "shtab", *report],
+        "test-clients": [*evaluation, "torch==2.13.0", "transformers>=5"],
+        "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more
     },
     entry_points={"console_scripts": ["emo-jax=emo_jax.cli:main"]},
 )

@@ -5,8 +5,7 @@
 On the text of the Python installation (the default) or any `--data.path`; minutes on 2 cores.
 """
 
-from emo_jax.config import (CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RouterConfig,
-                            TrainConfig)
+from emo_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RouterConfig, TrainConfig
 
 
 def config() -> Config:

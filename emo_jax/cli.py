@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="emo-jax", description=emo_jax.__doc__.partition("\n\n")[0])
+    top = _Parser(prog="emo-jax", description=(emo_jax.__doc__ or "").partition("\n\n")[0])
     top.add_argument("--version", action="version", version=f"emo-jax {emo_jax.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     groups = {}
@@ -113,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _add(top, commands, name: str, command: Command) -> None:
     more = "  --a.b=c overrides a field of the config, see `emo-jax config`." if command.overrides else ""
-    one = commands.add_parser(name, help=command.summary, description=f"{command.summary[0].upper()}{command.summary[1:]}.{more}",
+    one = commands.add_parser(name, help=command.summary,
+                              description=f"{command.summary[0].upper()}{command.summary[1:]}.{more}",
                               epilog="\n  ".join(["examples:", *command.examples]),
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     one.set_defaults(command=command, parser=top)

@@ -199,7 +199,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `--a.b=value` or `a.b=value` applied in order."""
     tree = to_dict(config)
-    keys = {key: None for key in flatten(tree)}
+    keys = dict.fromkeys(flatten(tree))
     for item in overrides:
         key, equals, text = item.removeprefix("--").partition("=")
         if not equals or key not in keys:
@@ -271,7 +271,7 @@ def _run_file(path: Path) -> Config:
     """What `config()` of a Python file returns."""
     wanted = "expected a Python file (.py) with a function config() -> Config without arguments"
     spec = importlib.util.spec_from_file_location(f"emo_jax_config_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f"config {path}: not a Python file; {wanted}")
     module = importlib.util.module_from_spec(spec)
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from typing import TYPE_CHECKING, Any, Callable, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from emo_jax.errors import InputError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def make_folder(given: str | Path, flag: str = "--out") -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+def replacing(path: Path, suffix: str = ".tmp") -> Generator[Path]:
     """A path beside `path` to write a file or folder to; it gets its name when the block ends without an error. Processes
     that may write at the same time need a `suffix` each."""
     temporary = path.with_name(path.name + suffix)

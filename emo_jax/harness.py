@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -40,7 +41,8 @@ class EmoLM(TemplateLM):
                  params: model.Params | None = None, allowed: np.ndarray | None = None):
         super().__init__()
         self.config, self.mesh, self.tokens, self.eos_ids, self.allowed = config, mesh, tokenizer, eos_ids, allowed
-        self._scorer, self._generator, self._params = Scorer(config, mesh, params, allowed), None, params
+        self._scorer, self._params = Scorer(config, mesh, params, allowed), params
+        self._generator: Any = None
 
     def set_params(self, params: model.Params | None) -> None:
         self._params, self._generator = params, None
@@ -74,7 +76,7 @@ class EmoLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         if self._generator is None:
-            self._generator = Generator(self.config, self.mesh, self._params, self.eos_ids, self.allowed)
+            self._generator = Generator(self.config, self.mesh, self._params or {}, self.eos_ids, self.allowed)
         groups: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(_settings(request.args[1]), []).append(i)
@@ -158,12 +160,12 @@ class Tasks:
 
 
 def evaluate_tasks(path: str, wanted: str, *, subset: str = "", num_fewshot: int | None = None,
-                   limit: int | None = None, step: int | None = None, overrides: list[str] = ()) -> dict[str, Any]:
+                   limit: int | None = None, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """`emo-jax eval --tasks`."""
     tasks = Tasks(wanted, num_fewshot, limit)
     loaded = load(path, overrides, step=step, mesh="experts", subset=subset or None)
     lm = EmoLM(loaded.config, loaded.mesh, loaded.tokenizer, loaded.end_ids, loaded.params, loaded.allowed())
-    return {"checkpoint": str(loaded.checkpoint.path), "step": loaded.checkpoint.step, "subset": subset or None,
+    return {"checkpoint": str(loaded.saved.path), "step": loaded.saved.step, "subset": subset or None,
             "tasks": tasks(lm)}
 
 

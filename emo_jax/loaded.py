@@ -64,6 +64,12 @@ class LoadedModel:
         return model.Execution.of(self.config, self.mesh, self.tokenizer.eos_id)
 
     @property
+    def saved(self) -> Checkpoint:
+        """What it was opened from; a model in training has none."""
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end a text: that of training first, then what an imported model adds, e.g. the end of a turn."""
         more = published_end_ids(self.checkpoint.run) if self.checkpoint else ()
@@ -164,8 +170,8 @@ class LoadedModel:
             with compat.set_mesh(self.mesh):
                 rows = {name: sharding.place(x, self.mesh, sharding.TOKENS) for name, x in _rows(part, count, length).items()}
                 made = jax.tree.map(gather_global, program(self.params, rows, allowed))
-            for i, tokens in enumerate(part):
-                yield jax.tree.map(lambda a, i=i, n=len(tokens): a[i, :n] if a.ndim > 1 else a[i], made)
+            for i, n in enumerate(map(len, part)):
+                yield jax.tree.map(lambda a, i=i, n=n: a[i, :n] if a.ndim > 1 else a[i], made)
 
 
 def _rows(documents: list[np.ndarray], count: int, length: int) -> dict[str, np.ndarray]:

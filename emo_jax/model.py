@@ -299,16 +299,15 @@ def _layers(params, tokens_BT, rows: RowContext, execution: Execution, pool_size
 
     def layer(x_BTD, inputs):
         layer_params, sizes_BN, mask, past, more = inputs
-        past = None if past is None else (*past, cache.segments)
+        past = None if past is None or cache is None else (*past, cache.segments)
         x_BTD, route, kv = nnx.merge(structure, layer_params)(x_BTD, rows, sizes_BN, mask, execution, past)
         return x_BTD, (per_layer(x_BTD, route, rows, *more), None if past is None else kv)
 
     policy = REMAT_POLICIES[c.train.remat]
-    if policy is not None:
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    body = layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
     past = None if cache is None else (cache.k, cache.v)
     inputs = (params["layers"], pool_sizes, allowed_experts(c.model, allowed), past, layer_inputs)
-    x_BTD, (outputs, kv) = jax.lax.scan(layer, x_BTD, inputs)
+    x_BTD, (outputs, kv) = jax.lax.scan(body, x_BTD, inputs)
     return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv
 
 

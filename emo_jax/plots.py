@@ -5,15 +5,16 @@ matplotlib is optional: without it `save` says how to install it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from emo_jax.progress import say
 
 # Okabe and Ito's palette without its yellow, which is too light for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GRAY, LIGHT = "#222222", "#6e6e6e", "#e4e4e4"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "lines.linewidth": 2, "lines.markersize": 5,
     "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelcolor": GRAY,
     "axes.edgecolor": LIGHT, "axes.linewidth": 1.2, "axes.spines.top": False, "axes.spines.right": False,

@@ -1,8 +1,9 @@
-# Sourced by the other scripts: makes a virtual environment (EMO_JAX_VENV, default .venv) with this checkout and the extras
-# named in $1 installed, and puts it on the PATH. A second call with nothing changed installs nothing.
+# Sourced by the other scripts: makes a virtual environment (EMO_JAX_VENV, default .venv) with this checkout, the extras
+# named in $1 and the requirement $2, if any, installed, and puts it on the PATH. A second call with nothing changed installs
+# nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extras=${1:-}
+extras=${1:-} requirement=${2:-}
 venv=${EMO_JAX_VENV:-.venv}
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -12,9 +13,9 @@ python=${PYTHON:-python3}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 stamp="$venv/installed-$extras"
 if ! [ "$stamp" -nt setup.py ]; then
-  echo "installing emo_jax${extras:+ with extras $extras} into $venv (about 1 GB; a few minutes on a slow line)" >&2
+  echo "installing emo_jax${extras:+ with extras $extras} into $venv (about 1 GB, several with test-clients; minutes on a slow line)" >&2
   "$venv/bin/python" -m pip install --quiet --upgrade pip
-  "$venv/bin/python" -m pip install --quiet --editable ".${extras:+[$extras]}"
+  "$venv/bin/python" -m pip install --quiet --editable ".${extras:+[$extras]}" ${requirement:+"$requirement"}
   touch "$stamp"
 fi
 PATH="$(cd "$venv/bin" && pwd):$PATH"

@@ -1,8 +1,29 @@
 #!/usr/bin/env bash
-# Sets up an environment and passes the tests: bash launch/test.sh [pytest arguments]
+# Sets up an environment and passes the tests: bash launch/test.sh [--fast] [--clients] [--newest] [pytest arguments]
+#
+# --fast: without the tests marked slow; at most 3 minutes on 2 cores. --clients: also installs stock PyTorch, transformers
+# and lm-evaluation-harness, and runs the tests against them; EMO_JAX_TORCH is the requirement for a torch without CUDA
+# where the index serves it with (a file or URL of a wheel, or torch==2.13.0+cpu). --newest: in an environment of its own,
+# Python 3.12 or later (PYTHON, default python3.12) and the newest JAX; deprecation warnings are errors, but for those below.
 set -euo pipefail
-arguments=("$@")
-set -- test
-source "$(dirname "$0")/environment.sh" test
+extras=test torch='' arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --fast) arguments+=(-m "not slow") ;;
+    --clients) extras+=,test-clients torch=${EMO_JAX_TORCH:-} ;;
+    --newest)
+      extras+=,gpu-attention
+      export PYTHON=${PYTHON:-python3.12} EMO_JAX_VENV=${EMO_JAX_VENV:-.venv-newest}
+      arguments+=(-W error::DeprecationWarning)
+      for message in \
+        "The Pallas Triton backend is deprecated" \
+        "core.Jaxpr is missing a DebugInfo object"; do  # tokamax's kernels; tokamax's plain form
+        arguments+=(-W "ignore:$message:DeprecationWarning")
+      done ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+source "$(dirname "$0")/environment.sh" "$extras" "$torch"
 export JAX_PLATFORMS=cpu
-exec python -m pytest -q -n "${EMO_JAX_TEST_PROCESSES:-2}" tests "${arguments[@]}"
+exec python -m pytest -q -n "${EMO_JAX_TEST_PROCESSES:-2}" "${arguments[@]}"

@@ -108,6 +108,7 @@ def test_first_fit_wastes_little():
 def test_a_state_of_other_data_or_another_packing_is_refused():
     for packing, state, expected in (("concat_and_split", [0, 30], "not those that the checkpoint"),
                                      ("concat_and_split", [0, 0, 1, 0, 0], "data.packing"),
+                                     ("first_fit", [9, 0, 1, 8, 0], "not those that the checkpoint"),
                                      ("first_fit", [3, 0, 2, 0, 0, 1, 0], "data.sequence_length")):
         with pytest.raises(InputError, match=expected):
             rows_of(packing, [[1, 2, 9], [3, 4, 9], [9], [9]], 4, state=state)

@@ -10,7 +10,7 @@ from jaxprs import equations
 
 from emo_jax import sharding
 from emo_jax.errors import InputError
-from emo_jax.kernels import Kernel, attention, cross_entropy, expert_mlp_tpu
+from emo_jax.kernels import Kernel, attention, attention_gpu, cross_entropy, expert_mlp_tpu
 from emo_jax.kernels import grouped_matmul as gmm
 from emo_jax.model import REMAT_POLICIES
 
@@ -132,6 +132,17 @@ def test_flash_attention_in_bfloat16(one_device, width):
     assert all(f <= 1.5 * p < 0.02 for f, p in zip(flash, plain)), f"{flash} against {plain}"
 
 
+def test_a_document_is_a_range_of_keys():
+    segments = attention_inputs()[3]
+    starts, at = attention_gpu.document_starts(segments), jnp.arange(segments.shape[1])
+    causal = at[:, None] >= at
+    np.testing.assert_array_equal(causal & (starts[:, :, None] <= at), causal & (segments[:, :, None] == segments[:, None]))
+
+
+# tokamax: forward, backward; JAX's own: forward, the sums of out * d_out, backward.
+GPU_FORWARD, GPU_KERNELS = ("pallas_flash_attention_fwd", 2) if attention_gpu.TOKAMAX else ("mha_forward", 3)
+
+
 def test_flash_attention_compiles_to_gpu_kernels():
     """Forward and gradient at the published shape lower to the kernels' Triton programs, on a mesh of eight H100s; XLA
     compiles those on the GPU."""
@@ -147,12 +158,12 @@ def test_flash_attention_compiles_to_gpu_kernels():
     with jax.sharding.use_abstract_mesh(mesh):
         lower = lambda f: jax.jit(f).trace(q, k, k, q_segments, k_segments).lower(lowering_platforms=("cuda",)).as_text()
         forward, gradient = lower(attend), lower(jax.grad(loss, (0, 1, 2)))
-    for text, kernels in ((forward, 1), (gradient, 3)):  # 3: forward, the sums of out * d_out, backward
+    for text, kernels in ((forward, 1), (gradient, GPU_KERNELS)):
         assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.parametrize("remat, times", [("full", 2), ("moe", 2), ("attention", 1), ("projections", 1), ("light", 1)])
-@pytest.mark.parametrize("kernel, forward", [(FLASH, "mha_forward"), (SPLASH, "fwd")], ids=str)
+@pytest.mark.parametrize("kernel, forward", [(Kernel("flash"), GPU_FORWARD), (SPLASH, "fwd")], ids=str)
 def test_rematerialisation_keeps_the_attention_that_it_names(one_device, kernel, forward, remat, times):
     """How often the forward kernel runs in a gradient, by policy."""
     q, k, v, segments = attention_inputs()

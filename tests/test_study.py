@@ -109,7 +109,7 @@ def test_study(study):
     status, result, _ = command("study", "report", study)
     assert status == 0 and list(result["variants"]) == ["emo", "stdmoe"] and result["variants"]["emo"]["seeds"] == [0, 1]
     text = (study / "study.md").read_text()
-    rise = lambda run: next(r["trained"] for r in json.loads((study / run / "measures.json").read_text())["subsets"]  # noqa: E731
+    rise = lambda run: next(r["trained"] for r in json.loads((study / run / "measures.json").read_text())["subsets"]
                             if (r["method"], r["share"]) == ("router", 0.5))
     assert result["main_over_baseline"]["50.0%"]["mean"] == pytest.approx(
         np.mean([rise(f"emo/{s}") / rise(f"stdmoe/{s}") for s in "01"]))

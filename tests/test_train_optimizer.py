@@ -62,7 +62,7 @@ def test_adamw_by_hand():
     tree = lambda flat: {"embedding": jnp.float32(flat["embedding"]), "head": jnp.float32(flat["head"]),
                          "layers": {"mlp_norm": jnp.float32(flat["mlp_norm"])}}
     state, current = tx.init(tree(leaves)), tree(leaves)
-    mean, var = {k: 0.0 for k in leaves}, {k: 0.0 for k in leaves}
+    mean, var = dict.fromkeys(leaves, 0.0), dict.fromkeys(leaves, 0.0)
     for step, size in ((1, 5.0), (2, 0.01)):  # the first gradient is clipped, the second is not
         grads = {k: rng.normal(size=v.shape) * size for k, v in leaves.items()}
         updates, state = tx.update(tree(grads), state, current)

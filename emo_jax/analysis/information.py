@@ -63,7 +63,7 @@ def effective_experts(a: Activations) -> Float[np.ndarray, "L"] | None:
     R = a.probabilities.shape[2]
     counts = np.zeros((len(sizes), a.probabilities.shape[1], R))
     for layer in range(counts.shape[1]):
-        np.add.at(counts, (a.pieces[:, None], layer, a.expert_ids[:, layer]), 1)
+        np.add.at(counts[:, layer], (a.pieces[:, None], a.expert_ids[:, layer]), 1)
     counts = counts[sizes >= LEAST_PIECE]
     used = counts / counts.sum(axis=2, keepdims=True)
     entropy = -np.sum(np.where(used > 0, used * np.log(np.maximum(used, 1e-30)), 0), axis=2)

@@ -21,9 +21,10 @@ class Instruction(NamedTuple):
     attributes: str  # the rest of the line; for constants and parameters from the opcode on
     is_root: bool
 
-    def called(self, key: str) -> str | None:
+    def called(self, key: str) -> str:
+        """The computation behind an attribute, "" if there is none."""
         found = re.search(key + r"=%?([\w.\-]+)", self.attributes)
-        return found and found.group(1)
+        return found.group(1) if found else ""
 
 
 class Module:
@@ -33,7 +34,7 @@ class Module:
         current = None
         for line in _logical_lines(text):
             if line.startswith(("ENTRY", "%")):
-                name = re.match(r"(ENTRY )?%?([\w.\-]+)", line).group(2)
+                name = re.findall(r"[\w.\-]+", line.removeprefix("ENTRY "))[0]
                 current = self.computations[name] = []
                 self.entry = name if line.startswith("ENTRY") else self.entry
             elif current is not None and (instruction := _parse(line)):
@@ -108,7 +109,7 @@ class Module:
             if len(operands) < 2:
                 return 0.0
             return 2 * math.sqrt(math.prod(_elements(a.shape) for a in (instruction, *operands)))
-        body = instruction.called("calls") if instruction.opcode == "fusion" else None
+        body = instruction.called("calls") if instruction.opcode == "fusion" else ""
         return sum(self.matmul_flops(body, inner) for inner in self.computations.get(body, ()))
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
@@ -131,7 +132,7 @@ class Module:
         start = self.find(computation, loop.operands[0])
         if element.opcode != "get-tuple-element" or start is None or start.opcode != "tuple":
             return None
-        index = int(re.search(r"index=(\d+)", element.attributes).group(1))
+        index = int(re.findall(r"index=(\d+)", element.attributes)[0])
         value = self.find(computation, start.operands[index])
         while value is not None and value.opcode in ("copy", "bitcast"):
             value = self.find(computation, value.operands[0])

@@ -131,7 +131,7 @@ class _Walk:
         return seconds
 
     def _add(self, cycles: float | None, flops: float, moved: float, times: int) -> float:
-        roofline = max(flops / self.chip.flops, moved / self.chip.bandwidth)
+        roofline = max(flops / self.chip.flops, moved / self.chip.bandwidth)  # ty: ignore[unsupported-operator]
         self.result.roofline_seconds += roofline * times
         self.result.cycles_seconds += (roofline if cycles is None else cycles) * times
         self.result.flops += flops * times
@@ -201,7 +201,7 @@ class _Walk:
         passes = 2 if kind == "all-reduce" else 1
         wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
         links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
-        seconds = wire / (self.chip.link * links)
+        seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
         collective = self.collectives.setdefault((kind, asynchronous, group), Collective(kind, asynchronous, group))
         collective.count += times
         collective.payload_bytes += payload * times

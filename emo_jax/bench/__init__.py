@@ -6,7 +6,7 @@ Machines differ and are shared, so every figure is the median of rounds that run
 from __future__ import annotations
 
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

@@ -32,7 +32,7 @@ def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: 
     d_dense = d_grouped[: tokens * top_k]
 
     def with_backward(f):
-        return jax.jit(lambda x, w, d: jax.vjp(f, x, w)[1](d) + (f(x, w),))
+        return jax.jit(lambda x, w, d: (*jax.vjp(f, x, w)[1](d), f(x, w)))
 
     forward, both = jax.jit(grouped), with_backward(grouped)
     dense_forward, dense_both = jax.jit(dense), with_backward(dense)

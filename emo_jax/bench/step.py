@@ -65,7 +65,8 @@ def report(r: dict[str, Any]) -> str:
             f"step                     {rates['step']:>12,.0f} tokens/s\n"
             f"forward and backward     {rates['forward_backward']:>12,.0f} tokens/s\n"
             f"share of matmul ideal    {r['share_of_matmul_ideal']:>12.1%}   "
-            f"({r['model_flops_per_token'] / 1e6:.1f} MFLOP/token; measured {r['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s)\n"
+            f"({r['model_flops_per_token'] / 1e6:.1f} MFLOP/token; measured "
+            f"{r['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s)\n"
             f"EMO over standard MoE    {r['emo_over_standard']:>12.3f}   (step; forward and backward "
             f"{r['emo_over_standard_forward_backward']:.3f})")
 

@@ -70,7 +70,8 @@ class Checkpoint:
         """Every process learns whether all of them could read, so that all fall back together."""
         error = tree = None
         try:
-            tree = ocp.PyTreeCheckpointHandler().restore(self.path / item, args=ocp.args.PyTreeRestore(
+            folder: Any = self.path / item  # a pathlib.Path is enough for Orbax
+            tree = ocp.PyTreeCheckpointHandler().restore(folder, args=ocp.args.PyTreeRestore(
                 item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
         except Exception as e:
             error = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}"

@@ -58,6 +58,7 @@ def write(folder: Path, description: Description) -> None:
 
 def read(folder: Path, item: str) -> dict[str, Any]:
     try:
-        return ocp.JsonCheckpointHandler().restore(folder / item)
+        where: Any = folder / item  # a pathlib.Path is enough for Orbax
+        return dict(ocp.JsonCheckpointHandler().restore(where))
     except Exception as e:
         raise DamagedCheckpoint(f"checkpoint {folder}: {item} cannot be read ({type(e).__name__}: {e})") from None

@@ -6,8 +6,9 @@ A *part* is (leaf, index): of expert tables one expert of one layer, of other la
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 

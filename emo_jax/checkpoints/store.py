@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,9 +60,9 @@ class ParameterStore:
             if index or values.nbytes <= PIECE_BYTES:
                 self._array(leaf).with_transaction(transaction)[index].write(values).result()
                 continue
-            step = self._array(leaf).chunk_layout.write_chunk.shape[0]
-            for start in range(0, len(values), step):
-                piece = values[start : start + step]
+            rows: Any = self._array(leaf).chunk_layout.write_chunk.shape[0]  # ty: ignore[not-subscriptable]  zarr has it
+            for start in range(0, len(values), rows):
+                piece = values[start : start + rows]
                 self._array(leaf)[start : start + len(piece)].write(piece).result()
         transaction.commit_async().result()
 

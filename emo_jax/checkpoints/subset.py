@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -135,14 +136,15 @@ def _read(path: str | Path) -> Subset:
         raise InputError(f"{where}: not JSON ({e}); expected a file of `emo-jax select --out`") from None
     version = content.get("version") if isinstance(content, dict) else None
     require(type(version) is int and version == VERSION, "version", version, str(VERSION))
-    values = {name: content[name] for name in _FIELDS if name in content}
+    values: dict[str, Any] = {name: content[name] for name in _FIELDS if name in content}
     for name, (needed, allowed, holds) in _FIELDS.items():
         if needed and name not in values:
             raise InputError(f"{where}: field {name!r} is missing")
         require(name not in values or holds(values[name]), name, values.get(name), allowed)
     layers, routed = len(values["kept"]), values["num_routed"]
     for layer, ids in enumerate(values["kept"]):
-        require(type(ids) is list and all(type(i) is int and 0 <= i < routed for i in ids) and ids == sorted(set(ids)),
+        require(type(ids) is list and all(type(i) is int and 0 <= i < routed for i in ids)
+                and ids == sorted(set(ids)),  # ty: ignore[invalid-argument-type]
                 f"kept[{layer}]", ids, f"ascending expert ids in 0..{routed - 1}")
     if (scores := values.get("scores")) is not None:
         require(len(scores) == layers, "scores", scores, f"null or one list for each of the {layers} layers of kept")
@@ -151,7 +153,8 @@ def _read(path: str | Path) -> Subset:
                 type(s) in (int, float) and abs(s) < 1e300 for s in row),
                 f"scores[{layer}]", row, f"{routed} finite numbers (num_routed={routed})")
         values["scores"] = tuple(map(tuple, scores))
-    return Subset(**values | {"kept": tuple(map(tuple, values["kept"]))})
+    values["kept"] = tuple(map(tuple, values["kept"]))
+    return Subset(**values)
 
 
 def require_fits(subset: Subset, config: Config, where: str) -> None:

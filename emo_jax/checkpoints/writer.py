@@ -30,7 +30,7 @@ class Best:
                 self.losses[step] = loss
 
     def should_preserve(self, checkpoints, *, context):
-        ranked = sorted((c.step for c in checkpoints if c.step in self.losses), key=self.losses.get)
+        ranked = sorted((c.step for c in checkpoints if c.step in self.losses), key=self.losses.__getitem__)
         return [c.step in ranked[:self.count] for c in checkpoints]
 
 

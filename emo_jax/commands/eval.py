@@ -13,7 +13,8 @@ def add(parser) -> None:
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
     parser.add_argument("--tasks", metavar="FILE_OR_NAMES", help="tasks of lm-evaluation-harness instead: names and YAML "
                         "files, separated by commas (with --subset: by that subset alone)")
-    parser.add_argument("--num-fewshot", type=arguments.at_least(0), metavar="N", help="examples before each question of a task")
+    parser.add_argument("--num-fewshot", type=arguments.at_least(0), metavar="N",
+                        help="examples before each question of a task")
     parser.add_argument("--limit", type=arguments.at_least(1), metavar="N", help="questions of each task")
     group = parser.add_argument_group("with few experts", "the full model beside each subset")
     group.add_argument("--subset", nargs="+", metavar="FILE", help="files of emo-jax select")
@@ -39,7 +40,7 @@ def _full(args) -> Result:
 
     loaded = load(args.checkpoint, args.overrides, step=args.step, data=args.data)
     source, numbers = loaded.documents_to_score()
-    found, evaluation = loaded.checkpoint, loaded.evaluation(source, numbers)
+    found, evaluation = loaded.saved, loaded.evaluation(source, numbers)
     result = {"checkpoint": str(found.path), "step": found.step, "data": source.name,
               **evaluation.summary(*evaluation.losses(loaded.params, what="scoring"))}
     return Result(result, f"{result['checkpoint']} on {result['data']}\n{table(result)}")
@@ -67,7 +68,7 @@ def _subsets(args) -> Result:
             raise InputError(f"--{flag} goes with --keep; the subsets of --subset are chosen already")
     loaded = load(args.checkpoint, args.overrides, step=args.step, data=args.data)
     result = check_subsets(loaded, {path: load_subset(path, loaded.checkpoint) for path in args.subset})
-    result |= {"checkpoint": str(loaded.checkpoint.path)}
+    result |= {"checkpoint": str(loaded.saved.path)}
     return Result(result, subset_table(result))
 
 

@@ -68,7 +68,7 @@ def run(args) -> Result:
         for prompt, ids, tokens in zip(args.prompt, prompts, made)]
     write(completions[0]["text"][len(written):] if shown else "")  # a character that the last token left unfinished
     total = sum(map(len, made))
-    result = {"checkpoint": str(loaded.checkpoint.path), "tokens": total, "tokens_per_second": total / seconds,
+    result = {"checkpoint": str(loaded.saved.path), "tokens": total, "tokens_per_second": total / seconds,
               "completions": completions}
     texts = [f"--- {i + 1} of {len(completions)}\n{c['prompt']}{c['text']}" for i, c in enumerate(completions)]
     return Result(result, "" if shown else "\n".join(texts))  # shown already; this ends its line

@@ -19,7 +19,7 @@ def run(args) -> Result:
                           f"{result['checkpoint']}")
 
 
-COMMAND = Command("import", "turn a published checkpoint (Hugging Face folder, or the trainer's state dict in safetensors) into "
-                  "a run folder", add, run, ("emo-jax import Emo_1b14b_1T --out runs/emo",
+COMMAND = Command("import", "turn a published checkpoint (Hugging Face folder, or the trainer's state dict in safetensors) "
+                  "into a run folder", add, run, ("emo-jax import Emo_1b14b_1T --out runs/emo",
                                              "emo-jax import state_dict --config emo_1b14b_1t --out runs/emo"),
                   overrides="config")

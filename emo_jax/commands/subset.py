@@ -195,7 +195,7 @@ def disable(args) -> Result:
     require_fits(rest, loaded.config, f"everything but {args.subset}")
     if args.out:
         rest.save(args.out)
-    result = check_subsets(loaded, {f"without {args.subset}": rest}) | {"checkpoint": str(loaded.checkpoint.path)}
+    result = check_subsets(loaded, {f"without {args.subset}": rest}) | {"checkpoint": str(loaded.saved.path)}
     return Result(result, subset_table(result))
 
 

@@ -45,14 +45,14 @@ def read_model(published: dict[str, Any], where: Path) -> tuple[str, ModelConfig
         if published.get(key, value) != value and key != "rope_scaling":
             raise InputError(f"{where}: {key}={published[key]!r} is not supported; only {value!r} is")
 
-    def number(key, default=None):
+    def number(key, default=None) -> Any:
         value = published.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"{where}: {key}={value!r} must be a number")
         return value
 
     layout, heads = LAYOUT_OF[architecture], number("num_attention_heads")
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=number("vocab_size"), num_layers=number("num_hidden_layers"), d_model=number("hidden_size"),
         num_heads=heads, num_kv_heads=number("num_key_value_heads", heads), d_ff=number("intermediate_size"),
         head_dim=published.get("head_dim") or number("hidden_size") // heads,
@@ -72,7 +72,7 @@ def read_model(published: dict[str, Any], where: Path) -> tuple[str, ModelConfig
 
 def new_config(model: ModelConfig, published: dict[str, Any], name: str) -> Config:
     """A config around an imported model, everything that a config.json does not tell as published."""
-    pools = {}
+    pools: dict[str, Any] = {}
     if model.num_experts:
         pools = dict(pool_min=max(model.routed_top_k, min(8, model.num_routed_experts)), pool_max=model.num_experts)
         pools["pool_max"] = max(pools.values())
@@ -99,7 +99,7 @@ def require_same(given: ModelConfig, found: ModelConfig, name: str, where: Path)
 def written_keys(layout: str, c: Config, dtype: str) -> dict[str, Any]:
     """The config.json of our model in a layout."""
     m = c.model
-    common = {
+    common: dict[str, Any] = {
         "attention_dropout": 0.0, "dtype": dtype, "head_dim": m.head_dim, "hidden_act": "silu",
         "hidden_size": m.d_model,
         "initializer_range": m.init_std, "intermediate_size": m.d_ff, "max_position_embeddings": c.data.sequence_length,

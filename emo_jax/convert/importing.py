@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ NOTE = "imported.json"  # in HF_FILES: the dtype of the published tensors
 BATCH_BYTES = 256 * 2**20  # of tensors that are written together
 
 
-def import_checkpoint(source: str, out: str, config_name: str = "", overrides: list[str] = ()) -> dict[str, Any]:
+def import_checkpoint(source: str, out: str, config_name: str = "", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """`source`: a folder with config.json and safetensors files, or with the trainer's state dict in safetensors, for
     which `config_name` says what the model is. Raises `InputError`."""
     folder, target = Path(source), require_new(out)

@@ -8,13 +8,14 @@ ours are (in, out), heads apart. Layouts: `emo` (EmoForCausalLM), `dense` (Olmo2
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from emo_jax.config import ModelConfig
 
-Convert = Callable[[np.ndarray], np.ndarray]
+Convert = Callable[[Any], np.ndarray]  # of an array; `to_theirs` of None where nothing of ours is behind a tensor
 
 
 class Entry(NamedTuple):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -79,7 +80,8 @@ def _read_header(file: Path) -> dict[str, Located]:
                 raise ValueError
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
-        found = {name: Located(file, 8 + length + item["data_offsets"][0], DTYPES.get(item["dtype"]),
+        found = {name: Located(file, 8 + length + item["data_offsets"][0],
+                               DTYPES.get(item["dtype"]),  # ty: ignore[invalid-argument-type]  None is refused below
                                tuple(item["shape"])) for name, item in header.items()}
         end = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
     except FileNotFoundError:
@@ -129,7 +131,8 @@ def write_folder(folder: Path, planned: list[Planned], data: Iterable[np.ndarray
 
 def _write_file(file: Path, shard: list[Planned], arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
     code = next(code for code, known in DTYPES.items() if known == dtype)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shard:
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}

@@ -59,7 +59,7 @@ class FileReader:
         self._open = OrderedDict()
 
     def read(self, path: str, start: int, length: int) -> bytes:
-        file = self._open.pop(path, None) or open(path, "rb")
+        file = self._open.pop(path, None) or open(path, "rb")  # noqa: SIM115  stays open
         self._open[path] = file  # the most recent is last
         if len(self._open) > self.max_open:
             self._open.popitem(last=False)

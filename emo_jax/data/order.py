@@ -101,7 +101,7 @@ class DocumentOrder:
         """Number of the `count`-th document of a row."""
         epoch, position = divmod(count * self.batch_size + row, len(self.indices))
         if self.shuffle:
-            seed = int(mix(self.seed, np.uint64([epoch]))[0]) & 0xFFFFFFFF
+            seed = int(mix(self.seed, np.array([epoch], np.uint64))[0]) & 0xFFFFFFFF
             position = index_shuffle(position, max_index=len(self.indices) - 1, seed=seed, rounds=4)
         return self.indices[position]
 

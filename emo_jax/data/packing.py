@@ -70,7 +70,8 @@ def concat_and_split(read: Read, length: int, max_documents: int, count_ends: bo
         raise _wrong_state("concat_and_split")
     count, offset = state
     current = read(count)
-    _check_offset(current, offset)
+    if offset:
+        _document_at(current, offset)
     while current is not None:
         pieces, room = [], length
         while room and current is not None and len(pieces) < max_documents:
@@ -100,7 +101,8 @@ def first_fit(read: Read, length: int, max_documents: int, count_ends: bool,
     count, offset = state[:2]
     rows = _reopen(read, state, length)
     current = read(count)
-    _check_offset(current, offset)
+    if offset:
+        _document_at(current, offset)
 
     def closed(row: list[_Piece]) -> tuple[Row, State]:
         rows.remove(row)
@@ -133,7 +135,8 @@ def _filled(row: list[_Piece]) -> int:
 
 
 def _continuation(read: Read, piece: _Piece, current: tuple[np.ndarray, int] | None, count: int) -> int:
-    tokens, _ = current if piece.origin[0] == count else read(piece.origin[0])
+    document = current if piece.origin[0] == count else read(piece.origin[0])
+    tokens, _ = _document_at(document, piece.origin[1])
     return tokens[piece.origin[1] + len(piece.tokens)]
 
 
@@ -148,11 +151,9 @@ def _reopen(read: Read, state: State, length: int) -> list[list[_Piece]]:
         for i in range(at + 1, at + 1 + 2 * state[at], 2):
             if i + 1 >= len(state):
                 raise _wrong_state("first_fit")
-            document = read(state[i])
-            _check_offset(document, state[i + 1])
-            tokens, start = document[0], state[i + 1]
-            row.append(_Piece(tokens[start:start + length], document[1], start + length >= len(tokens),
-                              (state[i], start)))
+            start = state[i + 1]
+            tokens, document = _document_at(read(state[i]), start)
+            row.append(_Piece(tokens[start:start + length], document, start + length >= len(tokens), (state[i], start)))
         if not 0 < _filled(row) <= length:
             raise InputError(f"data.sequence_length={length}: the checkpoint holds rows that were begun with another "
                              f"length; keep the length, or start from the parameters only")
@@ -168,7 +169,7 @@ def _make_row(pieces: list[_Piece], length: int, next_token: int | None, count_e
     """next_token: what follows the last piece; None where nothing does, then its last target has no weight."""
     sizes = [len(piece.tokens) for piece in pieces]
     n = sum(sizes)
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids", "document_ids")}
+    row: Row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids", "document_ids")}
     row["loss_weights"] = np.zeros(length, np.float32)
     np.concatenate([piece.tokens for piece in pieces], out=row["tokens"][:n])
     row["targets"][:n - 1] = row["tokens"][1:n]
@@ -184,10 +185,11 @@ def _make_row(pieces: list[_Piece], length: int, next_token: int | None, count_e
     return row
 
 
-def _check_offset(document: tuple[np.ndarray, int] | None, offset: int) -> None:
-    if offset and (document is None or offset >= len(document[0])):
+def _document_at(document: tuple[np.ndarray, int] | None, offset: int) -> tuple[np.ndarray, int]:
+    if document is None or offset >= len(document[0]):
         raise InputError("the documents are not those that the checkpoint was made with: one is shorter than the "
                          "position to resume at; give the same data.path and data.tokenizer")
+    return document
 
 
 def _wrong_state(packing: str) -> InputError:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -48,11 +48,11 @@ class RowStreams:
             return self.tokenizer.encode_document(document.text), document.id
 
         d = self.data
-        for row, state in pack(d.packing, read, d.sequence_length, d.max_documents_per_row,
+        for row, after in pack(d.packing, read, d.sequence_length, d.max_documents_per_row,
                                d.document_end_target == "counted", state):
             if d.repetition_filter and is_repetitive(row["tokens"][row["segment_ids"] > 0]):
                 row["loss_weights"][:] = 0
-            yield row, state
+            yield row, after
 
 
 class TrainIterator:
@@ -159,7 +159,7 @@ def _usable_workers(wanted: int, streams: int) -> int:
     return next((n for n in range(min(wanted, streams), 0, -1) if streams % n == 0), 0)
 
 
-def _stack(rows: list[tuple[Row, State]]) -> tuple[dict[str, np.ndarray], list[State]]:
+def _stack(rows: Sequence[tuple[Row, State]]) -> tuple[dict[str, np.ndarray], list[State]]:
     batch = {name: np.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
     positions = np.arange(batch["tokens"].shape[1], dtype=np.int32)  # absolute in the row, as published
     batch["positions"] = np.tile(positions, (len(rows), 1))

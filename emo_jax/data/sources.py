@@ -54,7 +54,7 @@ def _detect(given: str) -> str:
     path = Path(given).expanduser()
     if (path / "dataset_info.json").is_file():
         return "tfds"
-    root, paths = _existing(given)
+    _, paths = _existing(given)
     kinds = {kind for kind in ("jsonl", "text") if any(_is_kind(p, kind) for p in paths)}
     if len(kinds) == 1:
         return kinds.pop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from emo_jax.data.documents import Document, Source, hash_text
@@ -36,7 +35,7 @@ def _read(path: str) -> str:
     try:
         data = Path(path).read_bytes()
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({os.strerror(e.errno)})") from None
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     if not data:
         raise InputError(f"{path}: an empty file; expected the text of one document")
     if 0 in data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from emo_jax.data.documents import Document, Source, hash_text
 from emo_jax.errors import InputError
@@ -20,7 +21,7 @@ class TfdsSource(Source):
         self.name, self.text_field, self.labels = f"{path}:{split}", text_field, []
         try:
             is_folder = Path(path).expanduser().is_dir()
-            builder = tfds.builder_from_directory(str(Path(path).expanduser())) if is_folder else tfds.builder(path)
+            builder: Any = tfds.builder_from_directory(str(Path(path).expanduser())) if is_folder else tfds.builder(path)
         except Exception as e:  # the many ways of tfds to say that there is no such dataset
             raise InputError(f"data.path={path!r}: no TFDS dataset there: {_first_line(e)}") from None
         splits = list(builder.info.splits)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def _example_row(config: Config, source: Source, tokenizer: Tokenizer) -> list[d
     pieces = []
     for segment in np.unique(row["segment_ids"]):
         at = np.flatnonzero(row["segment_ids"] == segment)
-        piece = {"segment": int(segment), "first": int(at[0]), "tokens": len(at)}
+        piece: dict[str, Any] = {"segment": int(segment), "first": int(at[0]), "tokens": len(at)}
         if segment:
             piece |= {"document": int(row["document_ids"][at[0]]), "text": tokenizer.decode(row["tokens"][at[:20]]),
                       "loss_tokens": int(row["loss_weights"][at].sum())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ class Scorer:
         with jax.set_mesh(self.mesh):
             batch = {name: place(x, self.mesh, TOKENS) for name, x in fields.items()}
             wanted = [place(x, self.mesh, P(BATCH, None)) for x in (at, targets, counts)]
-            return tuple(gather_global(x)[: len(rows)] for x in self._score(self._params, batch, *wanted))
+            nats, best = (gather_global(x)[: len(rows)] for x in self._score(self._params, batch, *wanted))
+            return nats, best
 
     def _score_batch(self, params, batch, at: Int[Array, "B C"], targets: Int[Array, "B C"], counts):
         x_BTD, _ = model.forward(params, batch, self._execution, allowed=self._allowed)
@@ -83,8 +84,8 @@ class Scorer:
         pick = (at[..., None] == jnp.arange(x_BTD.shape[1])).astype(x_BTD.dtype)
         x_BCD = jnp.einsum("bct,btd->bcd", pick, x_BTD, precision=jax.lax.Precision.HIGHEST,
                            out_sharding=P(BATCH, None, None))
-        part = next(n for n in range(1, C + 1) if C % n == 0 and
-                    (B // batch_shards(self.mesh)) * (C // n) * self.config.model.vocab_size <= LOGITS or n == C)
+        part = next(n for n in range(1, C + 1) if (C % n == 0 and
+                    (B // batch_shards(self.mesh)) * (C // n) * self.config.model.vocab_size <= LOGITS) or n == C)
 
         def scores(inputs):
             x, targets = inputs

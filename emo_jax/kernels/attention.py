@@ -52,8 +52,8 @@ def _flash_needs(head_dim: int, sequence: int) -> str:
         return f"mesh.sequence=1, not {sequence}"
     if head_dim < 16:
         return f"model.head_dim of 16 or more, not {head_dim}"
-    here = importlib.util.find_spec("jax.experimental.pallas.ops.gpu.attention")
-    return "" if here else "a JAX that still has jax.experimental.pallas.ops.gpu.attention"
+    here = any(map(importlib.util.find_spec, ("tokamax", "jax.experimental.pallas.ops.gpu.attention")))
+    return "" if here else "tokamax, or a JAX that still has jax.experimental.pallas.ops.gpu.attention"
 
 
 def attention(

@@ -1,61 +1,79 @@
-"""Attention on GPU: the flash kernels (Pallas, Triton) that ship with JAX, which mask by segment and skip the blocks above
-the diagonal; the backward kernel recomputes the probabilities. Off GPU they run interpreted, for the parity tests.
+"""Attention on GPU: tokamax's flash kernels (Pallas, Triton) where it is installed (Python 3.12 or later), else those of
+`attention_gpu_py311`.
 
-Why these: cuDNN through `jax.nn.dot_product_attention` knows documents only as a mask of T x T, whose gradient it computes
-too; its packed layout is private to JAX and needs Hopper; tokamax needs Python 3.12. JAX 0.12 deprecates these kernels.
-Their blocks were chosen by what the compiler makes of them for sm_90 and sm_80 (registers, spills, shared memory): they
-have never run on a GPU.
+A query sees the keys from the start of its document to itself: a range of keys, which the forward kernel skips to, not a
+mask of T x T; the backward kernel reads that range as such a mask, a byte for each pair of a row. cuDNN through
+`jax.nn.dot_product_attention` would want it in fp32 and compute its gradient. Off GPU tokamax's plain form runs. The
+kernels lower for GPUs; they have never run on one.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
+from jaxtyping import Array, Float, Int
 
-BLOCK = 64  # keys, and queries of the backward pass; the forward pass takes twice as many queries
-BLOCK_ROW_BYTES = 256  # of a query or key; wider ones get smaller blocks, to fit registers and shared memory
-WARPS, STAGES = 8, 2
+TOKAMAX = importlib.util.find_spec("tokamax") is not None
 
 
-def flash_attention(q, k, v, segments, interpret: bool):
-    """q [B, T, H, K], k and v [B, T, G, K], segments [B, T] -> [B, T, H, K]"""
-    length, heads = q.shape[1:3]
-    missing = -length % (2 * BLOCK)  # of a whole number of blocks
-    k, v = (jnp.repeat(a, heads // k.shape[2], axis=2) for a in (k, v))  # the kernels know no groups of heads
-    q, k, v = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (q, k, v))
-    segments = jnp.pad(segments, ((0, 0), (0, missing)), constant_values=-1)
-    return _flash(q, k, v, segments, interpret)[:, :length]
+def flash_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], segments: Int[Array, "B T"],
+    interpret: bool,
+) -> Float[Array, "B T H K"]:
+    """`interpret`: not on a GPU. A segment is one run of its row."""
+    if TOKAMAX:
+        return _flash(q, k, v, document_starts(segments), interpret)
+    from emo_jax.kernels import attention_gpu_py311
+
+    return attention_gpu_py311.flash_attention(q, k, v, segments, interpret)
+
+
+def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Where the document of each token starts in its row."""
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(first, jnp.arange(segments.shape[1]), 0), axis=1)
+
+
+@functools.cache
+def _operation(interpret: bool):
+    """The public names of these classes (`tokamax.ops.gpu`) need Triton itself; `Mask` has none."""
+    from tokamax._src.ops.attention import base, pallas_triton, pallas_triton_vjp
+
+    if interpret:
+        return base.DotProductAttention(vjp=base.DotProductAttentionVjp())
+    return pallas_triton.PallasTritonFlashAttention(  # the devices of a mesh that is only described cannot be asked
+        bypass_device_check=True, vjp=pallas_triton_vjp.PallasTritonFlashAttentionVjp(bypass_device_check=True))
+
+
+def _mask(starts):
+    from tokamax._src.ops.attention.base import Mask
+
+    return Mask(k_start=starts[:, None], is_causal=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q, k, v, segments, interpret):
-    return _forward(q, k, v, segments, interpret)[0]
+def _flash(q, k, v, starts, interpret):
+    return _forward(q, k, v, starts, interpret)[0]
 
 
-def _forward(q, k, v, segments, interpret):
-    """The kernels' own rule does not name what it saves: rematerialisation would run the forward kernel again."""
-    out, lse = pallas_gpu.mha(q, k, v, segments, **_arguments(q), interpret=interpret, return_residuals=True)
-    out, lse = (checkpoint_name(a, "attention") for a in (out, lse))
-    return out, (q, k, v, segments, out, lse)
+def _forward(q, k, v, starts, interpret):
+    """tokamax's own rule does not name what it saves: rematerialisation would run the forward kernel again."""
+    out, softmax = _operation(interpret)(q, k, v, mask=_mask(starts), return_residuals=True)
+    out, *softmax = (checkpoint_name(a, "attention") for a in (out, *softmax))
+    return out, (q, k, v, starts, out, tuple(softmax))
 
 
 def _backward(interpret, saved, d_out):
-    return pallas_gpu._mha_backward(**_arguments(saved[0]), backward_pass_impl="triton", grid=None, interpret=interpret,
-                                    debug=False, return_residuals=False, res=saved, do=d_out)
+    q, k, v, starts, out, softmax = saved
+    operation = _operation(interpret)
+    bound = operation.bind(q, k, v, mask=_mask(starts))
+    given = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+    grads = operation.vjp(softmax, out, d_out, *bound.args, **given)
+    return grads["q"], grads["k"], grads["v"], None
 
 
 _flash.defvjp(_forward, _backward)
-
-
-def _arguments(q):
-    width = q.shape[-1]
-    row_bytes = (1 << (width - 1).bit_length()) * q.dtype.itemsize
-    block = max(16, BLOCK * BLOCK_ROW_BYTES // max(BLOCK_ROW_BYTES, row_bytes))
-    sizes = pallas_gpu.BlockSizes(block_q=2 * block, block_k=block, block_q_dkv=block, block_kv_dkv=block,
-                                  block_q_dq=block, block_kv_dq=block)
-    return dict(sm_scale=1 / math.sqrt(width), causal=True, block_sizes=sizes, num_warps=WARPS, num_stages=STAGES)

@@ -42,7 +42,7 @@ def training_loss(
         return LossSums(*lax.psum(jnp.stack(sums), AXES))
 
     return compat.shard_map(device, in_specs=(ACTIVATIONS, parameter_spec(("head",)), TOKENS, TOKENS),
-                            out_specs=LossSums(P(), P(), P()))(x, head, targets, weights)
+                            out_specs=P())(x, head, targets, weights)
 
 
 def cross_entropy(

@@ -59,12 +59,12 @@ def plan_exchange(counts: Int[Array, "X E"], me: Int[Array, ""], alignment: int)
     return Exchange(there, back, mine(groups_Xe, axis=0), jnp.max(jnp.sum(groups_Xe, axis=1)))
 
 
-def send(rows: Float[Array, "T*k *w"], plan: Exchange, num_rows: int, portable: bool) -> Float[Array, "Q *w"]:
+def send(rows: Float[Array, "slots *w"], plan: Exchange, num_rows: int, portable: bool) -> Float[Array, "Q *w"]:
     """Rows of the send buffer to their experts; padding rows are zeros."""
     return _exchange(rows, plan.there, plan.back, num_rows, portable)
 
 
-def send_back(rows: Float[Array, "Q *w"], plan: Exchange, num_slots: int, portable: bool) -> Float[Array, "T*k *w"]:
+def send_back(rows: Float[Array, "Q *w"], plan: Exchange, num_slots: int, portable: bool) -> Float[Array, "slots *w"]:
     """The inverse of `send`."""
     return _exchange(rows, plan.back, plan.there, num_slots, portable)
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,11 @@ def moe_experts(
     device = few_tokens.device_experts if layer.dispatch.strategy == "few_tokens" else _device_experts
     specs = {name: jax.typeof(w).sharding.spec for name, w in table.items()}
     fsdp = {name: fsdp_dimension(spec) for name, spec in specs.items()}
-    load_specs = BufferLoad(P(), P()) if layer.dispatch.strategy == "all_to_all" else None
+    load_specs = P() if layer.dispatch.strategy == "all_to_all" else None
+    rows = dispatch.Tokens(ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS)  # ty: ignore[invalid-argument-type]
     return compat.shard_map(
         functools.partial(device, layer=layer, fsdp=fsdp),
-        in_specs=(specs, dispatch.Tokens(ACTIVATIONS, ACTIVATIONS, ACTIVATIONS, TOKENS)),
+        in_specs=(specs, rows),
         out_specs=(ACTIVATIONS, None if layer.see_rows is None else ACTIVATIONS, load_specs),
         check_vma=layer.kernel.name not in gmm.PALLAS,
     )(table, dispatch.Tokens(x, expert_ids, weights, valid))
@@ -115,8 +117,8 @@ def _device_experts(table, tokens: dispatch.Tokens, *, layer: ExpertLayer, fsdp)
     here = layer.dispatch.strategy == "local" or peers == 1  # this device has all experts
     gate_up_eDF, down_eFD = _gather_table(table, tokens.x.dtype, fsdp, here and peers > 1, layer.dispatch.rings)
     # From here on every device does its own work on every axis; the adjoints of these casts sum the gradients.
-    *tokens, gate_up_eDF, down_eFD = (compat.vary(a, AXES) for a in (*tokens, gate_up_eDF, down_eFD))
-    tokens, count = dispatch.Tokens(*tokens), gate_up_eDF.shape[0]
+    *varied, gate_up_eDF, down_eFD = (compat.vary(a, AXES) for a in (*tokens, gate_up_eDF, down_eFD))
+    tokens, count = dispatch.Tokens(*varied), gate_up_eDF.shape[0]
     if layer.num_shared:
         (gate_up_eDF, shared_gate_up), (down_eFD, shared_down) = (
             _split_shared(w, layer.num_shared) for w in (gate_up_eDF, down_eFD))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,8 +49,8 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     full = full_losses(loaded, evaluation)
     summary = evaluation.summary(*full)["labels"]
     result = {
-        "checkpoint": str(loaded.checkpoint.path), "config": loaded.config.name, "seed": loaded.config.seed,
-        "tokens": loaded.checkpoint.meta["tokens"], "step": loaded.checkpoint.step, "data": text.source.name,
+        "checkpoint": str(loaded.saved.path), "config": loaded.config.name, "seed": loaded.config.seed,
+        "tokens": loaded.saved.meta["tokens"], "step": loaded.saved.step, "data": text.source.name,
         "labels": {"trained": text.trained, "left_out": text.left_out},
         "full": text.means({label: part["loss"] for label, part in summary.items()}),
         "subsets": [],
@@ -106,7 +107,7 @@ class _Text:
 
     def means(self, by_label: dict[str, float]) -> dict[str, Any]:
         """{"trained", "left_out" (None without such labels), "labels"}"""
-        mean = lambda labels: float(np.mean([by_label[label] for label in labels])) if labels else None  # noqa: E731
+        mean = lambda labels: float(np.mean([by_label[label] for label in labels])) if labels else None
         return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
 
 

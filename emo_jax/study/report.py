@@ -8,8 +8,9 @@ models of one seed read the same rows in the same order.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -83,14 +84,16 @@ def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> 
 def over_seeds(of: dict[int, dict[str, Any]], value: Callable[[dict], float | None]) -> Estimate | None:
     """None where any seed lacks the value."""
     values = [value(measures) for measures in of.values()]
-    return None if any(v is None for v in values) else estimate(values)
+    known = [v for v in values if v is not None]
+    return estimate(known) if len(known) == len(values) else None
 
 
 def ratio(variants: Variants, name: str, baseline: str, value: Callable[[dict], float | None]) -> Estimate | None:
     """A value of one variant over that of the baseline, seed by seed; None where it has no meaning."""
     seeds = sorted(set(variants[name]) & set(variants[baseline]))
     pairs = [(value(variants[name][s]), value(variants[baseline][s])) for s in seeds]
-    return None if not pairs or any(None in p or p[1] == 0 for p in pairs) else estimate([a / b for a, b in pairs])
+    ratios = [a / b for a, b in pairs if a is not None and b]
+    return estimate(ratios) if 0 < len(ratios) == len(pairs) else None
 
 
 def full(part: str) -> Callable[[dict], float | None]:
@@ -172,7 +175,9 @@ def reach_of_one(of: dict[int, dict], share: float) -> Estimate | None:
     def value(measures: dict) -> float | None:
         random, one, most = (above("trained", share, *setting)(measures) for setting in
                              (("random",), (_method(measures), 1), (_method(measures),)))
-        return None if None in (random, one, most) or random == most else (random - one) / (random - most)
+        if random is None or one is None or most is None or random == most:
+            return None
+        return (random - one) / (random - most)
 
     return over_seeds(of, value)
 

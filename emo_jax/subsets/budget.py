@@ -45,12 +45,13 @@ class Budget:
         """Routed experts of every layer [L]; a total needs the scores [L, R]."""
         if self.total is None:
             return np.array(self._fixed(config))
+        assert scores is not None
         m = config.model
         return share_out(scores, self.total - m.num_layers * m.num_shared_experts, m.routed_top_k)
 
     def _fixed(self, config: Config) -> list[int]:
         m = config.model
-        keeps = self.per_layer if self.per_layer is not None else (self.keep,) * m.num_layers
+        keeps = self.per_layer if self.per_layer is not None else (self.keep or 0,) * m.num_layers
         return [k - m.num_shared_experts for k in keeps]
 
 

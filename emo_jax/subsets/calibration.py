@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from emo_jax.rounding import round_up
 
 MAX_DOCUMENTS = 1000  # of a group, unless asked for more
 FIELDS = ("tokens", "segment_ids", "positions")
+Numbers = Sequence[int] | np.ndarray  # of documents in their source
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Calibration:
             yield {name: sharding.place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
 
 
-def from_tokens(documents: Sequence[np.ndarray], length: int | None = None) -> Calibration:
+def from_tokens(documents: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> Calibration:
     """One group of token arrays, each in a row of its own (as long as the longest unless `length` is given)."""
     length = length or max(map(len, documents))
     tokens, segments = np.zeros((2, len(documents), length), np.int32)
@@ -60,7 +62,7 @@ def from_tokens(documents: Sequence[np.ndarray], length: int | None = None) -> C
     return Calibration(_fields(tokens, segments), np.zeros(len(documents), int), ("",), (about,))
 
 
-def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: dict[str, Sequence[int]],
+def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: Mapping[str, Numbers],
                 tokens: int | None = None) -> Calibration:
     """The documents of every group by their numbers in `source`, of each the first `tokens` (None: all)."""
     rows, owners, about = [], [], []
@@ -98,13 +100,13 @@ def calibration_data(config: Config, path: str) -> DataConfig:
     return dataclasses.replace(config.data, path=path, format="auto")
 
 
-def sample(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
+def sample(numbers: Numbers, count: int, seed: int) -> np.ndarray:
     """At most `count` of the numbers, chosen by a hash of the seed and each of them, ascending."""
     numbers = np.asarray(numbers)
     return np.sort(numbers[np.argsort(mix(seed, numbers.astype(np.uint64)), kind="stable")[:count]])
 
 
-def by_label(source: Source, numbers: Sequence[int]) -> dict[str, list[int]]:
+def by_label(source: Source, numbers: Numbers) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for i in numbers:
         found.setdefault(source.label(int(i)), []).append(int(i))
@@ -136,15 +138,15 @@ def halves_to_choose_and_score(loaded: LoadedModel, label: str = "",
     chosen, scored = halves({"": groups[label] if label else [int(i) for i in numbers]}, loaded.config.seed)
     if not scored:
         raise InputError(f"{source.name}: two documents or more are needed, one to choose and one to score")
-    chosen[""] = sample(np.array(chosen[""]), documents or MAX_DOCUMENTS, 0)
-    return from_source(loaded.config, source, loaded.tokenizer, chosen), source, np.array(scored[""])
+    choosing = {"": sample(chosen[""], documents or MAX_DOCUMENTS, 0)}
+    return from_source(loaded.config, source, loaded.tokenizer, choosing), source, np.array(scored[""])
 
 
 def document_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def without(source: Source, numbers: Sequence[int], hashes: set[str]) -> np.ndarray:
+def without(source: Source, numbers: Numbers, hashes: set[str]) -> np.ndarray:
     """The documents whose text is none of those that were used to choose."""
     return np.array([i for i in numbers if document_hash(source[int(i)].text) not in hashes], int)
 

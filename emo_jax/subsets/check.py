@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +51,7 @@ def check_own_labels(loaded: LoadedModel, keeps: Sequence[int], method: str, doc
     limit = documents or DOCUMENTS_OF_LABEL
     groups = {label: calibration_lib.sample(np.array(ids), limit, seed) for label, ids in chosen_by.items()}
     calibration = calibration_lib.from_source(loaded.config, source, loaded.tokenizer, groups)
-    evaluation = loaded.evaluation(source, np.array(sorted(sum(scored.values(), []))))
+    evaluation = loaded.evaluation(source, np.array(sorted(itertools.chain(*scored.values()))))
     return {"data": source.name, "method": method} | curve(loaded, calibration, evaluation, keeps, method, **options)
 
 
@@ -90,7 +92,7 @@ def compare(evaluation: Evaluation, full: tuple, losses: tuple) -> dict[str, Any
     """The summary of `losses`, with "difference" from the full model (nats/token) and its bootstrap "interval" (95 %,
     over rows; None for a single row) in all and by label."""
     result = evaluation.summary(*losses)
-    extra = lambda where: difference(full[0][where], losses[0][where], losses[1][where])  # noqa: E731
+    extra = lambda where: difference(full[0][where], losses[0][where], losses[1][where])
     result |= extra(slice(None))
     for label, part in result["labels"].items():
         part |= extra(evaluation.labels == label)

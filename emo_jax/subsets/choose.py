@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def choose_subset(loaded: LoadedModel, texts: Sequence[str], keep: int, method: 
     return choose_one(loaded, calibration, method, Budget(keep=keep), **options)
 
 
-def choose_for_prompt(loaded: LoadedModel, prompts: Sequence[np.ndarray], keep: int) -> Subset:
+def choose_for_prompt(loaded: LoadedModel, prompts: Sequence[Sequence[int] | np.ndarray], keep: int) -> Subset:
     """The experts that prompts (token ids) choose for themselves, by router probability."""
     length = round_up(max(map(len, prompts)), 64)  # few lengths, few compilations
     return choose_one(loaded, from_tokens(prompts, length), "router", Budget(keep=keep))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +35,12 @@ def weighted(subsets: Sequence[Subset], routed: int, weights: Sequence[float] | 
     """The `routed` experts a layer with the largest weighted mean of the subsets' normalised scores; experts that no
     subset keeps come last. Weights: one for each subset, by default equal."""
     require_same_model(subsets)
-    weights = np.ones(len(subsets)) if weights is None else np.asarray(weights, float)
-    if len(weights) != len(subsets) or (weights < 0).any() or weights.sum() == 0:
-        raise InputError(f"--weights {weights.tolist()} must be {len(subsets)} numbers that are not negative, one for "
+    of_subsets = np.ones(len(subsets)) if weights is None else np.asarray(weights, float)
+    if len(of_subsets) != len(subsets) or (of_subsets < 0).any() or of_subsets.sum() == 0:
+        raise InputError(f"--weights {of_subsets.tolist()} must be {len(subsets)} numbers that are not negative, one for "
                          f"each subset")
     kept = np.any([s.mask() for s in subsets], axis=0)
-    scores = np.einsum("s,slr->lr", weights / weights.sum(), [_normalised(s) for s in subsets])
+    scores = np.einsum("s,slr->lr", of_subsets / of_subsets.sum(), [_normalised(s) for s in subsets])
     mask = np.stack([pick(row, routed) for row in scores + kept])  # normalised scores are at most 1
     return _combined(subsets, mask, "weighted", scores)
 
@@ -91,7 +92,7 @@ def suggest(loaded: LoadedModel, calibration: Calibration, evaluation: Evaluatio
     if tolerance < 0:
         raise InputError(f"--tolerance {tolerance} must not be negative")
     m = loaded.config.model
-    total = lambda losses: losses[0].sum() / max(losses[1].sum(), 1)  # noqa: E731
+    total = lambda losses: losses[0].sum() / max(losses[1].sum(), 1)
     full, tried = total(evaluation.losses(loaded.params, what="scoring the full model")), []
 
     def attempt(keep: int) -> tuple[Subset, bool]:

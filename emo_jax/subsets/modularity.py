@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Modularity:
         self._config, self._mesh, self._tokenizer = config, mesh, documents.tokenizer
         groups = {k: calibration_lib.sample(np.array(v), DOCUMENTS, config.seed) for k, v in chosen_by.items()}
         self._calibration = calibration_lib.from_source(config, documents.source, documents.tokenizer, groups)
-        numbers = np.array(sorted(sum(scored.values(), [])))
+        numbers = np.array(sorted(itertools.chain(*scored.values())))
         rows = evaluation_rows(config, documents.source, documents.tokenizer, numbers)
         self._evaluation = Evaluation(config, mesh, rows, documents.tokenizer)
         self._tokens = np.array([about["tokens"] for about in self._calibration.about], float)

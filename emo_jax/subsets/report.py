@@ -48,8 +48,9 @@ def save_figure(models: dict[str, dict[str, Any]], path: Path) -> Path | None:
                     *sorted(result["subsets"], key=lambda row: -row["share"])]
             shares, rise = [row["share"] for row in rows], [row["difference"] for row in rows]
             intervals = [row["interval"] or [row["difference"]] * 2 for row in rows]
+            low, high = zip(*intervals)
             plots.line(loss, name, shares, [row["loss"] for row in rows], color)
-            plots.line(above, name, shares, rise, color, *zip(*intervals))
+            plots.line(above, name, shares, rise, color, low, high)
             for axis in (loss, above):
                 plots.experts_kept(axis, shares)
         loss.set_title("Loss (nats/token)")

@@ -35,8 +35,8 @@ class Sums(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """collect: (experts, their normed input [B, T, D], rows, allowed, execution) -> (their output [B, T, D], `Sums`). rank: what
-    experts are ranked by, from the sums over all rows."""
+    """collect: (experts, their normed input [B, T, D], rows, allowed, execution) -> (their output [B, T, D], `Sums`). rank:
+    what experts are ranked by, from the sums over all rows."""
 
     collect: Callable[..., tuple[Array, Sums]]
     rank: Callable[[np.ndarray, np.ndarray], np.ndarray]

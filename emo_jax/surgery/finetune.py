@@ -7,8 +7,9 @@ The step is that of pretraining, so experts are balanced over the whole batch of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, steps
 from emo_jax.checkpoints.subset import Subset, require_of
@@ -20,7 +21,7 @@ from emo_jax.train import loop
 START = "start"  # the extracted model, in the folder of the run
 
 
-def finetune_config(small: Config, start: Path, data: str, overrides: list[str]) -> Config:
+def finetune_config(small: Config, start: Path, data: str, overrides: Sequence[str]) -> Config:
     """Published settings for fine-tuning on a task, before `overrides`: 5e-5, linear to 0 after 10 % warmup, no weight
     decay, batches of 32 rows."""
     config = dataclasses.replace(
@@ -37,7 +38,7 @@ def finetune_config(small: Config, start: Path, data: str, overrides: list[str])
     return config
 
 
-def finetune(found: Checkpoint, subset: Subset, out: str | Path, data: str = "", overrides: list[str] = (),
+def finetune(found: Checkpoint, subset: Subset, out: str | Path, data: str = "", overrides: Sequence[str] = (),
              evaluations: Iterable = ()) -> dict[str, Any]:
     """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
     out = make_folder(out)

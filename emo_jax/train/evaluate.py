@@ -55,8 +55,9 @@ class Evaluation:
                 out = self._step(params, batch, self._mask(allowed, rows))
                 loss.append(out["loss_sum"])
                 tokens.append(out["loss_tokens"])
-            return tuple(np.concatenate([gather_global(x) for x in xs]).astype(np.float64)[:len(self.labels)]
-                         for xs in (loss, tokens))
+            nats, counted = (np.concatenate([gather_global(x) for x in xs]).astype(np.float64)[:len(self.labels)]
+                             for xs in (loss, tokens))
+            return nats, counted
 
     def summary(self, loss: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
         """What `__call__` returns, from the rows' losses."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -66,7 +67,7 @@ class TrainingLoop:
     """One start of a run, from its position to its last step, a stop, or a failure."""
 
     def __init__(self, config: Config, mesh: Mesh, out: Path, documents: start.Documents, evaluate,
-                 position: start.Position, other_evaluations: list = ()):
+                 position: start.Position, other_evaluations: Sequence = ()):
         self.config, self.mesh, self.out, self.evaluate = config, mesh, out, evaluate
         self.other_evaluations = other_evaluations
         self.state, self.step, self.first_step = position.state, position.step, position.step
@@ -144,7 +145,8 @@ class TrainingLoop:
         rows = array_to_states(processes.gather_groups(local, self.group))
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
-                         tokens=self.log.tokens, source=self.fingerprint, rows=rows, loss=evaluation and evaluation["loss"])
+                         tokens=self.log.tokens, source=self.fingerprint, rows=rows,
+                         loss=evaluation["loss"] if evaluation else None)
         self.saved_step = self.step
         self.log.restart_clock(self.step)
 

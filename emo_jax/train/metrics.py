@@ -62,7 +62,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             print("no TensorBoard events: tensorboardX is not installed", file=sys.stderr)
-            self._writer = None
+            self._writer: Any = None
         else:
             self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1)
 
@@ -212,7 +212,7 @@ class Log:
 
     def _write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         self._rate.mark(step, self.tokens)
-        record = {"step": step, "tokens": self.tokens}
+        record: dict[str, Any] = {"step": step, "tokens": self.tokens}
         record |= {name: float(metrics[name]) for name in SCALARS if name in metrics} | self._buffers
         self._buffers = {}
         record["tokens_per_second"] = self._rate.tokens_per_second

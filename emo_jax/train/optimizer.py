@@ -6,6 +6,8 @@ it takes it, so the first step of a warmup of W steps runs at 1/W of the peak, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,7 +48,7 @@ def decay_mask(params: dict) -> dict[str, bool]:
     return {name: name != "embedding" for name in params}
 
 
-def trained_mask(params: dict, trainable: str) -> dict:
+def trained_mask(params: Any, trainable: str) -> Any:
     """Which parameters `optimizer.trainable` trains, as a tree of bools."""
 
     def trained(path, _) -> bool:

@@ -57,7 +57,7 @@ def cache_compilation(out: Path) -> None:
 
     Not on CPU: XLA specialises its code for the host's processor, and the next host may be another.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(out / "compilation_cache"))
 
 

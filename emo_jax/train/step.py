@@ -50,7 +50,8 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating any of it."""
     params = model.abstract_params(config)
     opt_state = jax.eval_shape(make_optimizer(config).init, params)
-    return sharding.abstract(TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32)), mesh)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return sharding.abstract(TrainState(params, opt_state, step), mesh)
 
 
 def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
@@ -71,7 +72,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
         (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
         metrics = sums.metrics(config, totals) | {
             "total_loss": total, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step),
             "tokens": totals.tokens, "loss_tokens": totals.loss_tokens}
@@ -249,7 +250,7 @@ def _over_microbatches(objective: Objective, params, batch: Batch, M: int):
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "M B/M T"]:
+def _split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "{M} b T"]:
     """Microbatch m holds rows m, M + m, ...: a device's rows stay on it."""
     parts = jnp.moveaxis(a.reshape(a.shape[0] // M, M, a.shape[1]), 1, 0)
     return reshard(parts, None, BATCH, "sequence")
@@ -266,5 +267,5 @@ def _with_mesh(jitted, mesh):
         with jax.set_mesh(mesh):
             return jitted.lower(*args, **kwargs)
 
-    call.lower = lower
+    call.lower = lower  # ty: ignore[missing-attribute]
     return call
