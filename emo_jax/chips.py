@@ -15,7 +15,7 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     flops: float  # dense bf16 FLOP/s
     memory: float | None = None  # bytes; None, here and below: the chip has no roofline
-    bandwidth: float | None = None  # of that memory, bytes/s
+    bandwidth: float | None = None  # bytes/s of that memory
     link: float | None = None  # bytes/s of a ring along one torus axis, both directions together
     clock: float | None = None  # Hz, of the compiler's cycle estimates; None: not published
 

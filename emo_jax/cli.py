@@ -120,8 +120,8 @@ def _add(top, commands, name: str, command: Command) -> None:
     one.set_defaults(command=command, parser=top)
     command.add(one)
     if command.overrides:
-        one.add_argument("--seed", type=int, help="of parameters, data order and pools" if command.overrides == "config"
-                         else "of what this command draws; the model's own stays")
+        one.add_argument("--seed", type=int, help="seed of parameters, data order and pools" if command.overrides == "config"
+                         else "seed of what this command draws; the model's own stays")
     one.add_argument("--json", action="store_true", help="the result as one JSON object on the last line")
     one.add_argument("-v", "--verbose", action="store_true", help="also which kernels and dispatch were chosen")
 

@@ -43,7 +43,7 @@ from emo_jax.rounding import round_up
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.step import make_eval_step
 
-BATCH_TOKENS = 16_384  # of a batch of texts, padding included
+BATCH_TOKENS = 16_384  # a batch of texts, padding included
 LOGITS = 1 << 27  # values at a time
 LENGTH_MULTIPLE = 128  # lengths of rows: few programs are compiled, and every attention kernel takes them
 SubsetOrFile = Subset | str | Path
@@ -88,7 +88,7 @@ class LoadedModel:
 
     def logits(self, tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray,
                subset: SubsetOrFile | None = None) -> Float[np.ndarray, "*B T V"]:
-        """Of the next token, after every one of `tokens` [T] or [B, T]; each row is one document. fp32."""
+        """Logits of the next token, after every one of `tokens` [T] or [B, T]; each row is one document. fp32."""
         rows = np.atleast_2d(np.asarray(tokens, np.int32))
         made = list(self._forward([*rows], "logits", subset))
         return np.stack(made) if np.ndim(tokens) == 2 else made[0]

@@ -146,7 +146,7 @@ def test_an_import_that_was_stopped_goes_on(tmp_path, monkeypatch):
         import_checkpoint(str(folder), str(tmp_path / "run"))
     names.clear()
     import_checkpoint(str(folder), str(tmp_path / "run"))
-    assert len(names) < 100  # of 168, and 3 routers again
+    assert len(names) < 100  # there are 168, and 3 routers again
     monkeypatch.undo()
     jax.tree.map(np.testing.assert_array_equal, open_params(tmp_path / "run")[2], open_params(tmp_path / "whole")[2])
     with pytest.raises(InputError, match="already holds a checkpoint"):

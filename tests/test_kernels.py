@@ -35,7 +35,7 @@ def mlp_reference(rows, gate_up, down, weights, group_sizes):
 
 
 def value_and_grads(mlp, group_sizes, *args):
-    """Of a loss over the rows that belong to a group: what the others hold does not matter."""
+    """Gradients of a loss over the rows that belong to a group: what the others hold does not matter."""
     used = jnp.arange(Q)[:, None] < sum(group_sizes)
     loss = lambda *args: jnp.sum(jnp.where(used, jnp.sin(mlp(*args, jnp.asarray(group_sizes, jnp.int32))), 0))
     value, (d_rows, d_gate_up, d_down, d_weights) = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*args)

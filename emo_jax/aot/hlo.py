@@ -90,7 +90,7 @@ class Module:
                    for index, (size, result) in enumerate(zip(sizes, results)) if index not in passed)
 
     def _updated_bytes(self, body: str, result: Instruction) -> float:
-        """Of a result inside a fusion: of an in-place update what is updated, else all of it."""
+        """Bytes of a result inside a fusion: of an in-place update what is updated, else all of it."""
         while result.opcode == "bitcast" and (inner := self.find(body, result.operands[0])):
             result = inner
         if result.opcode != "dynamic-update-slice":
@@ -113,7 +113,7 @@ class Module:
         return sum(self.matmul_flops(body, inner) for inner in self.computations.get(body, ()))
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """Of a while loop, from XLA's annotation, a constant in its condition, or the bound in its initial values."""
+        """The trips of a while loop, from XLA's annotation, a constant in its condition, or the bound in its initial values."""
         if known := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
             return int(known.group(1))
         condition = loop.called("condition")

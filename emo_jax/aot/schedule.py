@@ -31,7 +31,7 @@ class Collective:
     asynchronous: bool
     group: int
     count: int = 0
-    payload_bytes: float = 0.0  # of the whole array: the gathered, or the unreduced one
+    payload_bytes: float = 0.0  # the whole array: the gathered, or the unreduced one
     wire_bytes: float = 0.0  # that a device sends in a ring
     seconds: float = 0.0
     exposed_seconds: float = 0.0
@@ -234,7 +234,8 @@ class _Walk:
 
 
 def _attention_flops(name: str, operand_shapes: list[str]) -> float:
-    """Of a flash attention kernel that declares none: matmuls of [rows x heads, T, K], half of them below the diagonal."""
+    """FLOPs of a flash attention kernel that declares none: matmuls of [rows x heads, T, W], half of each below the
+    diagonal."""
     if "splash" not in name and "flash" not in name:
         return 0.0
     largest = max((d for shape in operand_shapes for d in dimensions(shape)), key=lambda d: _product(d), default=[])

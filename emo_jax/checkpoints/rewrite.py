@@ -23,7 +23,7 @@ from emo_jax.progress import track
 
 TABLES = (("layers", "moe", "gate"), ("layers", "moe", "up"), ("layers", "moe", "down"))
 ROUTER = ("layers", "moe", "router")
-BATCH_BYTES = 256 << 20  # of parts that are committed together
+BATCH_BYTES = 256 << 20  # parts that are committed together
 
 Values = Callable[[Leaf, tuple[int, ...]], np.ndarray]
 

@@ -20,7 +20,7 @@ from emo_jax import model
 from emo_jax.config import Config
 
 Leaf = tuple[str, ...]
-PIECE_BYTES = 64 * 2**20  # of what is not split by layers
+PIECE_BYTES = 64 * 2**20  # what is not split by layers is written in such pieces
 
 
 def leaf_shapes(config: Config) -> dict[Leaf, tuple[int, ...]]:

@@ -20,7 +20,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Command:
-    name: str  # of a group: "subset merge"
+    name: str  # with its group, if it is in one: "subset merge"
     summary: str
     add: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Result]

@@ -44,7 +44,7 @@ def moe(args) -> Result:
 
 
 def add_attention(parser) -> None:
-    parser.add_argument("--documents", type=arguments.at_least(1), default=4, metavar="N", help="of a row (default: 4)")
+    parser.add_argument("--documents", type=arguments.at_least(1), default=4, metavar="N", help="in a row (default: 4)")
     _add_kernel(parser, "rows", "length", "heads", "head-dim")
 
 

@@ -20,8 +20,8 @@ def add(parser) -> None:
                         help=f"default: {NEW_TOKENS}, or what a row has left")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the most probable tokens up to P")
-    parser.add_argument("--subset", default="", metavar="FILE", help="of emo-jax select: use its experts only; auto: the "
-                        "--keep experts that the prompts themselves (all together) route to most")
+    parser.add_argument("--subset", default="", metavar="FILE", help="a file of emo-jax select: use its experts only; auto: "
+                        "the --keep experts that the prompts themselves (all together) route to most")
     parser.add_argument("--keep", type=arguments.at_least(0), default=0, metavar="K", help="experts of every layer, with "
                         "--subset auto")
     parser.add_argument("--batch-size", type=arguments.at_least(1), default=16, metavar="N", help="prompts at a time")

@@ -8,7 +8,7 @@ from emo_jax.commands import Command, Result
 def add(parser) -> None:
     parser.add_argument("source", metavar="HF_DIR", help="config.json and *.safetensors, tokenizer.json if there is one")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new run folder; an import goes on where it stopped")
-    parser.add_argument("--config", default="", metavar="CONFIG", help="of training, and of a state dict's model")
+    parser.add_argument("--config", default="", metavar="CONFIG", help="the config of training, and of a state dict's model")
 
 
 def run(args) -> Result:

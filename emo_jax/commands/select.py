@@ -10,7 +10,7 @@ def add(parser) -> None:
     arguments.calibration(parser, required=True)
     keep = parser.add_mutually_exclusive_group(required=True)
     keep.add_argument("--keep", type=int, metavar="K", help="experts of every layer, shared ones included")
-    keep.add_argument("--keep-per-layer", type=arguments.numbers, metavar="K,K,...", help="of each layer")
+    keep.add_argument("--keep-per-layer", type=arguments.numbers, metavar="K,K,...", help="experts of each layer")
     keep.add_argument("--keep-total", type=int, metavar="N", help="over all layers, shared out by need")
     arguments.method(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="the subset (JSON)")

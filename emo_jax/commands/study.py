@@ -55,8 +55,8 @@ def add_measure(parser) -> None:
     parser.add_argument("--data", default="", metavar="PATH", help="labelled documents (default: those held out and left out)")
     parser.add_argument("--methods", type=_methods, default=("router",), metavar="M,M,...",
                         help=f"of choosing experts: {', '.join(methods.NAMES)} (default: router)")
-    parser.add_argument("--documents", type=arguments.numbers, default=(50,), metavar="N,N,...", help="of each label that "
-                        "choose: all methods with the largest number, the first method also with the others (default: 50)")
+    parser.add_argument("--documents", type=arguments.numbers, default=(50,), metavar="N,N,...", help="documents of each label "
+                        "that choose: all methods with the largest number, the first method also with the others (default: 50)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the measures (JSON)")
 
 

@@ -54,7 +54,7 @@ def add_compose(parser) -> None:
     parser.add_argument("--how", choices=("union", "weighted", "need"), default="union", help="union; the best by weighted "
                         "mean score; or what the worst-covered subset wants most, one after the other")
     parser.add_argument("--keep", type=int, metavar="K", help="budget of weighted and need, shared experts included")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of weighted, one for each file")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="for weighted, one for each file")
     parser.add_argument("--out", required=True, metavar="FILE")
 
 

@@ -34,7 +34,7 @@ from emo_jax.progress import Progress, say
 HF_FILES = "hugging_face"
 ROUTER_ROWS = "shared_router_rows.npy"  # in HF_FILES: [L, shared experts, D]
 NOTE = "imported.json"  # in HF_FILES: the dtype of the published tensors
-BATCH_BYTES = 256 * 2**20  # of tensors that are written together
+BATCH_BYTES = 256 * 2**20  # tensors that are written together
 
 
 def import_checkpoint(source: str, out: str, config_name: str = "", overrides: Sequence[str] = ()) -> dict[str, Any]:

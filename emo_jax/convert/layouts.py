@@ -15,7 +15,7 @@ import numpy as np
 
 from emo_jax.config import ModelConfig
 
-Convert = Callable[[Any], np.ndarray]  # of an array; `to_theirs` of None where nothing of ours is behind a tensor
+Convert = Callable[[Any], np.ndarray]  # takes an array; `to_theirs` of None where nothing of ours is behind a tensor
 
 
 class Entry(NamedTuple):
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     index: tuple  # the part of it
     to_ours: Convert
     to_theirs: Convert
-    dead_rows: int = 0  # of a router: rows at its end that belong to shared experts and choose nothing
+    dead_rows: int = 0  # rows at the end of a router that belong to shared experts and choose nothing
 
 
 NORMS = {

@@ -18,14 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
 
 BLOCK = 64  # keys, and queries of the backward pass; the forward pass takes twice as many queries
-BLOCK_ROW_BYTES = 256  # of a query or key; wider ones get smaller blocks, to fit registers and shared memory
+BLOCK_ROW_BYTES = 256  # a query or key; wider ones get smaller blocks, to fit registers and shared memory
 WARPS, STAGES = 8, 2
 
 
 def flash_attention(q, k, v, segments, interpret: bool):
     """q [B, T, H, K], k and v [B, T, G, K], segments [B, T] -> [B, T, H, K]"""
     length, heads = q.shape[1:3]
-    missing = -length % (2 * BLOCK)  # of a whole number of blocks
+    missing = -length % (2 * BLOCK)  # to a whole number of blocks
     k, v = (jnp.repeat(a, heads // k.shape[2], axis=2) for a in (k, v))  # the kernels know no groups of heads
     q, k, v = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (q, k, v))
     segments = jnp.pad(segments, ((0, 0), (0, missing)), constant_values=-1)

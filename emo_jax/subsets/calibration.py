@@ -23,19 +23,19 @@ from emo_jax.errors import InputError
 from emo_jax.loaded import LoadedModel
 from emo_jax.rounding import round_up
 
-MAX_DOCUMENTS = 1000  # of a group, unless asked for more
+MAX_DOCUMENTS = 1000  # a group has at most so many, unless asked for more
 FIELDS = ("tokens", "segment_ids", "positions")
-Numbers = Sequence[int] | np.ndarray  # of documents in their source
+Numbers = Sequence[int] | np.ndarray  # documents in their source
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Rows [n, T] of whole documents (only those longer than a row are cut), each row of one group."""
 
-    fields: dict[str, np.ndarray]  # of FIELDS
+    fields: dict[str, np.ndarray]  # each of FIELDS
     groups: np.ndarray  # [n] the group of every row
-    names: tuple[str, ...]  # of the groups
-    about: tuple[dict[str, Any], ...]  # of every group: path, hash, documents, tokens, document_hashes
+    names: tuple[str, ...]  # the groups'
+    about: tuple[dict[str, Any], ...]  # for every group: path, hash, documents, tokens, document_hashes
 
     def batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
         """(fields on the mesh [B, T], the group of every row [B]); the last batch is filled up with rows of padding,

@@ -77,7 +77,7 @@ def masks_of_labels(evaluation: Evaluation, names: Sequence[str], subsets: Seque
 
 
 def full_losses(loaded: LoadedModel, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Of the whole model, by the program that also serves subsets."""
+    """The whole model's, by the program that also serves subsets."""
     require_experts(loaded.config)
     return evaluation.losses(loaded.params, everything(loaded.config).mask(), "scoring the full model")
 
@@ -100,7 +100,7 @@ def compare(evaluation: Evaluation, full: tuple, losses: tuple) -> dict[str, Any
 
 
 def difference(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """Of the loss per token, from the nats and counted tokens of the same rows [n]."""
+    """The change of the loss per token, from the nats and counted tokens of the same rows [n]."""
     gap = after - before
     result = {"difference": float(gap.sum() / max(tokens.sum(), 1)), "interval": None}
     if len(gap) > 1:

@@ -21,7 +21,7 @@ from emo_jax.subsets.choose import choose
 from emo_jax.train.evaluate import Evaluation
 
 SHARES = (0.25, 0.125)
-DOCUMENTS = 16  # of each label that choose
+DOCUMENTS = 16  # so many of each label choose
 
 
 class Modularity:

@@ -27,7 +27,7 @@ from emo_jax.train.flops import flops_per_token
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")
 PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean", "experts_per_document")
-# Of all_to_all's receive buffers, over the steps since the last record: the largest, and the sum.
+# What all_to_all's receive buffers needed, over the steps since the last record: the largest, and the sum.
 BUFFERS = {"required_capacity_factor": max, "fallback_steps": operator.add}
 MAX_STEPS_IN_FLIGHT = 4
 
