@@ -24,7 +24,7 @@ from emo_jax.checkpoints import description
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.files import make_folder
+from emo_jax.files import given_path, make_folder
 
 FOLDER = "checkpoints"
 
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
 
     Raises `InputError` if there is none, `DamagedCheckpoint` if it cannot be read.
     """
-    given, path = path, Path(path).absolute()
+    given, path = path, given_path(path, "CKPT").absolute()
     if not path.is_dir():
         raise InputError(f"no checkpoint at {given}: no such folder")
     if path.name.isdigit() and (path / "meta").exists():

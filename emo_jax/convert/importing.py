@@ -28,7 +28,7 @@ from emo_jax.convert.layouts import Entry, entries, experts_of_layer, same_eleme
 from emo_jax.convert.tensors import Reader, read_json
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import write_json, write_text
+from emo_jax.files import given_path, write_json, write_text
 from emo_jax.progress import Progress, say
 
 HF_FILES = "hugging_face"
@@ -40,7 +40,7 @@ BATCH_BYTES = 256 * 2**20  # tensors that are written together
 def import_checkpoint(source: str, out: str, config_name: str = "", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """`source`: a folder with config.json and safetensors files, or with the trainer's state dict in safetensors, for
     which `config_name` says what the model is. Raises `InputError`."""
-    folder, target = Path(source), require_new(out)
+    folder = given_path(source, "HF_DIR")
     if not folder.exists():
         raise InputError(f"no checkpoint at {source}: no such file or folder")
     reader = Reader(folder)
@@ -63,6 +63,7 @@ def import_checkpoint(source: str, out: str, config_name: str = "", overrides: S
     plan = list(entries(layout, config.model))
     _check_names_and_shapes(plan, reader)
     config, tokenizer = _with_tokenizer(config, folder, published)
+    target = require_new(out)
     importing = target / FOLDER / "importing"
     sums = _copy(plan, reader, importing, config)
     _keep(folder, target, plan, reader, config.model.d_model)
