@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -259,7 +260,7 @@ def forward(
     execution: Execution,
     *,
     pool_sizes: Int[Array, "L B N"] | None = None,
-    allowed: Array | None = None,
+    allowed: Array | np.ndarray | None = None,
     per_layer=lambda x, route, rows: None,
     layer_inputs: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T D"], Any]:
@@ -275,7 +276,7 @@ def forward(
 
 
 def forward_with_cache(
-    params: Params, batch: dict[str, Array], cache: KVCache, execution: Execution, allowed: Array | None = None
+    params: Params, batch: dict[str, Array], cache: KVCache, execution: Execution, allowed: Array | np.ndarray | None = None
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """`forward` for the next T tokens of rows whose earlier tokens are in the cache, and the cache with these added.
     Without pools, as in published inference. mesh.sequence must be 1."""
@@ -311,7 +312,7 @@ def _layers(params, tokens_BT, rows: RowContext, execution: Execution, pool_size
     return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv
 
 
-def allowed_experts(m: ModelConfig, allowed: Array | None) -> Array | None:
+def allowed_experts(m: ModelConfig, allowed: Array | np.ndarray | None) -> Array | None:
     """`allowed` without the experts that layers of a pruned model lack."""
     if not m.experts_per_layer:
         return allowed

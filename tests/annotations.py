@@ -4,4 +4,4 @@ import numpy as np
 from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 
 check = beartype(conf=BeartypeConf(hint_overrides=BeartypeHintOverrides(
-    {int: int | np.integer, float: float | int | np.floating | np.integer})))
+    {bool: bool | np.bool_, int: int | np.integer, float: float | int | np.floating | np.integer})))

@@ -9,13 +9,15 @@ from safetensors.numpy import load_file
 from emo_jax import model as model_lib
 from emo_jax import sharding
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
+from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.loaded import LoadedModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-class NoTokenizer:
-    eos_id = -1
+class NoTokenizer(Tokenizer):
+    def __init__(self):
+        self.eos_id = -1
 
 
 def tiny_config(**model) -> Config:

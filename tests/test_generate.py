@@ -163,14 +163,15 @@ def test_bad_requests_are_named(published):
 def test_the_command_continues_prompts(tmp_path, capsys):
     import json
 
+    from test_data_tokenizer import EOS, Texts
+
     from emo_jax.data.tokenizer import train_bpe
 
-    texts = [type("Document", (), {"text": "red green blue and one two three"})] * 8
     config = tiny.config(model=dict(vocab_size=300))
     run, _ = save_new(config, tmp_path / "run")
     assert main(["generate", str(run), "--prompt", "red"]) == 2
     assert "no tokenizer.json" in capsys.readouterr().err
-    train_bpe(texts, range(8), 300, run, "<|endoftext|>")
+    train_bpe(Texts(), range(4), 300, run, EOS)
     arguments = ["generate", str(run), "--max-new-tokens", "5", "--temperature", "1", "--seed", "3"]
     assert main([*arguments, "--prompt", "red", "green blue", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

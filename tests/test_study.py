@@ -57,7 +57,7 @@ def test_experts_of_tokens():
     by_label, by_token = information.label_information(a), information.token_information(a)
     assert by_token[0] == pytest.approx(math.log(R), abs=0.2) and abs(by_token[1]) < 0.01
     assert abs(by_label[0]) < 0.01
-    first = dataclasses.replace(a, probabilities=a.probabilities[:, :1])
+    first = dataclasses.replace(a, probabilities=a.probabilities[:, :1], expert_ids=a.expert_ids[:, :1])
     agreed = clusters.agreement(first, clusters.cluster(first, R))
     assert agreed["token"] > 0.5 and abs(agreed["label"]) < 0.02
 

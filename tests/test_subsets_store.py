@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -185,13 +186,13 @@ def test_extending_keeps_the_old_experts_and_copies_share_their_work(whole, open
 
 
 def test_forced_experts_are_in_every_pool_on_top_of_its_size():
-    probs = np.random.default_rng(0).dirichlet(np.ones(10), (2, 6)).astype(np.float32)
-    segments, sizes = np.array([[1, 1, 1, 2, 2, 2]] * 2), np.array([[3, 8], [5, 10]])
+    probs = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(10), (2, 6)), jnp.float32)
+    segments, sizes = jnp.array([[1, 1, 1, 2, 2, 2]] * 2), jnp.array([[3, 8], [5, 10]])
     pool = np.asarray(routing.document_pool(probs, segments, sizes, forced_experts=2))
     assert pool[..., 8:].all()
     assert (pool[..., :8].sum(-1) == np.minimum(np.repeat(sizes, 3, axis=1), 8)).all()
     # The others are chosen as if the forced ones were not there.
-    alone = np.asarray(routing.document_pool(probs[..., :8], segments, np.minimum(sizes, 8)))
+    alone = np.asarray(routing.document_pool(probs[..., :8], segments, jnp.minimum(sizes, 8)))
     assert (pool[..., :8] == alone).all()
 
 

@@ -57,7 +57,7 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
-    def decode(self, ids: np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def continuation(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:

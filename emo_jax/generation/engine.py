@@ -65,7 +65,7 @@ class Generator:
         self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
         self._decode = jax.jit(self._decode_chunk, static_argnames=("kind", "count"), donate_argnums=1)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+    def generate(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, sampling: Sampling = Sampling(),
                  stop: Stop | None = None) -> list[list[int]]:
         """The new tokens of every prompt, without the end-of-document token that ended it."""
         out = [[] for _ in prompts]
@@ -73,7 +73,7 @@ class Generator:
             out[row].extend(tokens)
         return out
 
-    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+    def stream(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, sampling: Sampling = Sampling(),
                stop: Stop | None = None) -> Iterator[tuple[int, list[int]]]:
         """(row, its next tokens) as they are made; batches of similar length, longest first. `stop(row, all its new
         tokens)` ends a row early. Raises `InputError` for a prompt that is empty or does not fit."""

@@ -122,7 +122,7 @@ def split_at_eos(segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"], eos_
 
 
 def draw_pool_sizes(
-    config: RouterConfig, seed: int, step: Int[Array, ""], layers: int, document_ids: Int[Array, "B N"]
+    config: RouterConfig, seed: int, step: Int[Array, ""] | int, layers: int, document_ids: Int[Array, "B N"]
 ) -> Int[Array, "L B N"]:
     """Pool sizes of one optimizer step, from a stateless key of (seed, step, layer, document id): they do not change
     with the mesh, the number of hosts, microbatching, rematerialisation or a resume.
