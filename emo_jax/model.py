@@ -312,7 +312,7 @@ def _layers(params, tokens_BT, rows: RowContext, execution: Execution, pool_size
     return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv
 
 
-def allowed_experts(m: ModelConfig, allowed: Array | np.ndarray | None) -> Array | None:
+def allowed_experts(m: ModelConfig, allowed: Array | np.ndarray | None) -> Array | np.ndarray | None:
     """`allowed` without the experts that layers of a pruned model lack."""
     if not m.experts_per_layer:
         return allowed

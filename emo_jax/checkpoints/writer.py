@@ -77,7 +77,7 @@ class CheckpointWriter:
     def ranks_as_best(self, loss: float) -> bool:
         """Whether a checkpoint of this evaluation loss would be kept for it."""
         kept = sorted(self._best.losses[step] for step in self._manager.all_steps() if step in self._best.losses)
-        return self._best.count > 0 and (len(kept) < self._best.count or loss < kept[self._best.count - 1])
+        return self._best.count > 0 and (len(kept) < self._best.count or bool(loss < kept[self._best.count - 1]))
 
     def close(self) -> None:
         """Waits for the last save; raises `RunError` if it failed."""

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from emo_jax.compat import vary_like
 from emo_jax.rounding import round_up
@@ -59,12 +59,12 @@ def plan_exchange(counts: Int[Array, "X E"], me: Int[Array, ""], alignment: int)
     return Exchange(there, back, mine(groups_Xe, axis=0), jnp.max(jnp.sum(groups_Xe, axis=1)))
 
 
-def send(rows: Float[Array, "slots *w"], plan: Exchange, num_rows: int, portable: bool) -> Float[Array, "Q *w"]:
+def send(rows: Num[Array, "slots *w"], plan: Exchange, num_rows: int, portable: bool) -> Num[Array, "Q *w"]:
     """Rows of the send buffer to their experts; padding rows are zeros."""
     return _exchange(rows, plan.there, plan.back, num_rows, portable)
 
 
-def send_back(rows: Float[Array, "Q *w"], plan: Exchange, num_slots: int, portable: bool) -> Float[Array, "slots *w"]:
+def send_back(rows: Num[Array, "Q *w"], plan: Exchange, num_slots: int, portable: bool) -> Num[Array, "slots *w"]:
     """The inverse of `send`."""
     return _exchange(rows, plan.back, plan.there, num_slots, portable)
 

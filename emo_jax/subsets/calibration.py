@@ -52,7 +52,7 @@ class Calibration:
             yield {name: sharding.place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
 
 
-def from_tokens(documents: Sequence[Sequence[int] | np.ndarray], length: int | None = None) -> Calibration:
+def from_tokens(documents: Sequence[Sequence[int] | np.ndarray] | np.ndarray, length: int | None = None) -> Calibration:
     """One group of token arrays, each in a row of its own (as long as the longest unless `length` is given)."""
     length = length or max(map(len, documents))
     tokens, segments = np.zeros((2, len(documents), length), np.int32)
