@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import sys
+from typing import NoReturn
 
 import emo_jax
 from emo_jax.commands import (
@@ -89,7 +90,7 @@ def _fail(args, status: int, message: str) -> int:
 class _Parser(argparse.ArgumentParser):
     """Says what a mistyped command or choice may have meant."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             close = difflib.get_close_matches(found[1], re.findall(r"[\w.-]+", found[2]), n=2)
             message += f"; did you mean {' or '.join(close)}?" if close else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 from jax import lax
 
@@ -15,7 +17,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def vary(x: jax.Array, axes) -> jax.Array:
+def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Marks `x` as varying over `axes` inside `shard_map`; the adjoint sums the cotangent over the newly added ones."""
     missing = tuple(a for a in axes if a not in varying_axes(x))
     return lax.pcast(x, missing, to="varying") if missing else x

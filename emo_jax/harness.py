@@ -62,7 +62,7 @@ class EmoLM(TemplateLM):
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         return self._scorer([(context, continuation) for _, context, continuation in requests], progress=True)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         pairs, owners = [], []
         for i, request in enumerate(requests):
             windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
@@ -74,7 +74,7 @@ class EmoLM(TemplateLM):
         np.add.at(totals, owners, [score for score, _ in self._scorer(pairs, progress=True)])
         return totals.tolist()
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         if self._generator is None:
             self._generator = Generator(self.config, self.mesh, self._params or {}, self.eos_ids, self.allowed)
         groups: dict[tuple, list[int]] = {}
@@ -179,7 +179,7 @@ class TaskEvaluation:
         self._lm = EmoLM(config, mesh, tokenizer, (tokenizer.eos_id,))
 
     @classmethod
-    def make(cls, config: Config, mesh: Mesh, documents) -> TaskEvaluation:
+    def make(cls, config: Config, mesh: Mesh, documents: Any) -> TaskEvaluation:
         """`documents`: the `train.start.Documents` of the run."""
         return cls(config, mesh, documents.tokenizer)
 

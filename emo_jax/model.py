@@ -17,6 +17,7 @@ parameters are stacked on a leading L axis and scanned over. Auxiliary losses ar
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +160,8 @@ class MoE(nnx.Module):
         self.down = init.weight("down", E, F, D)
 
     @jax.named_scope("routing")
-    def route(self, x_BTD, rows: RowContext, pool_sizes, allowed, execution: Execution) -> routing.Routing:
+    def route(self, x_BTD: Float[Array, "B T D"], rows: RowContext, pool_sizes: Int[Array, "B N"] | None,
+              allowed: Array | np.ndarray | None, execution: Execution) -> routing.Routing:
         c = execution.config
         router_DR = gather_weight(self.router[...], jnp.float32, None, None)
         logits_BTR = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), router_DR, precision=jax.lax.Precision.HIGHEST)
@@ -204,7 +206,8 @@ class Block(nnx.Module):
             self.mlp = MLP(c, init.within("mlp"))
 
     @jax.named_scope("attention")
-    def attend(self, x_BTD, rows: RowContext, execution: Execution, past=None):
+    def attend(self, x_BTD: Float[Array, "B T D"], rows: RowContext, execution: Execution,
+               past: tuple[Array, ...] | None = None) -> tuple[Array, Array, Any]:
         """(h, the normed input of the experts, keys and values)."""
         eps = execution.config.model.norm_eps
         y_BTD, kv = self.attention(rms_norm(x_BTD, self.attention_norm[...], eps), rows, execution, past)
@@ -261,7 +264,7 @@ def forward(
     *,
     pool_sizes: Int[Array, "L B N"] | None = None,
     allowed: Array | np.ndarray | None = None,
-    per_layer=lambda x, route, rows: None,
+    per_layer: Callable[..., Any] = lambda x, route, rows: None,
     layer_inputs: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T D"], Any]:
     """The final normed activations, and what `per_layer(x [B, T, D], routing, rows, *layer_inputs)` returned in every layer
@@ -330,26 +333,28 @@ def row_context(batch: dict[str, Array], execution: Execution) -> RowContext:
         rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta))
 
 
-def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     table_VD = gather_weight(embedding, dtype, None, None)
     return table_VD.at[tokens].get(out_sharding=ACTIVATIONS)
 
 
 @jax.named_scope("loss")
-def token_losses(params: Params, x_BTD, targets_BT, execution: Execution) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+def token_losses(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"],
+                 execution: Execution) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(cross entropy of every target in nats, logsumexp of its logits), fp32."""
     return ce.cross_entropy(x_BTD, params["head"], targets_BT, execution.config.kernels.loss_chunk_tokens)
 
 
 @jax.named_scope("loss")
-def loss_sums(params: Params, x_BTD, targets_BT, weights_BT, execution: Execution) -> ce.LossSums:
+def loss_sums(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"], weights_BT: Float[Array, "B T"],
+              execution: Execution) -> ce.LossSums:
     """Sums over all tokens, of weights * nll and of weights * logsumexp^2, and the two added with the config's weight."""
     c = execution.config
     return ce.training_loss(x_BTD, params["head"], targets_BT, weights_BT, c.train.output_z_weight,
                             c.kernels.loss_chunk_tokens)
 
 
-def logits(params: Params, x_BTD, execution: Execution) -> Float[Array, "B T V"]:
+def logits(params: Params, x_BTD: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T V"]:
     head_DV = gather_weight(params["head"], execution.dtype, None, "tensor")
     return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32)
 
@@ -363,14 +368,14 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     return (normed * scale).astype(x.dtype)
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float):
+def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
     """cos and sin of every position's angles, [B, T, W/2]."""
     frequencies_W2 = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles_BTW2 = positions[..., None].astype(jnp.float32) * frequencies_W2
     return jnp.cos(angles_BTW2), jnp.sin(angles_BTW2)
 
 
-def rotate(x: Float[Array, "B T H W"], rotary) -> Float[Array, "B T H W"]:
+def rotate(x: Float[Array, "B T H W"], rotary: tuple[Array, Array]) -> Float[Array, "B T H W"]:
     """Rotary position embedding in fp32: dimension i of the first half turns with dimension i of the second."""
     cos_BT1W2, sin_BT1W2 = (a[:, :, None, :] for a in rotary)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

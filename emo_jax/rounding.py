@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def ceil_div(n, d: int):
+
+def ceil_div(n: Any, d: int) -> Any:
     """n / d, rounded up."""
     return -(-n // d)
 
 
-def round_up(n, multiple: int):
+def round_up(n: Any, multiple: int) -> Any:
     """The next multiple at or above n."""
     return ceil_div(n, multiple) * multiple

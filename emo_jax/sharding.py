@@ -8,6 +8,8 @@ parameters over `fsdp`, experts over `expert`, hidden widths and heads over `ten
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +56,7 @@ def start_distributed() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(config: Config, devices=None) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all devices of all processes). Raises `InputError` if the mesh
     does not divide the devices, the batch or the model."""
     devices = jax.devices() if devices is None else devices
@@ -62,7 +64,7 @@ def make_mesh(config: Config, devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
-def single_device_mesh(device=None) -> Mesh:
+def single_device_mesh(device: Any = None) -> Mesh:
     return Mesh(np.asarray([device or jax.local_devices()[0]]).reshape((1,) * len(AXES)), AXES,
                 axis_types=(AxisType.Explicit,) * len(AXES))
 
@@ -98,7 +100,7 @@ def fsdp_dimension(spec: P) -> int:
     return next(i for i, axes in enumerate(spec) if axes == "fsdp" or (isinstance(axes, tuple) and "fsdp" in axes))
 
 
-def parameter_shardings(params, mesh: Mesh):
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of parameters, or for any tree whose leaves lie under parameter names, such as the
     optimizer's moments (leaves without a parameter name, such as its step count, are replicated)."""
 
@@ -110,7 +112,7 @@ def parameter_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def abstract(tree, mesh: Mesh):
+def abstract(tree: Any, mesh: Mesh) -> Any:
     """`jax.ShapeDtypeStruct`s of such a tree, with its shardings."""
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree,
                         parameter_shardings(tree, mesh))
@@ -140,7 +142,7 @@ def reshard(x: jax.Array, *axes) -> jax.Array:
     return compat.reshard(x, P(*axes))
 
 
-def gather_weight(w: jax.Array, dtype, *axes) -> jax.Array:
+def gather_weight(w: jax.Array, dtype: Any, *axes: Any) -> jax.Array:
     """The whole of a weight for its use in a layer, in the compute dtype: cast first, then gather over the FSDP axes
     (half the bytes); `axes` is what stays sharded. The adjoint reduces the gradient back to its shards."""
     return reshard(w.astype(dtype), *axes)

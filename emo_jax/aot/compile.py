@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from emo_jax.config import Config, mesh_shape
@@ -32,7 +33,7 @@ def compile_config(config: Config, topology: str | None) -> dict[str, Any]:
     return report(config, devices, compiled) | {"topology": topology or "local", "compile_seconds": seconds}
 
 
-def compile_step(config: Config, devices) -> tuple[Any, float]:
+def compile_step(config: Config, devices: Sequence[Any]) -> tuple[Any, float]:
     """(the compiled training step, seconds)."""
     import jax
     import jax.numpy as jnp
@@ -50,7 +51,7 @@ def compile_step(config: Config, devices) -> tuple[Any, float]:
     return compiled, time.monotonic() - start
 
 
-def report(config: Config, devices, compiled) -> dict[str, Any]:
+def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, Any]:
     from emo_jax import chips
     from emo_jax.aot.hlo import Module
     from emo_jax.aot.schedule import schedule

@@ -6,6 +6,7 @@ Machines differ and are shared, so every figure is the median of rounds that run
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,7 @@ def ratio(times: dict[str, np.ndarray], a: str, b: str) -> float:
     return float(np.median(times[a] / times[b]))
 
 
-def compute_dtype():
+def compute_dtype() -> type:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
@@ -50,7 +51,7 @@ def random_segments(rows: int, length: int, documents: int) -> np.ndarray:
     return np.cumsum(starts, axis=1, dtype=np.int32) + 1
 
 
-def shape(small: dict[str, int], published: dict[str, int], args) -> dict[str, int]:
+def shape(small: dict[str, int], published: dict[str, int], args: Namespace) -> dict[str, int]:
     """The sizes that `args` gives; the others are the small ones on CPU, else the published model's."""
     default = small if jax.default_backend() == "cpu" else published
     return {name: size if getattr(args, name) is None else getattr(args, name) for name, size in default.items()}

@@ -50,7 +50,7 @@ def moe(tokens: int, top_k: int, experts: int, d_model: int, d_ff: int, rounds: 
     }
 
 
-def uneven_groups(rows: int, experts: int, alignment: int):
+def uneven_groups(rows: int, experts: int, alignment: int) -> tuple[jax.Array, int]:
     """(group sizes [experts], padded to the alignment, the last one empty; rows of the buffer)"""
     shares = 1.0 + jnp.arange(experts - 1) % 7
     counts = jnp.floor(rows * shares / jnp.sum(shares)).astype(jnp.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Best:
             if loss is not None:
                 self.losses[step] = loss
 
-    def should_preserve(self, checkpoints, *, context):
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         ranked = sorted((c.step for c in checkpoints if c.step in self.losses), key=self.losses.__getitem__)
         return [c.step in ranked[:self.count] for c in checkpoints]
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from emo_jax.errors import InputError
 from emo_jax.subsets import methods
+
+if TYPE_CHECKING:
+    from emo_jax.loaded import LoadedModel
+    from emo_jax.subsets.calibration import Calibration
 
 CONFIG = "a file of configs/, or its name"
 _OVERRIDE = re.compile(r"--\w+(\.\w+)+(=.*)?", re.DOTALL)
@@ -34,7 +40,7 @@ def numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} must be integers such as 64,32,16") from None
 
 
-def at_least(least: int):
+def at_least(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         try:
             value = int(text)
@@ -61,7 +67,7 @@ def checkpoint(parser: argparse.ArgumentParser, step: bool = True) -> None:
         parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
 
-def calibration(parser, required: bool = False) -> None:
+def calibration(parser: argparse._ActionsContainer, required: bool = False) -> None:
     source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument("--calibration", metavar="PATH", help="documents to choose by")
     source.add_argument("--example", action="append", type=unicode_text, metavar="TEXT",
@@ -71,7 +77,7 @@ def calibration(parser, required: bool = False) -> None:
                         "1000; 16 of each label where every label has its own subset)")
 
 
-def method(parser, flag: str = "--method", default: str = "layerwise") -> None:
+def method(parser: argparse._ActionsContainer, flag: str = "--method", default: str = "layerwise") -> None:
     parser.add_argument(flag, choices=methods.NAMES, default=default, help=f"how experts are chosen (default: {default})")
     parser.add_argument("--layer-group", type=at_least(0), default=0, metavar="G", help="layerwise: recompute activations "
                         "for every G layers instead of keeping those of all the text (default: keep)")
@@ -86,7 +92,7 @@ def method_options(args: argparse.Namespace) -> dict:
     return {"layer_group": args.layer_group, "on_host": args.activations_on_host, "seed": seed}
 
 
-def calibration_text(loaded, args: argparse.Namespace):
+def calibration_text(loaded: LoadedModel, args: argparse.Namespace) -> Calibration:
     """The `Calibration` of --calibration or --example."""
     from emo_jax.data.documents import Examples
     from emo_jax.subsets import calibration as lib

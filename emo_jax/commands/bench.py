@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result, arguments
 
 
-def _add_rounds(parser) -> None:
+def _add_rounds(parser: ArgumentParser) -> None:
     parser.add_argument("--rounds", type=arguments.at_least(1), default=10)
 
 
-def _add_kernel(parser, *sizes: str) -> None:
+def _add_kernel(parser: ArgumentParser, *sizes: str) -> None:
     for size in sizes:
         parser.add_argument(f"--{size}", type=arguments.at_least(1), metavar="N",
                             help="default: small on CPU, else the published model's")
@@ -17,12 +19,12 @@ def _add_kernel(parser, *sizes: str) -> None:
     _add_rounds(parser)
 
 
-def add_step(parser) -> None:
+def add_step(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="default: a small step for CPUs")
     _add_rounds(parser)
 
 
-def step(args) -> Result:
+def step(args: Namespace) -> Result:
     from emo_jax.bench import step as lib
     from emo_jax.config import load_config, override
 
@@ -31,11 +33,11 @@ def step(args) -> Result:
     return Result(result, lib.report(result))
 
 
-def add_moe(parser) -> None:
+def add_moe(parser: ArgumentParser) -> None:
     _add_kernel(parser, "tokens", "top-k", "experts", "d-model", "d-ff")
 
 
-def moe(args) -> Result:
+def moe(args: Namespace) -> Result:
     from emo_jax.bench import moe as lib
     from emo_jax.bench import shape
 
@@ -43,12 +45,12 @@ def moe(args) -> Result:
     return Result(result, lib.report(result))
 
 
-def add_attention(parser) -> None:
+def add_attention(parser: ArgumentParser) -> None:
     parser.add_argument("--documents", type=arguments.at_least(1), default=4, metavar="N", help="in a row (default: 4)")
     _add_kernel(parser, "rows", "length", "heads", "head-dim")
 
 
-def attention(args) -> Result:
+def attention(args: Namespace) -> Result:
     from emo_jax.bench import attention as lib
     from emo_jax.bench import shape
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result, arguments
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
     parser.add_argument("--topology", metavar="CHIP:GRID", help="a TPU slice, e.g. v5p:4x4x4, v5p-128, v6e:16x16; needs "
                         "emo-jax[tpu] but no TPU (default: the devices of this machine)")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.aot import compile as aot
     from emo_jax.config import load_config
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result
 from emo_jax.errors import InputError
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     try:
         import shtab
     except ImportError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result, arguments
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"{arguments.CONFIG} (default: list them)")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax import config as lib
 
     if args.config is None:

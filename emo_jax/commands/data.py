@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from argparse import ArgumentParser, Namespace
 
 from emo_jax.commands import Command, Result, arguments
 
 
-def _add_config(parser) -> None:
+def _add_config(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="emo_tiny",
                         help=f"{arguments.CONFIG} (default: emo_tiny)")
 
 
-def _add_run(parser) -> None:
+def _add_run(parser: ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="use (or keep) the trained tokenizer of this run folder")
 
 
@@ -22,12 +23,12 @@ def _folder(path: str | None):
     return contextlib.nullcontext(path) if path else tempfile.TemporaryDirectory()
 
 
-def add_tokenize(parser) -> None:
+def add_tokenize(parser: ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="tokens.npy, offsets.npy, documents.json")
 
 
-def tokenize(args) -> Result:
+def tokenize(args: Namespace) -> Result:
     from emo_jax.config import load_config
     from emo_jax.data import tools
 
@@ -35,12 +36,12 @@ def tokenize(args) -> Result:
     return Result(result, f"{result['documents']:,} documents, {result['tokens']:,} tokens in {result['out']}")
 
 
-def add_inspect(parser) -> None:
+def add_inspect(parser: ArgumentParser) -> None:
     _add_config(parser)
     _add_run(parser)
 
 
-def inspect(args) -> Result:
+def inspect(args: Namespace) -> Result:
     from emo_jax.config import load_config
     from emo_jax.data import tools
 
@@ -49,13 +50,13 @@ def inspect(args) -> Result:
     return Result(result, tools.inspect_report(result))
 
 
-def add_bench(parser) -> None:
+def add_bench(parser: ArgumentParser) -> None:
     _add_config(parser)
     _add_run(parser)
     parser.add_argument("--workers", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], metavar="N")
 
 
-def bench(args) -> Result:
+def bench(args: Namespace) -> Result:
     from emo_jax.config import load_config
     from emo_jax.data import tools
 

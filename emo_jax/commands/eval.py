@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
 from emo_jax.errors import InputError
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser)
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
     parser.add_argument("--tasks", metavar="FILE_OR_NAMES", help="tasks of lm-evaluation-harness instead: names and YAML "
@@ -26,7 +27,7 @@ def add(parser) -> None:
     arguments.calibration(group)
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     if args.tasks:
         return _tasks(args)
     if args.subset and args.keep:
@@ -34,7 +35,7 @@ def run(args) -> Result:
     return _subsets(args) if args.subset else _keep(args) if args.keep else _full(args)
 
 
-def _full(args) -> Result:
+def _full(args: Namespace) -> Result:
     from emo_jax.loaded import load
     from emo_jax.train.evaluate import table
 
@@ -46,7 +47,7 @@ def _full(args) -> Result:
     return Result(result, f"{result['checkpoint']} on {result['data']}\n{table(result)}")
 
 
-def _tasks(args) -> Result:
+def _tasks(args: Namespace) -> Result:
     if len(args.subset or []) > 1 or args.keep:
         raise InputError("--tasks goes with at most one --subset, and not with --keep")
     from emo_jax import harness
@@ -56,7 +57,7 @@ def _tasks(args) -> Result:
     return Result(result, f"{result['checkpoint']}\n{harness.table(result)}")
 
 
-def _subsets(args) -> Result:
+def _subsets(args: Namespace) -> Result:
     """Every given subset, for all text."""
     from emo_jax.checkpoints.subset import load as load_subset
     from emo_jax.loaded import load
@@ -72,7 +73,7 @@ def _subsets(args) -> Result:
     return Result(result, subset_table(result))
 
 
-def _keep(args) -> Result:
+def _keep(args: Namespace) -> Result:
     """Subsets of every size, of one model or two."""
     from pathlib import Path
 

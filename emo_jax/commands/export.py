@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result, arguments
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--format", default="hf", choices=("hf", "qwen2_moe", "deepseek", "llama"),
@@ -15,7 +17,7 @@ def add(parser) -> None:
                         help="auto: as imported, else float32")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.convert.exporting import export_checkpoint
 
     result = export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
@@ -12,7 +13,7 @@ AUTO = "auto"
 NEW_TOKENS = 256  # where a row has room for them
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser)
     parser.add_argument("--prompt", required=True, nargs="+", type=arguments.unicode_text, metavar="TEXT",
                         help="an empty one begins a document; of several, each is printed under a line of its own")
@@ -27,7 +28,7 @@ def add(parser) -> None:
     parser.add_argument("--batch-size", type=arguments.at_least(1), default=16, metavar="N", help="prompts at a time")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.generation.sampling import Sampling
     from emo_jax.loaded import load
     from emo_jax.progress import is_primary, say

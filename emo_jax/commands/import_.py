@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="HF_DIR", help="config.json and *.safetensors, tokenizer.json if there is one")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new run folder; an import goes on where it stopped")
     parser.add_argument("--config", default="", metavar="CONFIG", help="the config of training, and of a state dict's model")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.convert.importing import import_checkpoint
 
     result = import_checkpoint(args.source, args.out, args.config, args.overrides)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result, arguments
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser)
     arguments.calibration(parser, required=True)
     keep = parser.add_mutually_exclusive_group(required=True)
@@ -16,7 +18,7 @@ def add(parser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the subset (JSON)")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.loaded import load
     from emo_jax.subsets.budget import Budget
     from emo_jax.subsets.choose import choose_one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
@@ -19,7 +20,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     return arguments.numbers(",".join(_words(text)))
 
 
-def add_run(parser) -> None:
+def add_run(parser: ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/study", metavar="DIR", help="a folder for each model (default: runs/study)")
     parser.add_argument("--held-out", default="", metavar="FILE", help="labelled documents to measure on (default: those that "
                         "the runs held out)")
@@ -34,7 +35,7 @@ def add_run(parser) -> None:
     parser.add_argument("--gpu", dest="base", action="store_const", const="study_gpu", help="--base study_gpu")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.study.run import run_study
 
     if args.seed is not None:
@@ -50,7 +51,7 @@ def _methods(text: str) -> tuple[str, ...]:
     return given
 
 
-def add_measure(parser) -> None:
+def add_measure(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--data", default="", metavar="PATH", help="labelled documents (default: those held out and left out)")
     parser.add_argument("--methods", type=_methods, default=("router",), metavar="M,M,...",
@@ -60,7 +61,7 @@ def add_measure(parser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the measures (JSON)")
 
 
-def measure(args) -> Result:
+def measure(args: Namespace) -> Result:
     from emo_jax.files import write_result
     from emo_jax.progress import is_primary
     from emo_jax.study import measure as lib
@@ -76,13 +77,13 @@ def measure(args) -> Result:
     return Result(result | {"out": args.out}, "\n".join([*lines, f"measures: {args.out}"]))
 
 
-def add_report(parser) -> None:
+def add_report(parser: ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--main", default="emo", metavar="VARIANT")
     parser.add_argument("--baseline", default="stdmoe", metavar="VARIANT")
 
 
-def report(args) -> Result:
+def report(args: Namespace) -> Result:
     from emo_jax.study import report as lib
 
     return _compared(lib.compare(args.folder, args.main, args.baseline))

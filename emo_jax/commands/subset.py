@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
 from emo_jax.errors import InputError
 
 
-def add_show(parser) -> None:
+def add_show(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
 
 
-def show(args) -> Result:
+def show(args: Namespace) -> Result:
     from emo_jax.checkpoints.subset import load
     from emo_jax.subsets.compose import similarity
 
@@ -29,13 +30,13 @@ def show(args) -> Result:
     return Result(result, "\n".join(lines))
 
 
-def add_extract(parser) -> None:
+def add_extract(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--subset", required=True, metavar="FILE")
     parser.add_argument("--out", required=True, metavar="DIR")
 
 
-def extract(args) -> Result:
+def extract(args: Namespace) -> Result:
     from emo_jax import model
     from emo_jax.checkpoints.checkpoint import open_checkpoint
     from emo_jax.checkpoints.subset import load
@@ -49,7 +50,7 @@ def extract(args) -> Result:
                   f"{path}: {counts[0]:,} of {counts[1]:,} parameters; {chosen.summary()}")
 
 
-def add_compose(parser) -> None:
+def add_compose(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--how", choices=("union", "weighted", "need"), default="union", help="union; the best by weighted "
                         "mean score; or what the worst-covered subset wants most, one after the other")
@@ -58,7 +59,7 @@ def add_compose(parser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE")
 
 
-def compose(args) -> Result:
+def compose(args: Namespace) -> Result:
     from emo_jax.checkpoints.subset import load
     from emo_jax.subsets.compose import needed, union, weighted
 
@@ -77,7 +78,7 @@ def compose(args) -> Result:
     return Result(made.describe() | {"out": args.out}, f"{made.summary()}: {args.out}")
 
 
-def add_merge(parser) -> None:
+def add_merge(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--part", required=True, metavar="CKPT", help="the extracted or fine-tuned model")
     parser.add_argument("--subset", metavar="FILE", help="default: subset.json in the folder of --part")
@@ -89,7 +90,7 @@ def add_merge(parser) -> None:
     parser.add_argument("--no-check", action="store_true", help="do not measure what the whole model lost by label")
 
 
-def merge(args) -> Result:
+def merge(args: Namespace) -> Result:
     from emo_jax.checkpoints.checkpoint import open_checkpoint
     from emo_jax.checkpoints.subset import load as load_subset
     from emo_jax.loaded import load
@@ -113,7 +114,7 @@ def merge(args) -> Result:
     return Result(result, f"{path}\n{subset_table(result)}")
 
 
-def add_suggest(parser) -> None:
+def add_suggest(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     arguments.calibration(parser, required=True)
     parser.add_argument("--tolerance", type=float, default=0.05, metavar="NATS", help="per token (default: 0.05)")
@@ -121,7 +122,7 @@ def add_suggest(parser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE")
 
 
-def suggest(args) -> Result:
+def suggest(args: Namespace) -> Result:
     from emo_jax.loaded import load
     from emo_jax.subsets.calibration import halves_to_choose_and_score
     from emo_jax.subsets.compose import suggest as find
@@ -138,7 +139,7 @@ def suggest(args) -> Result:
     return Result(best.describe() | {"out": args.out, "tried": tried}, "\n".join([f"{best.summary()}: {args.out}", *lines]))
 
 
-def add_finetune(parser) -> None:
+def add_finetune(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--subset", required=True, metavar="FILE")
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those of the run)")
@@ -146,7 +147,7 @@ def add_finetune(parser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
 
 
-def finetune(args) -> Result:
+def finetune(args: Namespace) -> Result:
     from emo_jax.checkpoints.checkpoint import open_checkpoint
     from emo_jax.checkpoints.subset import load
     from emo_jax.surgery.finetune import finetune as train
@@ -157,7 +158,7 @@ def finetune(args) -> Result:
     return Result(result, f"trained to step {result['step']} of {result['steps']}: {result['checkpoint']}")
 
 
-def add_extend(parser) -> None:
+def add_extend(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--experts", type=int, required=True, metavar="N")
     parser.add_argument("--init", choices=("copy", "jitter", "fresh"), default="jitter")
@@ -165,7 +166,7 @@ def add_extend(parser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
 
 
-def extend(args) -> Result:
+def extend(args: Namespace) -> Result:
     from emo_jax.checkpoints.checkpoint import open_checkpoint
     from emo_jax.surgery.extend import extend as write
 
@@ -175,14 +176,14 @@ def extend(args) -> Result:
         f"--train.init_params_from={path}"))
 
 
-def add_disable(parser) -> None:
+def add_disable(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--subset", required=True, metavar="FILE", help="whose routed experts are disabled")
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out)")
     parser.add_argument("--out", metavar="FILE", help="the subset of everything else")
 
 
-def disable(args) -> Result:
+def disable(args: Namespace) -> Result:
     from emo_jax.checkpoints.subset import load as load_subset
     from emo_jax.checkpoints.subset import require_fits
     from emo_jax.loaded import load

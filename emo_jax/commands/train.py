@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 from emo_jax.commands import Command, Result, arguments
 
 
-def add(parser) -> None:
+def add(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the resolved config")
 
 
-def run(args) -> Result:
+def run(args: Namespace) -> Result:
     from emo_jax.config import load_config
 
     config = load_config(args.config, args.overrides)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,7 +15,7 @@ from emo_jax.rounding import ceil_div
 FP32 = ("attention_norm", "mlp_norm", "final_norm", "router")
 
 
-def for_inference(params: Params, dtype) -> Params:
+def for_inference(params: Params, dtype: Any) -> Params:
     """Matrices in the compute dtype, whole on every device but for heads, hidden widths and expert tables, which stay
     sharded; norms and routers stay fp32."""
 

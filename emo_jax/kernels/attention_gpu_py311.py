@@ -22,7 +22,7 @@ BLOCK_ROW_BYTES = 256  # a query or key; wider ones get smaller blocks, to fit r
 WARPS, STAGES = 8, 2
 
 
-def flash_attention(q, k, v, segments, interpret: bool):
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool) -> jax.Array:
     """q [B, T, H, K], k and v [B, T, G, K], segments [B, T] -> [B, T, H, K]"""
     length, heads = q.shape[1:3]
     missing = -length % (2 * BLOCK)  # to a whole number of blocks

@@ -16,7 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 BLOCK, COMPUTE_BLOCK = 1024, 512
 
 
-def splash_attention(q, k, v, q_segments, k_segments, interpret: bool, shards: int = 1):
+def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, interpret: bool,
+                     shards: int = 1) -> jax.Array:
     """q [B, T, H, W], k and v [B, S, G, W], segments [B, T] and [B, S] -> [B, T, H, W], where S = shards * T: `shards` is
     the size of the mesh axis `sequence`."""
     kernel = _kernel(q.shape[1], k.shape[1], q.shape[2], shards, interpret)

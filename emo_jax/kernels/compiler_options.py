@@ -6,6 +6,8 @@ reduction of a pod is synchronous, and every reduce-scatter over several torus a
 
 from __future__ import annotations
 
+from typing import Any
+
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 _SPARSE_CORE = {
     f"{_OFFLOAD}all_gather": "true", f"{_OFFLOAD}2d_all_gather": "true", f"{_OFFLOAD}3d_all_gather": "true",
@@ -28,12 +30,12 @@ _TENSOR_CORE = {
 }
 
 
-def compiler_options(device) -> dict[str, str] | None:
+def compiler_options(device: Any) -> dict[str, str] | None:
     """For a step that runs on devices like `device`."""
     if device.platform != "tpu":
         return None
     return (_SPARSE_CORE if has_sparse_cores(device) else _TENSOR_CORE) | {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 
 
-def has_sparse_cores(device) -> bool:
+def has_sparse_cores(device: Any) -> bool:
     return device.platform == "tpu" and device.device_kind not in ("TPU v5 lite", "TPU v5e")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -129,7 +130,7 @@ def _merge(ref, rows, value, inside):
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def matmul(rows, weights, visits: Visits, interpret: bool, transpose: bool = False):
+def matmul(rows: Array, weights: Array, visits: Visits, interpret: bool, transpose: bool = False) -> Array:
     """rows [parts, Q, F] times the expert's weights [E, parts * F, D] -> [Q, D], or [E, D, parts * F] when transposed; the
     rows' columns lie in parts."""
     parts, Q, contract = rows.shape
@@ -157,7 +158,7 @@ def matmul(rows, weights, visits: Visits, interpret: bool, transpose: bool = Fal
         outputs=[((Q, width), rows.dtype, (tile, column), lambda n, e, t: (t, n))])[0]
 
 
-def swiglu_matmul(rows, gate_up, weights, visits: Visits, interpret: bool):
+def swiglu_matmul(rows: Array, gate_up: Array, weights: Array, visits: Visits, interpret: bool) -> Sequence[Array]:
     """(rows @ gate and rows @ up [2, Q, F], silu(gate) * up * weights [Q, F])."""
     Q, D = rows.shape
     F = gate_up.shape[2] // 2
@@ -185,7 +186,8 @@ def swiglu_matmul(rows, gate_up, weights, visits: Visits, interpret: bool):
                  ((Q, F), rows.dtype, (tile, column), lambda n, e, t: (t, n))])
 
 
-def swiglu_matmul_adjoint(d_out, down, gate_up_rows, weights, visits: Visits, interpret: bool):
+def swiglu_matmul_adjoint(d_out: Array, down: Array, gate_up_rows: Array, weights: Array, visits: Visits,
+                          interpret: bool) -> Sequence[Array]:
     """From d_out [Q, D]: (d_gate_up_rows [2, Q, F], hidden [Q, F] once more, d_weights [Q])."""
     Q, D = d_out.shape
     F = down.shape[1]
@@ -220,7 +222,7 @@ def swiglu_matmul_adjoint(d_out, down, gate_up_rows, weights, visits: Visits, in
     return d_gate_up, hidden, jnp.sum(d_weights[..., 0], axis=0)
 
 
-def weight_gradient(rows, d_out, visits: Visits, interpret: bool):
+def weight_gradient(rows: Array, d_out: Array, visits: Visits, interpret: bool) -> Array:
     """rows [Q, D]^T times d_out [parts, Q, F] within each group -> [E, D, parts * F]. `visits` include the empty groups."""
     (Q, D), (parts, _, width) = rows.shape, d_out.shape
     E = visits.start.shape[0]

@@ -89,7 +89,7 @@ def grouped_matmul(
     return reference(rows, weights, group_sizes)
 
 
-def reference(rows, weights, group_sizes):
+def reference(rows: Float[Array, "Q D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, "E"]) -> Float[Array, "Q F"]:
     """Every expert on every row, masked: the plain form, E times the FLOPs."""
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(rows.shape[0])[:, None]

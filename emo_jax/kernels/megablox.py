@@ -19,7 +19,7 @@ TILE_WIDTH = 1024  # both matrix dimensions: 2 MB a bf16 tile, several of which 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def megablox(rows, weights, group_sizes, interpret: bool):
+def megablox(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, interpret: bool) -> jax.Array:
     """rows [Q, D], weights [E, D, F], group_sizes [E] -> [Q, F]."""
     return _gmm(rows, weights, group_sizes, interpret, transpose=False)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class ExpertLayer(NamedTuple):
     buffer_factor: float = 0.0  # all_to_all's; 0: room for any routing
     see_rows: Callable[[Array], Array] | None = None
 
-    def seen(self, out_QD):
+    def seen(self, out_QD: Array) -> Any:
         """What the hook says of rows of which every device of `tensor` has a part."""
         return None if self.see_rows is None else self.see_rows(jax.lax.psum(out_QD, "tensor"))
 

@@ -6,6 +6,8 @@ padding. Used on CPU; on accelerators a loop of small matmuls waits for its laun
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,8 @@ from emo_jax.moe.dispatch import Tokens
 from emo_jax.sharding import AXES
 
 
-def device_experts(table, tokens: Tokens, *, layer, fsdp):
+def device_experts(table: dict[str, jax.Array], tokens: Tokens, *, layer: Any,
+                   fsdp: dict[str, int]) -> tuple[jax.Array, None, None]:
     """The body of one device, as `experts.moe_experts` describes it. `fsdp`: the dimension of each table that this axis
     shards."""
     batch_shape, peers = tokens.x.shape[:2], jax.lax.axis_size("expert")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from emo_jax.analysis import information
 from emo_jax.analysis.activations import collect
@@ -93,7 +94,7 @@ class _Text:
         groups = {label: calibration_lib.sample(documents, count, 0) for label, documents in self._choosing.items()}
         return calibration_lib.from_source(self.config, self.source, self.tokenizer, groups, TOKENS)
 
-    def evaluation(self, mesh) -> Evaluation:
+    def evaluation(self, mesh: Mesh) -> Evaluation:
         """All of the scored documents."""
         c = self.config
         rows = ceil_div(SCORED * TOKENS, c.data.sequence_length) * len(self.scored)

@@ -44,7 +44,7 @@ class Modularity:
         self._keeps = {share: max(round(share * m.num_experts), m.top_k) for share in SHARES}
 
     @classmethod
-    def make(cls, config: Config, mesh: Mesh, documents) -> Modularity | None:
+    def make(cls, config: Config, mesh: Mesh, documents: Any) -> Modularity | None:
         """`documents`: the `train.start.Documents` of the run."""
         require_experts(config)
         by_label = calibration_lib.by_label(documents.source, documents.held_out[:MAX_DOCUMENTS])

@@ -115,7 +115,7 @@ def batches(loaded: LoadedModel, calibration: Calibration, what: str = "") -> It
     return track(found, what, "batches", total=ceil_div(len(calibration.groups), size)) if what else found
 
 
-def layer_at(params: model.Params, layer) -> model.Params:
+def layer_at(params: model.Params, layer: Array | int) -> model.Params:
     """The parameters of one layer, from the stack."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), params["layers"])
 

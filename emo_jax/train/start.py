@@ -89,7 +89,7 @@ def open_documents(config: Config, out: Path) -> Documents:
     return Documents(source, train, held_out, tokenizer, fingerprint(source, tokenizer))
 
 
-def fingerprint(source, tokenizer) -> dict[str, Any]:
+def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes."""
     sample = hashlib.sha256()
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):

@@ -54,7 +54,7 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     return sharding.abstract(TrainState(params, opt_state, step), mesh)
 
 
-def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
+def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Any:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state. Metrics are fp32: scalars `loss` (nats a
     token), `total_loss`, the auxiliary losses (unweighted), `grad_norm`, `learning_rate`, `tokens`, `loss_tokens`, and
     arrays [L] of what the routers did (see `RouterStats`)."""
@@ -82,7 +82,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
     return _with_mesh(jax.jit(train_step, donate_argnums=0, compiler_options=options), mesh)
 
 
-def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1):
+def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Any:
     """A jitted `(params, batch, allowed=None) -> sums of every row [B]`: `loss_sum` (nats), `loss_tokens`, and `loss_bytes`
     where the batch has `target_bytes` [B, T]. Pools have the size `router.pool_eval` (0: none). `allowed` bool [L, R]
     restricts the routed experts; [L, B, 1, R] those of every row."""
@@ -157,7 +157,7 @@ class Objective(NamedTuple):
     totals: Totals
     step: Int[Array, ""]
 
-    def counts(self, params, batch: Batch) -> Float[Array, "L groups R"]:
+    def counts(self, params: model.Params, batch: Batch) -> Float[Array, "L groups R"]:
         """The experts' counts of one microbatch, without losses."""
         return self._forward(params, batch, None)[1].counts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from emo_jax import model
 from emo_jax.moe import routing
@@ -10,7 +11,8 @@ from emo_jax.subsets.methods import Method
 from emo_jax.subsets.sweep import Statistic, Sums, mean
 
 
-def collect(moe: model.MoE, normed_BTD, rows: model.RowContext, allowed, execution: model.Execution):
+def collect(moe: model.MoE, normed_BTD: Array, rows: model.RowContext, allowed: Array | None,
+            execution: model.Execution) -> tuple[Array, Sums]:
     y_BTD, route = moe(normed_BTD, rows, None, allowed, execution)
     return y_BTD, probabilities(route, rows)
 
