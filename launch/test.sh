@@ -26,4 +26,4 @@ while [ $# -gt 0 ]; do
 done
 source "$(dirname "$0")/environment.sh" "$extras" "$torch"
 export JAX_PLATFORMS=cpu
-exec python -m pytest -q -n "${EMO_JAX_TEST_PROCESSES:-2}" "${arguments[@]}"
+exec python -m pytest -q -n "${EMO_JAX_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"

@@ -22,7 +22,7 @@ collect_ignore = [file for file, packages in CLIENTS.items() if not all(map(impo
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        name = item.nodeid.removeprefix("tests/")
+        name = item.nodeid.rpartition("tests/")[2]
         if name.startswith(SLOW) and not name.startswith(FAST):
             item.add_marker("slow")
         if name.startswith(tuple(CLIENTS)):

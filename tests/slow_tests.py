@@ -1,4 +1,4 @@
-"""The tests that take most of the time, by the beginnings of their names: each has a faster neighbour that covers its room."""
+"""What `launch/test.sh --fast` leaves out, by the beginning of a test's name: most of the time."""
 
 SLOW = (
     "test_aot.py::test_golden_summary",
@@ -13,7 +13,9 @@ SLOW = (
     "test_experts.py::test_all_to_all_falls",
     "test_experts.py::test_an_expert_gradient",
     "test_experts.py::test_equals_the_dense",
+    "test_experts.py::test_experts_sharded",
     "test_experts.py::test_rows_and_slots",
+    "test_experts.py::test_the_hook",
     "test_generate.py::test_batches",
     "test_generate.py::test_decoding_is_ten",
     "test_generate.py::test_rows_end",
@@ -34,10 +36,7 @@ SLOW = (
     "test_study.py::test_study",
     "test_study.py::test_the_study_goes",
     "test_study.py::test_what_cannot",
-    "test_subsets_check.py::test_commands",
-    "test_subsets_check.py::test_fine_tuning",
-    "test_subsets_check.py::test_metrics",
-    "test_subsets_check.py::test_the_text",
+    "test_subsets_check.py",
     "test_subsets_choose.py::test_a_mesh",
     "test_subsets_choose.py::test_contributions",
     "test_subsets_choose.py::test_padding",
@@ -46,15 +45,17 @@ SLOW = (
     "test_train_resume.py",
     "test_two_processes.py",
 )
-# The fast tier runs nevertheless:
+# But not these, because each covers its room:
 FAST = (
     "test_aot.py::test_golden_summary[auto]",
     "test_convert.py::test_out_of_a_checkpoint_and_back_is_bit_exact[shared]",
-    "test_experts.py::test_equals_the_dense_oracle[all_to_all_portable-blocked",
-    "test_experts.py::test_equals_the_dense_oracle[ring-blocked",
+    "test_experts.py::test_equals_the_dense_oracle[Dispatch(strategy='all_to_all'",
+    "test_experts.py::test_the_hook_sees_every_row_whole_under_every_strategy[Dispatch(strategy='ring'",
     "test_generate.py::test_batches_meshes_and_subsets_change_no_token[one",
     "test_kernels.py::test_experts_of_grouped_rows[fused-unaligned",
     "test_sharded_step.py::test_eight_devices_equal_one[data fsdp expert]",
+    "test_subsets_check.py::test_compositions",
+    "test_subsets_check.py::test_mutual",
     "test_subsets_choose.py::test_contributions_agree_under_every_dispatch[ring",
     "test_subsets_store.py::test_extending",
     "test_subsets_store.py::test_forced",
