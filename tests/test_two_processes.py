@@ -87,4 +87,4 @@ def test_one_process_goes_on_with_the_same_documents(config, whole, cut):
     result = finish(start(config, cut, 1, f"--train.steps={steps}", "--train.log_every=3"))
     assert (result["resumed_from"], result["step"]) == (3, steps)
     np.testing.assert_allclose([v for _, v in series(cut)], [v for _, v in series(out)], rtol=1e-5)
-    assert checkpoint.open_checkpoint(cut).data() == checkpoint.open_checkpoint(out).data()
+    assert checkpoint.open_checkpoint(cut).rows() == checkpoint.open_checkpoint(out).rows()
