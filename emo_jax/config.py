@@ -73,19 +73,29 @@ class RouterConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = ""  # file, folder, glob or TFDS directory; "": the text of the Python installation
-    format: Literal["auto", "embedded", "jsonl", "text", "tfds"] = "auto"
+    # tokens: what `emo-jax data tokenize` wrote; olmo: flat token files, or a mix file of `label,path` lines.
+    format: Literal["auto", "embedded", "jsonl", "text", "tfds", "arrayrecord", "parquet", "arrow", "tokens", "olmo"] = "auto"
     text_field: str = "text"
+    tokens_field: str = ""  # of records that hold token ids instead of text
     label_field: str = "source"  # label of a document, for evaluation by label
     leave_out_labels: str = ""  # "a,b": documents of these labels are neither trained on nor held out
     tfds_split: str = "train"  # split of a TFDS dataset; slices such as train[:10%] are allowed
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
     sequence_length: int = 4096
-    packing: Literal["concat_and_split", "first_fit"] = "concat_and_split"
+    packing: Literal["concat_and_split", "first_fit", "best_fit"] = "concat_and_split"  # best_fit: token files only
+    order: Literal["blocks", "olmo"] = "blocks"  # of rows of token files; olmo: exactly the published order
+    mixture: str = ""  # "label:weight,..." of token files, weights of tokens; "": all rows alike
+    mixture_unit: Literal["tokens", "documents"] = "tokens"
+    max_epochs: float = 0.0  # how often a label of a mixture may be read; the others take its place. 0: no limit
     max_documents_per_row: int = 64
     document_end_target: Literal["counted", "masked"] = "counted"  # the first token of the next document
     repetition_filter: bool = True  # rows that repeat a period of 1..13 tokens 32 times carry no loss
+    repetitive_rows: Literal["masked", "dropped"] = "masked"  # what repetition_filter does to them
     eval_fraction: float = 0.005  # held out of training, by whole documents
+    eval_path: str = ""  # documents to evaluate on (any source) in place of those held out
+    max_skipped: float = 0.0  # share of documents that may be skipped as unreadable; beyond it reading stops
+    cache_gb: float = 1.0  # GB of memory for what was read from buckets, in each process that reads
     shuffle: bool = True
     workers: int = 2  # tokenizing processes of each host; 0: in the training process
 
@@ -154,6 +164,15 @@ class KernelConfig:
     grouped_matmul: GroupedMatmul = "auto"
     attention: Attention = "auto"
     loss_chunk_tokens: int = 4096  # tokens of one device whose logits exist at the same time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run: from the end of the stage before until the step `until` (0: the last one), with overrides."""
+
+    until: int = 0
+    changes: tuple[str, ...] = ()  # such as "data.sequence_length=8192"
+    reset_optimizer: bool = False  # begins with fresh moments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,16 +27,16 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         model.num_experts model.num_shared_experts model.top_k router.pool_min router.pool_max router.pool_eval
         router.forced_experts router.load_balance_weight router.router_z_weight router.balance_shards data.workers
         optimizer.warmup_steps optimizer.weight_decay train.output_z_weight train.eval_every checkpoint.keep_every
-        checkpoint.keep_best"""),
+        checkpoint.keep_best data.max_epochs"""),
     "more than 0": (lambda x: x > 0, """
         model.rope_theta model.norm_eps model.init_std router.pool_beta optimizer.learning_rate optimizer.eps
-        optimizer.clip_norm"""),
+        optimizer.clip_norm data.cache_gb"""),
     "at least 1, or 0 for no limit": (lambda x: x == 0 or x >= 1, "kernels.buffer_factor"),
     "at least 1, or -1 for all devices that are left": (
         lambda x: x >= 1 or x == -1, "mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.sequence"),
     "a step, or -1": (lambda x: x >= -1, "optimizer.start_step"),
     "in [0, 1)": (lambda x: 0 <= x < 1, "data.eval_fraction optimizer.beta1 optimizer.beta2"),
-    "in [0, 1]": (lambda x: 0 <= x <= 1, "optimizer.final_fraction"),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "optimizer.final_fraction data.max_skipped"),
     "in 0..2^63 - 1": (lambda x: 0 <= x < 2**63, "seed"),
 }
 _RANGE_OF = {field: (allowed, holds) for allowed, (holds, fields) in RANGES.items() for field in fields.split()}

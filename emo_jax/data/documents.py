@@ -8,6 +8,15 @@ import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Encoder(Protocol):
+    """A `Tokenizer`, as far as a source knows it: one can be trained on a source."""
+
+    def encode_document(self, text: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,7 @@ class Document:
     text: str
     label: str
     id: int  # the document's number in its source
+    tokens: np.ndarray | None = None  # [n] where the source holds token ids, with the end-of-document token
 
 
 class Source:
@@ -36,6 +46,11 @@ class Source:
 
     def label(self, i: int) -> str:
         return self[i].label
+
+    def encoded(self, i: int, tokenizer: Encoder) -> np.ndarray:
+        """[n] int32: the tokens of document `i`, the end-of-document token included."""
+        document = self[i]
+        return tokenizer.encode_document(document.text) if document.tokens is None else document.tokens
 
 
 class Examples(Source):

@@ -32,7 +32,7 @@ def _rows(config: Config, source: Source, tokenizer: Tokenizer, documents: list[
     def read(count: int) -> tuple[np.ndarray, int] | None:
         if count == len(documents):
             return None
-        return tokenizer.encode_document(source[documents[count]].text)[:tokens], documents[count]
+        return source.encoded(documents[count], tokenizer)[:tokens], documents[count]
 
     d, rows = config.data, []
     for row, _ in pack("concat_and_split", read, d.sequence_length, d.max_documents_per_row,

@@ -44,8 +44,8 @@ class RowStreams:
 
     def rows(self, stream: int, state: State | None) -> Iterator[tuple[Row, State]]:
         def read(count: int) -> tuple[np.ndarray, int]:
-            document = self.source[self.order.document(stream, count)]
-            return self.tokenizer.encode_document(document.text), document.id
+            document = self.order.document(stream, count)
+            return self.source.encoded(document, self.tokenizer), document
 
         d = self.data
         for row, after in pack(d.packing, read, d.sequence_length, d.max_documents_per_row,

@@ -69,13 +69,12 @@ def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: Ma
     for number, (name, documents) in enumerate(groups.items()):
         if not len(documents):
             raise InputError(f"{source.name}: no documents {f'of label {name!r} ' if name else ''}to choose experts by")
-        texts = [source[int(i)].text for i in documents]
-        packed = _pack(config.data, [tokenizer.encode_document(text)[:tokens] for text in texts])
+        packed = _pack(config.data, [source.encoded(int(i), tokenizer)[:tokens] for i in documents])
         rows += packed
         owners += [number] * len(packed)
-        hashes = [document_hash(text) for text in texts]
+        hashes = [document_hash(source[int(i)].text) for i in documents]
         about.append({"path": source.name, "hash": hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:16],
-                      "documents": len(texts), "tokens": int(sum((r["segment_ids"] > 0).sum() for r in packed)),
+                      "documents": len(documents), "tokens": int(sum((r["segment_ids"] > 0).sum() for r in packed)),
                       "document_hashes": hashes})
     fields = _fields(*(np.stack([r[name] for r in rows]) for name in ("tokens", "segment_ids")))
     return Calibration(fields, np.array(owners), tuple(groups), tuple(about))
