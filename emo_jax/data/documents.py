@@ -8,13 +8,15 @@ import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 
 class Encoder(Protocol):
     """A `Tokenizer`, as far as a source knows it: one can be trained on a source."""
+
+    sha256: str  # of its tokenizer.json
 
     def encode_document(self, text: str) -> np.ndarray: ...
 
@@ -37,6 +39,7 @@ class Source:
     name: str
     labels: list[str]
     fingerprint: str
+    tokenizer: Any = None  # that of a source of tokens
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -46,6 +49,10 @@ class Source:
 
     def label(self, i: int) -> str:
         return self[i].label
+
+    def split(self, data: Any) -> Any:
+        """(documents to train on, held-out ones) by a `DataConfig`, if that was decided when the source was written."""
+        return None
 
     def encoded(self, i: int, tokenizer: Encoder) -> np.ndarray:
         """[n] int32: the tokens of document `i`, the end-of-document token included."""

@@ -23,3 +23,7 @@ def is_repetitive(tokens: np.ndarray, max_period: int = MAX_PERIOD, min_times: i
         if np.diff(edges).max() - 1 >= needed:
             return True
     return False
+
+
+def repetitive_rows(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.array([is_repetitive(row[:n]) for row, n in zip(tokens, lengths)])

@@ -30,10 +30,33 @@ class TrainIndices:
         return int(i + np.searchsorted(self._smaller, i, side="right"))
 
 
-def split(source: Source, data: DataConfig, seed: int) -> tuple[TrainIndices, np.ndarray]:
+class DocumentRanges:
+    """The document numbers of successive ranges (first, count): a sequence that is not stored."""
+
+    def __init__(self, ranges: list[tuple[int, int]]):
+        self._firsts = np.array([first for first, _ in ranges], np.int64)
+        self._starts = np.cumsum([0] + [count for _, count in ranges])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return int(self._firsts[number] + i - self._starts[number])
+
+
+DocumentNumbers = TrainIndices | DocumentRanges
+
+
+def split(source: Source, data: DataConfig, seed: int) -> tuple[DocumentNumbers, np.ndarray]:
     """(training documents, held-out documents [n] int64 sorted), none of a label of `data.leave_out_labels`. A document is
     held out by a hash of the seed and its number, so whether it is does not depend on the others; in a small source, every
-    label of two documents or more that the hash missed gives one."""
+    label of two documents or more that the hash missed gives one. A source that was split when it was written is taken so."""
+    own = source.split(data)
+    if own is not None:
+        return own
     total, left_out = len(source), documents_of_labels(source, data.left_out)
     held_out = _hashed(total, data.eval_fraction, seed)
     if data.eval_fraction > 0 and (total <= SMALL or not len(held_out)):
@@ -94,7 +117,7 @@ class DocumentOrder:
     """The endless stream of training documents, dealt out to the rows of a batch: row b of B reads the positions
     b, B + b, 2B + b, ... of the concatenated epochs, each epoch shuffled anew."""
 
-    def __init__(self, indices: TrainIndices, batch_size: int, seed: int, shuffle: bool):
+    def __init__(self, indices: DocumentNumbers, batch_size: int, seed: int, shuffle: bool):
         self.indices, self.batch_size, self.seed, self.shuffle = indices, batch_size, seed, shuffle
 
     def document(self, row: int, count: int) -> int:

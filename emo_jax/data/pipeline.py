@@ -24,7 +24,7 @@ from absl import flags
 from emo_jax.config import Config, DataConfig
 from emo_jax.data.documents import Source
 from emo_jax.data.filters import is_repetitive
-from emo_jax.data.order import DocumentOrder, TrainIndices, split
+from emo_jax.data.order import DocumentOrder, DocumentNumbers, split
 from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError
@@ -115,7 +115,7 @@ class TrainIterator:
 
 def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, process_index: int = 0,
                         process_count: int = 1, states: list[State] | None = None,
-                        train_indices: TrainIndices | None = None) -> TrainIterator:
+                        train_indices: DocumentNumbers | None = None) -> TrainIterator:
     """The training batches of host `process_index` of `process_count`, from the start or after `states` (of all
     B = train.batch_size streams in order). train_indices: those of `split`, to save computing them again."""
     batch_size = config.train.batch_size

@@ -88,5 +88,10 @@ def pack_index(ends: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([ends[::STRIDE], ends, np.asarray(ids, np.int64)])
 
 
+def index_documents(size: int) -> int:
+    """The number n of documents of an index of `size` bytes: n / STRIDE (rounded up) + 2 n entries of 8."""
+    return size // 8 * STRIDE // (2 * STRIDE + 1)
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import tokenizers
 
 from emo_jax.config import Config
 from emo_jax.data.documents import Source
-from emo_jax.data.order import TrainIndices, mix
+from emo_jax.data.order import DocumentNumbers, mix
 from emo_jax.errors import InputError
 from emo_jax.files import given_path, make_folder, replacing
 
@@ -43,6 +45,11 @@ class Tokenizer:
                              f"are {special}")
         self.eos_id = eos_id
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int32, without an end-of-document token."""
@@ -87,11 +94,14 @@ class Tokenizer:
         return Tokenizer, (self.path, self.eos_token)
 
 
-def load_tokenizer(config: Config, source: Source, train_indices: TrainIndices | Sequence[int],
+def load_tokenizer(config: Config, source: Source, train_indices: DocumentNumbers | Sequence[int],
                    cache_dir: str | Path) -> Tokenizer:
     """The tokenizer of a run: data.tokenizer, else the one in `cache_dir`, else one trained on the documents and kept
     there. `InputError` if it has more tokens than the model."""
-    if config.data.tokenizer:
+    own = source.tokenizer
+    if own is not None:
+        tokenizer = own
+    elif config.data.tokenizer:
         tokenizer = Tokenizer(config.data.tokenizer, config.data.eos_token)
     else:
         tokenizer = train_bpe(source, train_indices, config.model.vocab_size, cache_dir, config.data.eos_token)
@@ -101,7 +111,7 @@ def load_tokenizer(config: Config, source: Source, train_indices: TrainIndices |
     return tokenizer
 
 
-def train_bpe(source: Source, indices: TrainIndices | Sequence[int], vocab_size: int, cache_dir: str | Path,
+def train_bpe(source: Source, indices: DocumentNumbers | Sequence[int], vocab_size: int, cache_dir: str | Path,
               eos_token: str) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens from a sample of the documents `indices`, saved as
     `cache_dir`/tokenizer.json; if that is there, it is used."""
@@ -126,7 +136,7 @@ def train_bpe(source: Source, indices: TrainIndices | Sequence[int], vocab_size:
     return Tokenizer(path, eos_token)
 
 
-def _sample(source: Source, indices: TrainIndices | Sequence[int]) -> list[str]:
+def _sample(source: Source, indices: DocumentNumbers | Sequence[int]) -> list[str]:
     """Texts of up to TRAINING_BYTES characters from documents all over the source; the same at every call."""
     total, texts, size = len(indices), [], 0
     order = np.arange(total)

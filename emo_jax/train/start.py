@@ -20,7 +20,7 @@ from emo_jax.checkpoints.compatibility import require_same_data, require_same_mo
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.data.evaluation import evaluation_rows
-from emo_jax.data.order import TrainIndices, split
+from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
@@ -69,7 +69,7 @@ class Documents:
     """The documents of a run: everything that its batches and its evaluation are made of."""
 
     source: Source
-    train: TrainIndices
+    train: DocumentNumbers
     held_out: np.ndarray
     tokenizer: Tokenizer
     fingerprint: dict[str, Any]
