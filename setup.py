@@ -1,5 +1,6 @@
-"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[report,eval]` for figures and clusters, tasks; `.[test]`,
-`.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB) and `.[check]` for changing it."""
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[report,eval]` for figures
+and clusters, tasks; `.[test]`, `.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB) and `.[check]` for
+changing it."""
 
 import pathlib
 import re
@@ -12,6 +13,7 @@ here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
 report = ["matplotlib", "scikit-learn", "scipy"]
 evaluation = ["lm-eval>=0.4.13"]
+buckets = {"gcs": ["gcsfs"], "s3": ["s3fs"]}
 gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
 
 
@@ -39,16 +41,18 @@ setup(
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich", "tensorboardX",
-        "ml_dtypes", "numpy", "absl-py",
+        "ml_dtypes", "numpy", "absl-py", "etils[epath]", "fsspec",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]", *gpu_attention],
         "gpu-attention": gpu_attention,
+        **buckets,
         "completion": ["shtab"],
         "report": report,
         "eval": evaluation,
-        "test": ["pytest", "pytest-xdist", "beartype", "safetensors", "shtab", *report],
+        "test": ["pytest", "pytest-xdist", "beartype", "safetensors", "shtab", *report,
+                 *buckets["gcs"], *buckets["s3"], "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
         "test-clients": [*evaluation, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more
     },

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,30 +70,6 @@ class Examples(Source):
 
     def __getitem__(self, i: int) -> Document:
         return Document(self._texts[i], self.labels[0], int(i))
-
-
-class FileReader:
-    """Byte ranges of files, keeping the most recent files open. A pickled copy starts with none open."""
-
-    def __init__(self, max_open: int = 64):
-        self.max_open = max_open
-        self._open = OrderedDict()
-
-    def read(self, path: str, start: int, length: int) -> bytes:
-        file = self._open.pop(path, None) or open(path, "rb")  # noqa: SIM115  stays open
-        self._open[path] = file  # the most recent is last
-        if len(self._open) > self.max_open:
-            self._open.popitem(last=False)
-        data = os.pread(file.fileno(), length, start)
-        while len(data) < length:  # a file system may return less than asked
-            more = os.pread(file.fileno(), length - len(data), start + len(data))
-            if not more:
-                raise OSError(f"{path}: the file ends at byte {start + len(data)}; it was changed while in use")
-            data += more
-        return data
-
-    def __reduce__(self):
-        return FileReader, (self.max_open,)
 
 
 def cache_folder() -> Path:

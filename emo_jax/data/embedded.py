@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from emo_jax.data.documents import Document, FileReader, Source, hash_text
+from emo_jax.data.documents import Document, Source, hash_text
+from emo_jax.data.ranges import RangeReader
 
 BYTES_PER_LABEL = 5_000_000
 DOCUMENT_BYTES = 20_000  # longer files are cut at line ends into documents of at most this size
@@ -40,7 +41,7 @@ class EmbeddedSource(Source):
         rows = [(number, start, length, self.labels.index(label))
                 for number, (_, label, pieces) in enumerate(files) for start, length in pieces]
         self._pieces = np.array(rows, np.int32).reshape(-1, 4)  # file, first byte, length, label
-        self._reader = FileReader()
+        self._reader = RangeReader()
         self.fingerprint = hash_text(*(x for path, label, pieces in files for x in (path.name, label, pieces)))
 
     def __len__(self) -> int:

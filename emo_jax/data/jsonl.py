@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from emo_jax.data.documents import Document, FileReader, Source, cache_folder, hash_text
+from emo_jax.data.documents import Document, Source, cache_folder, hash_text
+from emo_jax.data.ranges import RangeReader
 from emo_jax.errors import InputError
 from emo_jax.progress import Progress
 
@@ -32,7 +33,7 @@ class JsonlSource(Source):
         self.name, self.text_field = name, text_field
         self._files = [_IndexedFile(p, text_field, label_field) for p in paths]
         self._starts = np.cumsum([0] + [f.count for f in self._files])
-        self._reader = FileReader()
+        self._reader = RangeReader()
         self.labels = sorted({label for f in self._files for label in f.labels})
         self.fingerprint = hash_text(*(x for f in self._files for x in (f.path.name, f.size, f.count)))
 

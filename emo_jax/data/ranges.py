@@ -1,0 +1,253 @@
+"""Byte ranges of files, local ones and objects of buckets.
+
+Local files are read directly. Objects are read by pages, which are kept up to a budget of memory; missing pages that lie
+close together are one request, and all requests of a call are under way at once (by TensorStore's drivers, which take a
+fifth of the processor time of fsspec's and hold no lock of Python; but no library keeps pages within one budget for all
+files, or counts what it fetched).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from emo_jax import buckets
+from emo_jax.errors import InputError, RunError
+
+PAGE = 128 << 10
+MERGED = 4 << 20  # the most that one request asks for
+GAP = 1  # pages already there, or not asked for, that are fetched again to save a request
+REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND", "INVALID_ARGUMENT")
+BEYOND = ("OUT_OF_RANGE", "FAILED_PRECONDITION")  # how servers say that a range is not within the object
+
+log = logging.getLogger(__name__)
+
+Page = tuple[str, int]  # a URL, and the number of a page in it
+
+
+@dataclass(frozen=True)
+class Retries:
+    """Of requests that fail in a way that may pass: 429, 5xx, a cut or missing answer. seconds: the first pause, doubled up
+    to `longest`. timeout: seconds without any answer after which a request counts as failed."""
+
+    tries: int = 6
+    seconds: float = 0.5
+    longest: float = 16.0
+    timeout: float = 30.0
+
+
+RETRIES = Retries()
+
+
+class RangeReader:
+    """Thread-safe. A pickled copy starts with no file open and nothing kept.
+
+    budget: bytes of memory for pages of objects. max_open: local files that stay open.
+    """
+
+    def __init__(self, budget: int = 1 << 30, max_open: int = 64, retries: Retries = RETRIES):
+        self.budget, self.max_open, self.retries = budget, max_open, retries
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._pages: OrderedDict[Page, bytes] = OrderedDict()  # the most recent is last
+        self._coming: dict[Page, Future] = {}
+        self._stores: dict[str, Any] = {}
+        self._counts = dict.fromkeys(("asked_bytes", "fetched_bytes", "requests", "cached_bytes", "retries"), 0)
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """Raises `InputError` if the file is not there or ends before, `RunError` when a server fails all tries."""
+        return self.read_many([(path, start, length)])[0]
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """The bytes of all (path, start, length), which must fit in memory together. Errors as in `read`."""
+        wanted = {(path, n) for path, start, length in ranges if buckets.is_url(path)
+                  for n in range(start // PAGE, -(-(start + length) // PAGE))}
+        pages = self._get(sorted(wanted)) if wanted else {}
+        with self._lock:
+            self._counts["asked_bytes"] += sum(length for _, _, length in ranges)
+        return [_cut(pages, *r) if buckets.is_url(r[0]) else self._read_local(*r) for r in ranges]
+
+    def size(self, path: str) -> int:
+        """Bytes of a file. Raises `InputError` if there is none."""
+        try:
+            return int(buckets.filesystem(path).size(path) or 0) if buckets.is_url(path) else os.stat(path).st_size
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
+
+    def statistics(self) -> dict[str, int]:
+        """Sums so far: asked_bytes, of all files; fetched_bytes, requests and retries, of objects. cached_bytes: now."""
+        with self._lock:
+            return dict(self._counts)
+
+    def __reduce__(self):
+        return RangeReader, (self.budget, self.max_open, self.retries)
+
+    # ---- local files ----
+
+    def _read_local(self, path: str, start: int, length: int) -> bytes:
+        with self._lock:
+            file = self._open.pop(path, None) or open(path, "rb")  # noqa: SIM115  stays open
+            self._open[path] = file  # the most recent is last
+            if len(self._open) > self.max_open:
+                self._open.popitem(last=False)  # closed when no other thread reads it
+        data = os.pread(file.fileno(), length, start)
+        while len(data) < length:  # a file system may return less than asked
+            more = os.pread(file.fileno(), length - len(data), start + len(data))
+            if not more:
+                raise OSError(f"{path}: the file ends at byte {start + len(data)}; it was changed while in use")
+            data += more
+        return data
+
+    # ---- objects ----
+
+    def _get(self, wanted: list[Page]) -> dict[Page, bytes]:
+        """The pages: kept ones, those that another thread is fetching, and the others, fetched here."""
+        found, awaited, mine = {}, {}, {}
+        with self._lock:
+            for page in wanted:
+                if page in self._pages:
+                    self._pages.move_to_end(page)
+                    found[page] = self._pages[page]
+                elif page in self._coming:
+                    awaited[page] = self._coming[page]
+                else:
+                    mine[page] = self._coming[page] = Future()
+        try:
+            self._fetch(list(_runs(mine)), mine, found)
+        except BaseException as e:
+            for future in mine.values():
+                if not future.done():
+                    future.set_exception(e)
+            raise
+        finally:
+            with self._lock:
+                for page in mine:
+                    del self._coming[page]
+        return found | {page: future.result() for page, future in awaited.items()}
+
+    def _fetch(self, runs: list[Run], mine: dict[Page, Future], found: dict[Page, bytes]) -> None:
+        """Reads all runs at once, then again those that failed, after ever longer pauses."""
+        r, failed = self.retries, []
+        for attempt in range(1, r.tries + 1):
+            reads = [(run, self._ask(run)) for run in runs]
+            failed = []
+            for run, future in reads:
+                try:
+                    data = self._answer(run, future)
+                except InputError:
+                    raise
+                except (ValueError, TimeoutError) as e:
+                    failed.append((run, str(e) or f"no answer in {r.timeout:g} s"))
+                    continue
+                for i in range(run.count):
+                    page = data[i * PAGE:(i + 1) * PAGE]
+                    self._keep((run.url, run.first + i), page, mine, found)
+            if not failed:
+                return
+            pause = min(r.seconds * 2 ** (attempt - 1), r.longest) * random.uniform(0.75, 1.25)
+            for run, error in failed if attempt < r.tries else ():
+                log.warning("%s: %s; again in %.1f s (%d of %d)", run, error, pause, attempt, r.tries - 1)
+            runs = [run for run, _ in failed]
+            if attempt < r.tries:
+                with self._lock:
+                    self._counts["retries"] += len(failed)
+                time.sleep(pause)
+        run, error = failed[0]
+        raise RunError(f"{run}: cannot be read after {r.tries} tries; the last error: {error}")
+
+    def _keep(self, page: Page, data: bytes, mine: dict[Page, Future], found: dict[Page, bytes]) -> None:
+        if page in mine:
+            found[page] = data
+            mine[page].set_result(data)
+        with self._lock:
+            old = self._pages.pop(page, b"")
+            self._pages[page] = data
+            self._counts["cached_bytes"] += len(data) - len(old)
+            while self._counts["cached_bytes"] > self.budget:
+                self._counts["cached_bytes"] -= len(self._pages.popitem(last=False)[1])
+
+    def _ask(self, run: Run, to_the_end: bool = False) -> Any:
+        import tensorstore as ts
+
+        scheme, bucket, key = buckets.split_url(run.url)
+        root = f"{scheme}://{bucket}/"
+        with self._lock:
+            self._counts["requests"] += 1
+            if root not in self._stores:  # without retries of its own, which nobody would see
+                spec = buckets.kvstore(root, request_retries={"max_retries": 0})
+                self._stores[root] = ts.KvStore.open(spec).result()
+        return self._stores[root].read(key, byte_range=slice(run.start, None if to_the_end else run.end))
+
+    def _answer(self, run: Run, future: Any) -> bytes:
+        """The bytes of a run, fewer where the object ends. `ValueError` and `TimeoutError` may pass, others do not."""
+        try:
+            answer = future.result(timeout=self.retries.timeout)
+        except ValueError as e:
+            if str(e).startswith(REFUSED):
+                raise InputError(f"{run}: cannot be read ({e})") from None
+            if not str(e).startswith(BEYOND):
+                raise
+            try:
+                answer = self._ask(run, to_the_end=True).result(timeout=self.retries.timeout)
+            except ValueError as e:
+                if not str(e).startswith(BEYOND):
+                    raise
+                return b""  # all of it is beyond the end
+        if answer.state == "missing":
+            raise InputError(f"{run.url}: no such object")
+        with self._lock:
+            self._counts["fetched_bytes"] += len(answer.value)
+        return answer.value
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pages that one request asks for."""
+
+    url: str
+    first: int
+    count: int
+
+    @property
+    def start(self) -> int:
+        return self.first * PAGE
+
+    @property
+    def end(self) -> int:
+        return (self.first + self.count) * PAGE
+
+    def __str__(self) -> str:
+        return f"{self.url} bytes {self.start}..{self.end - 1}"
+
+
+def _runs(pages: Iterable[Page]) -> Iterable[Run]:
+    """Sorted pages as runs of at most MERGED bytes."""
+    url, first, last = "", 0, -1
+    for page_url, number in pages:
+        if page_url == url and number - last - 1 <= GAP and (number + 1 - first) * PAGE <= MERGED:
+            last = number
+            continue
+        if url:
+            yield Run(url, first, last + 1 - first)
+        url, first, last = page_url, number, number
+    if url:
+        yield Run(url, first, last + 1 - first)
+
+
+def _cut(pages: dict[Page, bytes], url: str, start: int, length: int) -> bytes:
+    numbers = range(start // PAGE, -(-(start + length) // PAGE))
+    joined = b"".join(pages[url, n] for n in numbers)
+    offset = start - numbers.start * PAGE
+    data = joined[offset:offset + length]
+    if len(data) < length:
+        raise InputError(f"{url}: the object ends at byte {numbers.start * PAGE + len(joined)}, before byte {start + length}; "
+                         f"it was cut off, or changed while in use")
+    return data
