@@ -76,6 +76,8 @@ class DataConfig:
     # tokens: what `emo-jax data tokenize` wrote; olmo: flat token files, or a mix file of `label,path` lines.
     format: Literal["auto", "embedded", "jsonl", "text", "tfds", "arrayrecord", "parquet", "arrow", "tokens", "olmo"] = "auto"
     text_field: str = "text"
+    mix_root: str = ""  # where the relative paths of a mix file begin; "": the folder of the file
+    mix_tokenizer: str = "allenai/dolma2-tokenizer"  # what {TOKENIZER} in the paths of a mix file stands for
     tokens_field: str = ""  # of records that hold token ids instead of text
     label_field: str = "source"  # label of a document, for evaluation by label
     leave_out_labels: str = ""  # "a,b": documents of these labels are neither trained on nor held out

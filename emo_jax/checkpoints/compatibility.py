@@ -8,7 +8,7 @@ from emo_jax.errors import InputError
 # Fields below these may change from one start of a run to the next; everything else under `data`, `seed` and
 # `train.batch_size` fixes which tokens step k sees, and `model` and `router` fix what the parameters mean.
 FREE_DATA_FIELDS = tuple(f"data.{name}" for name in (
-    "path", "format", "tokenizer", "workers", "text_field", "tokens_field", "eval_path", "max_skipped", "cache_gb"))
+    "path", "format", "tokenizer", "workers", "text_field", "tokens_field", "eval_path", "max_skipped", "cache_gb", "mix_root"))
 
 
 def _differences(saved: Config, given: Config, prefixes: tuple[str, ...], free: tuple[str, ...] = ()) -> list[str]:

@@ -45,8 +45,9 @@ class Mixture:
                 break
             rounds = int(((ends - bases)[active] // counts[active]).min())
             if rounds:
-                self._pieces.append(_Piece(first, first + rounds * MIXED, counts, bases))
-                first, bases = first + rounds * MIXED, bases + rounds * counts
+                end = first + rounds * int(counts.sum())
+                self._pieces.append(_Piece(first, end, counts, bases))
+                first, bases = end, bases + rounds * counts
             bases = np.where(active & (ends - bases < counts), ends, bases)
         self.rows: int | None = first  # None: without end
         self._patterns = [_pattern(piece.counts) for piece in self._pieces]

@@ -75,7 +75,7 @@ class TrainIterator:
             rows = rows.mp_prefetch(options, worker_init_fn=_start_worker)
         batches = rows.batch(len(numbers), drop_remainder=True, batch_fn=_stack)
         self._iterator = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))]
-        self.close = weakref.finalize(self, _close, self._iterator)  # also called when the process ends
+        self.close = weakref.finalize(self, close_iterator, self._iterator)  # also called when the process ends
 
     def __iter__(self) -> TrainIterator:
         return self
@@ -147,7 +147,7 @@ def array_to_states(array: np.ndarray) -> list[State]:
     return [row[row >= 0].tolist() for row in np.asarray(array)]
 
 
-def _close(iterator: list) -> None:
+def close_iterator(iterator: list) -> None:
     """Ends the background thread and the worker processes. Grain's objects are collected here, because those that
     live until the interpreter is torn down complain."""
     iterator.pop().close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -19,20 +18,20 @@ from emo_jax.errors import InputError
 OLMO_UNIT = 8192  # tokens that the published order keeps together
 
 
-class Layout(Protocol):
+class Layout:
     count: int  # rows of an epoch
 
     def cuts(self, positions: np.ndarray) -> list[Cut]:
         """Those at positions in the concatenated epochs."""
-        ...
+        raise NotImplementedError
 
     def unread(self, position: int) -> tuple[int, int]:
         """(epoch, part): the first part of the data, independent of the sequence length, that no row before `position` is of."""
-        ...
+        raise NotImplementedError
 
     def position(self, epoch: int, part: int) -> int:
         """The first row of a part."""
-        ...
+        raise NotImplementedError
 
 
 def make_layout(source: TokenSource, sections: Sequence[int], data: DataConfig, seed: int) -> Layout:
@@ -41,7 +40,7 @@ def make_layout(source: TokenSource, sections: Sequence[int], data: DataConfig, 
     return BlockLayout((BestFit if data.packing == "best_fit" else ConcatAndSplit)(source, sections, data), seed)
 
 
-class BlockLayout:
+class BlockLayout(Layout):
     """The rows of a packer in the order of `BlockOrder`."""
 
     def __init__(self, packer: Packer, seed: int):
@@ -88,7 +87,7 @@ class Planner:
         return count - len(dropped), dropped
 
 
-class OlmoLayout:
+class OlmoLayout(Layout):
     """The published order (OLMo-core's NumpyFSLDataset and data loader): each file is cut to a multiple of OLMO_UNIT tokens,
     units are shuffled by PCG64(seed + epoch) with epochs from 1, and a unit's rows follow each other. The permutation of an
     epoch is held in memory, 4 bytes a unit."""

@@ -47,8 +47,11 @@ class RowStream:
         self.mixture = Mixture(shares, self._bases(before), limits)
 
     def rows(self, numbers: np.ndarray) -> Row:
+        return self.rows_and_cuts(numbers)[0]
+
+    def rows_and_cuts(self, numbers: np.ndarray) -> tuple[Row, list[Cut]]:
         """Arrays [n, T] of rows `numbers` [n] of the stage: tokens, targets, segment_ids, document_ids, labels int32,
-        loss_weights float32; labels: index into `source.labels`. Raises `RunError` beyond the last row."""
+        loss_weights float32; labels: index into `source.labels`; and what they are made of. Raises `RunError` beyond the last row."""
         config, data = self.config, self.config.data
         cuts = self.cuts(numbers)
         rows = make_rows(self.source, cuts, data, config.model.vocab_size)
@@ -57,7 +60,7 @@ class RowStream:
         label_of = {label: number for number, label in enumerate(self.source.labels)}
         rows["labels"] = np.empty_like(rows["tokens"])
         rows["labels"][:] = np.array([label_of[self.source.sections[cut.section].label] for cut in cuts])[:, None]
-        return rows
+        return rows, cuts
 
     def cuts(self, numbers: np.ndarray) -> list[Cut]:
         try:

@@ -1,0 +1,80 @@
+"""The batches of one host from token files: rows by index, read ahead by Grain in threads."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import grain
+import numpy as np
+
+from emo_jax.data.pipeline import FIELDS, close_iterator
+from emo_jax.data.stream import RowStream
+
+_WITHOUT_END = 1 << 40  # batches; how many there are is decided by whoever asks for them
+
+
+class TokenBatches:
+    """Yields dicts of numpy arrays [B / hosts, T]: `FIELDS`, and `labels` (index into the source's labels) where there are
+    several. Batch k of the stage holds its rows from first + kB on, of which host h of H has the h-th H-th.
+
+    first: the row of the stage to begin at. group: (h, H). threads: that read ahead.
+    """
+
+    def __init__(self, stream: RowStream, first: int, batch_size: int, group: tuple[int, int] = (0, 1), threads: int = 1):
+        self.stream, self.first, self.batch_size = stream, first, batch_size
+        self.read = 0  # batches that were returned
+        self._counts = dict.fromkeys(("rows", "padding_tokens", "filtered_rows", "rows_at_document_limit"), 0)
+        batches = grain.MapDataset.source(_Batches(stream, first, batch_size, group)).to_iter_dataset(
+            grain.ReadOptions(num_threads=max(1, threads), prefetch_buffer_size=max(2, 2 * threads)))
+        self._iterator = [iter(batches)]
+        self.close = weakref.finalize(self, close_iterator, self._iterator)
+
+    def __iter__(self) -> TokenBatches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch, counts = next(self._iterator[0])
+        self.read += 1
+        for name, count in counts.items():
+            self._counts[name] += count
+        return batch
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of the stage that all hosts have read after the batch returned last: with those of the stages before, the
+        whole position."""
+        return self.first + self.read * self.batch_size
+
+    @property
+    def epochs(self) -> float:
+        """How often the label that was read most has been read."""
+        return self.stream.epochs(self.rows_read)
+
+    def statistics(self) -> dict[str, int]:
+        """Sums over the batches returned so far: rows; padding_tokens; filtered_rows (without any loss);
+        rows_at_document_limit (cut because they hold data.max_documents_per_row documents)."""
+        return dict(self._counts)
+
+
+class _Batches:
+    """Batch k of a host, for Grain."""
+
+    def __init__(self, stream: RowStream, first: int, batch_size: int, group: tuple[int, int]):
+        index, count = group
+        self.stream, self.batch_size = stream, batch_size
+        self.first, self.own = first + index * (batch_size // count), batch_size // count
+
+    def __len__(self) -> int:
+        return _WITHOUT_END
+
+    def __getitem__(self, k: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        start = self.first + int(k) * self.batch_size
+        rows, cuts = self.stream.rows_and_cuts(np.arange(start, start + self.own))
+        positions = np.arange(self.stream.config.data.sequence_length, dtype=np.int32)  # absolute in the row, as published
+        rows["positions"] = np.tile(positions, (self.own, 1))
+        several = len(self.stream.source.labels) > 1
+        counts = {"rows": self.own, "padding_tokens": int((rows["segment_ids"] == 0).sum()),
+                  "filtered_rows": int((rows["loss_weights"].max(axis=1) == 0).sum()),
+                  "rows_at_document_limit": sum(cut.beyond > 0 for cut in cuts)}
+        return {name: rows[name] for name in (*FIELDS, "labels")[:None if several else -1]}, counts
