@@ -7,6 +7,7 @@ with AWS_REGION; STORAGE_EMULATOR_HOST.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ def split_url(url: str) -> tuple[str, str, str]:
     return scheme, bucket, key
 
 
+def without_scheme(url: object) -> str:
+    return str(url).partition("://")[2]
+
+
 def require_package(url: str, field: str) -> None:
     """Raises `InputError` naming the extra that `url`, which a person gave as `field`, needs."""
     package, extra = PACKAGES[split_url(url)[0]]
@@ -38,16 +43,24 @@ def require_package(url: str, field: str) -> None:
         importlib.import_module(package)
     except ImportError:
         raise InputError(f"{field} {url} is in a bucket, which needs {package}: pip install 'emo-jax[{extra}]'") from None
+    _forget_listings()
+
+
+@functools.cache
+def _forget_listings() -> None:
+    """Else fsspec's listings, etils's included, stay as they were before TensorStore, or another process, wrote there."""
+    import fsspec.config
+
+    for protocol in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
 
 
 def filesystem(url: str) -> AbstractFileSystem:
-    """The fsspec file system of a URL; it knows no listing of before."""
+    """The fsspec file system of a URL."""
     import fsspec
 
-    scheme = split_url(url)[0]
     require_package(url, "the path")
-    system = fsspec.filesystem(scheme, use_listings_cache=False)
-    return system
+    return fsspec.filesystem(split_url(url)[0])
 
 
 def kvstore(url: str, **context: Any) -> dict[str, Any]:

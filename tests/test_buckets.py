@@ -2,17 +2,25 @@
 told to (`servers`)."""
 
 import dataclasses
+import gzip
 import os
 import pickle
+import re
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
 import servers
+import zstandard
 from servers import BUCKET, SCHEMES, Fault
+from tiny_run import write_documents
 
+from emo_jax.config import DataConfig
 from emo_jax.data.ranges import MERGED, PAGE, RangeReader, Retries
+from emo_jax.data.sources import open_source
+from emo_jax.data.tokenizer import Tokenizer, train_bpe
 from emo_jax.errors import InputError, RunError
 
 QUICK = Retries(tries=3, seconds=0.01, timeout=5)
@@ -47,6 +55,15 @@ def test_ranges_of_an_object_are_those_of_a_file(scheme, tmp_path):
     assert reader.read_many([(url, *p) for p in parts]) == reader.read_many([(str(path), *p) for p in parts])
     assert reader.size(url) == reader.size(str(path)) == len(data)
     assert pickle.loads(pickle.dumps(reader)).read(url, 1, 2) == data[1:3]
+
+
+def test_a_known_size_saves_the_request_that_would_find_the_end(scheme, buckets):
+    url = put(scheme, "known.bin", bytes(PAGE + 7))
+    for sizes, requests in (({}, 2), ({url: PAGE + 7}, 1)):
+        reader = RangeReader(sizes=sizes)
+        assert len(reader.read(url, 10, PAGE - 3)) == PAGE - 3 and reader.statistics()["requests"] == requests
+    with pytest.raises(InputError, match=f"the object ends at byte {PAGE + 7}, before byte {2 * PAGE}"):
+        RangeReader(sizes={url: 2 * PAGE}).read(url, 0, 2 * PAGE)  # it was longer when it was listed
 
 
 def test_near_pages_are_one_request_and_kept_ones_none(buckets):
@@ -122,4 +139,93 @@ def test_a_read_takes_what_delay_and_bandwidth_ask_for(buckets):
     buckets.proxies["s3"].delay = 0.05
     began = time.monotonic()
     reader.read_many([(url, i * 7919 * 4096 % (31 << 20), 16 << 10) for i in range(1024)])
-    assert time.monotonic() - began < 3 and reader.statistics()["requests"] < 20
+    assert time.monotonic() - began < 10 and reader.statistics()["requests"] < 20
+
+
+# ---- documents and tokenizers ----
+
+
+def put_folder(scheme: str, folder: Path, key: str) -> str:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(scheme, f"{key}/{path.relative_to(folder)}", path.read_bytes())
+    return f"{scheme}://{BUCKET}/{key}"
+
+
+def documents(folder: Path, kind: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_documents(folder / "all.jsonl", 60)
+    lines = (folder / "all.jsonl").read_bytes()
+    (folder / "all.jsonl").unlink()
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        if kind == "text":
+            for i, line in enumerate(lines.splitlines()[:4]):
+                (folder / name / f"{i}.txt").write_bytes(line)
+        else:
+            data = gzip.compress(lines) if kind == "jsonl.gz" else zstandard.compress(lines) if kind == "jsonl.zst" else lines
+            (folder / name / f"part.{kind}").write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "text"])
+def test_documents_of_a_bucket_are_those_of_a_folder(scheme, buckets, tmp_path, kind, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = documents(tmp_path / "texts", kind)
+    url = put_folder(scheme, folder, f"texts-{kind}")
+    local, there = (open_source(DataConfig(path=str(path))) for path in (folder, url))
+    assert [local[i] for i in range(len(local))] == [there[i] for i in range(len(there))]
+    assert (local.labels, local.fingerprint) == (there.labels, there.fingerprint)
+    assert (f"{url}/one/part.{kind} is compressed" in capsys.readouterr().err) == (kind in ("jsonl.gz", "jsonl.zst"))
+    copied = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("data.jsonl"))
+    assert bool(copied) == (kind in ("jsonl.gz", "jsonl.zst"))
+    pattern = "*.txt" if kind == "text" else "part*"
+    assert len(open_source(DataConfig(path=f"{url}/*/{pattern}"))) == len(local)
+    copy = pickle.loads(pickle.dumps(there))
+    assert copy[3] == local[3]
+
+
+def test_a_bucket_is_listed_once_however_many_files(scheme, buckets, tmp_path):
+    url = put_folder(scheme, documents(tmp_path, "jsonl"), "listed")
+    open_source(DataConfig(path=url))
+    buckets.reset()
+    source = open_source(DataConfig(path=url))
+    assert [source[i] for i in range(len(source))]
+    kinds = [(method, "part.jsonl" in path) for method, path, _ in buckets.proxies[scheme].requests]
+    assert kinds.count(("GET", True)) == 2 and ("HEAD", True) not in kinds  # each file is read once
+    assert len(kinds) <= 8
+
+
+def test_a_listing_or_scan_survives_what_may_pass(scheme, buckets, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = put_folder(scheme, documents(tmp_path / "texts", "jsonl"), "flaky")
+    buckets.proxies[scheme].faults = [Fault("part.jsonl", 1, cut=True), Fault("", 1, status=503), Fault("flaky", 1, status=429)]
+    assert len(open_source(DataConfig(path=url))) == 120
+
+
+def test_what_is_not_in_a_bucket_is_named(scheme, tmp_path):
+    url = put_folder(scheme, documents(tmp_path, "jsonl"), "named")
+    for given, message in ((f"{url}x", "no such file or folder"), (f"{url}/*.gz", "no file matches"),
+                           ("http://x/y", "URL of another kind"), ("s3://", "the name of a bucket")):
+        with pytest.raises(InputError, match=re.escape(given) + ".*" + message):
+            open_source(DataConfig(path=given))
+    bad = put(scheme, "named/bad.jsonl", b'{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(InputError, match=f"{bad}: line 2: field 'text' is a int"):
+        open_source(DataConfig(path=url))
+
+
+def test_a_tokenizer_of_a_bucket_is_read_once(scheme, buckets, tmp_path):
+    source = open_source(DataConfig(path=str(write_documents(tmp_path / "d.jsonl"))))
+    local = train_bpe(source, range(10), 300, tmp_path, "<|endoftext|>")
+    put(scheme, "vocabulary/tokenizer.json", local.content)
+    buckets.reset()
+    folder = f"{scheme}://{BUCKET}/vocabulary"
+    tokenizer = Tokenizer(folder, "<|endoftext|>")
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode("red green").tolist() == local.encode("red green").tolist()
+    whole = "alt=media" if scheme == "gs" else "/vocabulary/tokenizer.json"
+    assert buckets.proxies[scheme].reads(whole) == 1
+    with pytest.raises(InputError, match=f"{folder}/nope.json.*no such file"):
+        Tokenizer(f"{folder}/nope.json", "<|endoftext|>")
+    trained = train_bpe(source, range(10), 300, f"{scheme}://{BUCKET}/trained", "<|endoftext|>")
+    assert trained.content == local.content == fsspec.filesystem(scheme).cat_file(f"{BUCKET}/trained/tokenizer.json")

@@ -2,7 +2,8 @@
 
 Every line is checked once, when a file is first opened. What is found (where each line starts, its label) is kept in
 the cache folder under the file's path, size and time of change, so that the next run opens at once and worker
-processes map the same pages. Compressed files are decompressed there, because they cannot be read from the middle.
+processes map the same pages. Compressed files are decompressed there, because they cannot be read from the middle; others,
+those of a bucket too, are read where they are.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from emo_jax.buckets import is_url
 from emo_jax.data.documents import Document, Source, cache_folder, hash_text
 from emo_jax.data.ranges import RangeReader
 from emo_jax.errors import InputError
-from emo_jax.progress import Progress
+from emo_jax.files import AnyPath, Listed
+from emo_jax.progress import Progress, say
 
 MAX_LABELS = 1000  # more of them in one file mean that the label field is no label
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -29,11 +32,12 @@ INDEX_VERSION = 1
 
 
 class JsonlSource(Source):
-    def __init__(self, name: str, paths: list[Path], text_field: str, label_field: str):
+    def __init__(self, name: str, files: list[Listed], text_field: str, label_field: str, cache_bytes: int = 1 << 30):
+        """cache_bytes: of memory for what is read from buckets."""
         self.name, self.text_field = name, text_field
-        self._files = [_IndexedFile(p, text_field, label_field) for p in paths]
+        self._files = [_IndexedFile(f, text_field, label_field) for f in files]
         self._starts = np.cumsum([0] + [f.count for f in self._files])
-        self._reader = RangeReader()
+        self._reader = RangeReader(cache_bytes, sizes={str(f.path): f.size for f in files if is_url(f.path)})
         self.labels = sorted({label for f in self._files for label in f.labels})
         self.fingerprint = hash_text(*(x for f in self._files for x in (f.path.name, f.size, f.count)))
 
@@ -61,17 +65,16 @@ class _IndexedFile:
     """A checked file. lines [n, 2] int64: first byte and length of each document's line in `data_path`;
     label_codes [n] int32: index into `labels`. Both are memory-mapped when first used, in each process."""
 
-    def __init__(self, path: Path, text_field: str, label_field: str):
-        self.path = path
-        stat = path.stat()
-        self.size = stat.st_size
-        key = hash_text(INDEX_VERSION, path.resolve(), stat.st_size, stat.st_mtime_ns, text_field, label_field)
+    def __init__(self, file: Listed, text_field: str, label_field: str):
+        self.path, self.size, version = file
+        where = self.path.resolve() if isinstance(self.path, Path) else self.path
+        key = hash_text(INDEX_VERSION, where, self.size, version, text_field, label_field)
         self.folder = cache_folder() / "jsonl" / key
         if not (self.folder / "index.json").is_file():
-            _build_index(path, self.folder, text_field, label_field)
+            _build_index(file, self.folder, text_field, label_field)
         meta = json.loads((self.folder / "index.json").read_text())
         self.count, self.labels = meta["count"], meta["labels"]
-        self.data_path = self.folder / "data.jsonl" if meta["decompressed"] else path.resolve()
+        self.data_path = self.folder / "data.jsonl" if meta["decompressed"] else where
 
     @property
     def lines(self) -> np.ndarray:
@@ -90,20 +93,19 @@ class _IndexedFile:
         return {k: v for k, v in self.__dict__.items() if k != "_arrays"}
 
 
-def _build_index(path: Path, folder: Path, text_field: str, label_field: str) -> None:
-    """Checks every line of `path` and writes the index to `folder`: complete, or not at all."""
+def _build_index(listed: Listed, folder: Path, text_field: str, label_field: str) -> None:
+    """Checks every line of a file and writes the index to `folder`: complete, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
     try:
-        data_path = path
-        if path.suffix in (".gz", ".zst"):
-            data_path = temporary / "data.jsonl"
-            _decompress(path, data_path)
-        lines, codes, labels = _scan(data_path, path, text_field, label_field)
+        path, compressed = listed.path, listed.path.suffix in (".gz", ".zst")
+        if compressed:
+            listed = _decompress(listed, temporary / "data.jsonl")
+        lines, codes, labels = _scan(listed, path, text_field, label_field)
         np.save(temporary / "lines.npy", lines)
         np.save(temporary / "label_codes.npy", codes)
         (temporary / "index.json").write_text(json.dumps(
-            {"file": str(path), "count": len(codes), "labels": labels, "decompressed": data_path != path}))
+            {"file": str(path), "count": len(codes), "labels": labels, "decompressed": compressed}))
         try:
             temporary.rename(folder)
         except OSError:  # another process was faster: the same index is there already
@@ -113,11 +115,11 @@ def _build_index(path: Path, folder: Path, text_field: str, label_field: str) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _scan(data_path: Path, path: Path, text_field: str, label_field: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _scan(data: Listed, path: AnyPath, text_field: str, label_field: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     lines, codes, labels = array.array("q"), array.array("i"), {}
-    progress, start = Progress(f"checking {path}", data_path.stat().st_size), 0
+    progress, start = Progress(f"checking {path}", data.size), 0
     stem = path.name.split(".")[0]
-    with open(data_path, "rb") as file:
+    with RangeReader(budget=0).open(str(data.path), data.size) as file:
         for number, raw in enumerate(file, 1):
             if not raw.isspace():
                 try:
@@ -172,17 +174,22 @@ def _excerpt(raw: bytes) -> str:
     return repr(raw[:40].decode("utf-8", "replace")) + ("..." if len(raw) > 40 else "")
 
 
-def _decompress(path: Path, target: Path) -> None:
-    progress, total = Progress(f"decompressing {path} into {target.parent.parent}", path.stat().st_size), 0
+def _decompress(listed: Listed, target: Path) -> Listed:
+    path, total = listed.path, 0
+    progress = Progress(f"decompressing {path} into {target.parent.parent}", listed.size)
+    if not isinstance(path, Path):
+        say(f"{path} is compressed, so that its text is kept in {target.parent.parent}; an uncompressed one is read from the "
+            f"bucket")
     blocks = _gzip_blocks if path.suffix == ".gz" else _zstd_blocks
     try:
-        with open(path, "rb") as source, open(target, "wb") as out:
+        with RangeReader(budget=0).open(str(path), listed.size) as source, open(target, "wb") as out:
             for block in blocks(source):
                 out.write(block)
                 total += len(block)
                 progress.update(source.tell())
     except (EOFError, zlib.error, gzip.BadGzipFile, _Damaged) as e:
         raise InputError(f"{path}: damaged {path.suffix} file after {total:,} bytes of text ({e})") from None
+    return Listed(target, total, "")
 
 
 class _Damaged(Exception):
@@ -212,7 +219,7 @@ def _zstd_blocks(source) -> Iterator[bytes]:
         raise _Damaged("the file ends within a frame")
 
 
-def is_jsonl(path: Path) -> bool:
+def is_jsonl(path: AnyPath) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 

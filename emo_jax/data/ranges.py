@@ -8,19 +8,21 @@ files, or counts what it fetched).
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from emo_jax import buckets
 from emo_jax.errors import InputError, RunError
+from emo_jax.files import reason
 
 PAGE = 128 << 10
 MERGED = 4 << 20  # the most that one request asks for
@@ -50,11 +52,13 @@ RETRIES = Retries()
 class RangeReader:
     """Thread-safe. A pickled copy starts with no file open and nothing kept.
 
-    budget: bytes of memory for pages of objects. max_open: local files that stay open.
+    budget: bytes of memory for pages of objects. max_open: local files that stay open. sizes: of objects, where they are known
+    from a listing, which saves a request at the end of each.
     """
 
-    def __init__(self, budget: int = 1 << 30, max_open: int = 64, retries: Retries = RETRIES):
-        self.budget, self.max_open, self.retries = budget, max_open, retries
+    def __init__(self, budget: int = 1 << 30, max_open: int = 64, retries: Retries = RETRIES,
+                 sizes: Mapping[str, int] | None = None):
+        self.budget, self.max_open, self.retries, self.sizes = budget, max_open, retries, dict(sizes or {})
         self._lock = threading.Lock()
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._pages: OrderedDict[Page, bytes] = OrderedDict()  # the most recent is last
@@ -79,8 +83,13 @@ class RangeReader:
         """Bytes of a file. Raises `InputError` if there is none."""
         try:
             return int(buckets.filesystem(path).size(path) or 0) if buckets.is_url(path) else os.stat(path).st_size
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
+        except Exception as e:  # those of a bucket are of many kinds
+            raise InputError(f"{path}: cannot be read ({reason(e)})") from None
+
+    def open(self, path: str, size: int) -> io.BufferedReader:
+        """A file of that size, to be read from its beginning or anywhere."""
+        self.sizes[path] = size
+        return io.BufferedReader(_Opened(self, path, size), MERGED)
 
     def statistics(self) -> dict[str, int]:
         """Sums so far: asked_bytes, of all files; fetched_bytes, requests and retries, of objects. cached_bytes: now."""
@@ -88,7 +97,7 @@ class RangeReader:
             return dict(self._counts)
 
     def __reduce__(self):
-        return RangeReader, (self.budget, self.max_open, self.retries)
+        return RangeReader, (self.budget, self.max_open, self.retries, self.sizes)
 
     # ---- local files ----
 
@@ -184,7 +193,8 @@ class RangeReader:
             if root not in self._stores:  # without retries of its own, which nobody would see
                 spec = buckets.kvstore(root, request_retries={"max_retries": 0})
                 self._stores[root] = ts.KvStore.open(spec).result()
-        return self._stores[root].read(key, byte_range=slice(run.start, None if to_the_end else run.end))
+        end = max(min(run.end, self.sizes.get(run.url, run.end)), run.start + 1)
+        return self._stores[root].read(key, byte_range=slice(run.start, None if to_the_end else end))
 
     def _answer(self, run: Run, future: Any) -> bytes:
         """The bytes of a run, fewer where the object ends. `ValueError` and `TimeoutError` may pass, others do not."""
@@ -206,6 +216,29 @@ class RangeReader:
         with self._lock:
             self._counts["fetched_bytes"] += len(answer.value)
         return answer.value
+
+
+class _Opened(io.RawIOBase):
+    def __init__(self, reader: RangeReader, path: str, size: int):
+        self._reader, self._path, self._size, self._at = reader, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """As many bytes as fit; the buffer of `BufferedReader` is one request, and more are read at once."""
+        n = max(min(len(buffer), self._size - self._at), 0)
+        if n:
+            buffer[:n] = self._reader.read(self._path, self._at, n)
+        self._at += n
+        return n
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -17,22 +16,25 @@ from emo_jax.config import Config
 from emo_jax.data.documents import Source
 from emo_jax.data.order import DocumentNumbers, mix
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, make_folder, replacing
+from emo_jax.files import AnyPath, absolute_path, given_path, make_folder, reason, replacing
 
 TRAINING_BYTES = 10_000_000  # a new BPE is trained on that much text
 
 
 class Tokenizer:
     """path: a tokenizer.json or a folder that holds one. Special tokens written out in a text are plain text to it,
-    so that no document can forge the end of a document. Picklable by its path."""
+    so that no document can forge the end of a document. content: of the file, read if it is not given; a pickled copy has it,
+    so that worker processes read no file."""
 
-    def __init__(self, path: str | Path, eos_token: str):
-        path = given_path(path, "data.tokenizer").absolute()
-        self.path, self.eos_token = path / "tokenizer.json" if path.is_dir() else path, eos_token
-        if not self.path.is_file():
-            raise InputError(f"data.tokenizer={str(self.path)!r}: no such file; expected a tokenizer.json")
+    def __init__(self, path: str | AnyPath, eos_token: str, content: bytes | None = None):
+        self.path, self.eos_token = absolute_path(path, "data.tokenizer"), eos_token
+        if content is None:
+            if self.path.is_dir():
+                self.path = self.path / "tokenizer.json"
+            content = _read(self.path)
+        self.content = content
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises plain Exception
             raise InputError(f"data.tokenizer={str(self.path)!r}: not a tokenizer.json ({e})") from None
         self._tokenizer.no_truncation()
@@ -49,7 +51,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int32, without an end-of-document token."""
@@ -91,11 +93,20 @@ class Tokenizer:
         return sizes
 
     def __reduce__(self):
-        return Tokenizer, (self.path, self.eos_token)
+        return Tokenizer, (self.path, self.eos_token, self.content)
+
+
+def _read(path: AnyPath) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"data.tokenizer={str(path)!r}: no such file; expected a tokenizer.json") from None
+    except Exception as e:  # those of a bucket are of many kinds
+        raise InputError(f"data.tokenizer={str(path)!r}: cannot be read ({reason(e)})") from None
 
 
 def load_tokenizer(config: Config, source: Source, train_indices: DocumentNumbers | Sequence[int],
-                   cache_dir: str | Path) -> Tokenizer:
+                   cache_dir: str | AnyPath) -> Tokenizer:
     """The tokenizer of a run: data.tokenizer, else the one in `cache_dir`, else one trained on the documents and kept
     there. `InputError` if it has more tokens than the model."""
     own = source.tokenizer
@@ -111,11 +122,11 @@ def load_tokenizer(config: Config, source: Source, train_indices: DocumentNumber
     return tokenizer
 
 
-def train_bpe(source: Source, indices: DocumentNumbers | Sequence[int], vocab_size: int, cache_dir: str | Path,
+def train_bpe(source: Source, indices: DocumentNumbers | Sequence[int], vocab_size: int, cache_dir: str | AnyPath,
               eos_token: str) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens from a sample of the documents `indices`, saved as
     `cache_dir`/tokenizer.json; if that is there, it is used."""
-    path = Path(cache_dir) / "tokenizer.json"
+    path = given_path(cache_dir, "the folder of the tokenizer,") / "tokenizer.json"
     if path.is_file():
         return Tokenizer(path, eos_token)
     if vocab_size < 257:
@@ -132,7 +143,7 @@ def train_bpe(source: Source, indices: DocumentNumbers | Sequence[int], vocab_si
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
     make_folder(path.parent, "the folder of the tokenizer,")
     with replacing(path, f".{os.getpid()}.tmp") as temporary:
-        temporary.write_text(tokenizer.to_str(), "utf-8")
+        temporary.write_bytes(tokenizer.to_str().encode())
     return Tokenizer(path, eos_token)
 
 
