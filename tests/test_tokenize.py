@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -270,6 +271,32 @@ def test_a_folder_of_other_tokens_is_refused_and_the_tokenizer_is_recorded(confi
         write(changed(config, path=str(out)), tmp_path / "again")
     with pytest.raises(InputError, match="has 700 documents; expected at most one shard for each"):
         write(config, tmp_path / "many", shards=701)
+
+
+@pytest.mark.parametrize(("kind", "change", "sizes_tell", "message"), [
+    ("npy", lambda b: b[:-2], True, r"it has [\d,]+ bytes; manifest.json says [\d,]+ bytes"),
+    ("index", lambda b: b + b"0", True, r"it has [\d,]+ bytes; manifest.json says [\d,]+ bytes"),
+    ("npy", None, True, "there is no such file; manifest.json says"),
+    ("npy", lambda b: bytes([b[0] ^ 1]) + b[1:], False, r"its SHA-256 is \w{64}; manifest.json says \w{64}"),
+    ("index", lambda b: b[:-1] + b"1", False, r"its SHA-256 is \w{64}; manifest.json says \w{64}"),
+])
+def test_verify_names_the_file_that_is_wrong(config, tmp_path, capsys, kind, change, sizes_tell, message):
+    out = tmp_path / "out"
+    write(config, out, shards=3)
+    assert main(["data", "verify", str(out)]) == 0 and "700 documents" in capsys.readouterr().out
+    path = out / f"shard-00001-of-00003.{kind}"
+    path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    assert main(["data", "verify", str(out), "--sizes"]) == (2 if sizes_tell else 0)
+    assert main(["data", "verify", str(out)]) == 2
+    assert re.search(f"{path}: {message}", capsys.readouterr().err)
+
+
+def test_verify_refuses_another_tokenizer_and_a_folder_without_manifest(config, tmp_path, capsys):
+    write(config, tmp_path / "out", shards=1)
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    for folder, message in ((tmp_path / "out", "tokenizer.json: its SHA-256 is"), (tmp_path, "holds no manifest.json")):
+        assert main(["data", "verify", str(folder), "--sizes"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["3/3", "1", "a/2", "-1/2"])

@@ -59,6 +59,29 @@ def tokenize(args: Namespace) -> Result:
     return Result(result, lib.report(result))
 
 
+def add_verify(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="what `data tokenize` wrote")
+    parser.add_argument("--sizes", action="store_true", help="only the sizes of the files, as `train` does: reads none of them")
+
+
+def verify(args: Namespace) -> Result:
+    from emo_jax.data.shards import MANIFEST, parse_manifest
+    from emo_jax.data.verify import verify
+    from emo_jax.files import folder_path
+
+    folder = folder_path(args.folder, "DIR")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} holds no {MANIFEST}: not what `emo-jax data tokenize` wrote, or not complete")
+    manifest = parse_manifest(path.read_text(), str(path))
+    size = verify(folder, manifest, not args.sizes)
+    tokens, documents = sum(s.tokens for s in manifest.shards), sum(s.documents for s in manifest.shards)
+    result = {"shards": len(manifest.shards), "documents": documents, "tokens": tokens, "bytes": size,
+              "checksums": not args.sizes}
+    return Result(result, f"{folder}: {len(manifest.shards)} shards, {documents:,} documents, {tokens:,} tokens, {size:,} "
+                          f"bytes: {'sizes' if args.sizes else 'sizes and checksums'} are right")
+
+
 def add_inspect(parser: ArgumentParser) -> None:
     _add_config(parser)
     _add_run(parser)
@@ -95,6 +118,8 @@ COMMANDS = (
             ("emo-jax data tokenize emo_1b14b_1t --data.path='texts/*.jsonl.zst' --out tokens --no-duplicates",
              "emo-jax data tokenize emo_1b14b_1t --data.path=texts --out tokens --shards 1024 --shard $SLURM_ARRAY_TASK_ID/64"),
             "config"),
+    Command("data verify", "check the files of token shards against their manifest", add_verify, verify,
+            ("emo-jax data verify tokens",)),
     Command("data inspect", "what the documents are and how they look in a row", add_inspect, inspect,
             ("emo-jax data inspect emo_tiny --data.path='texts/*.jsonl.gz'",), "config"),
     Command("data bench", "rows and tokens a second by worker processes", add_bench, bench,
