@@ -30,12 +30,13 @@ class Progress:
         self.what, self.total, self.unit, self.every, self.first = what, total, unit, every, first
         self._start = self._last = time.monotonic()
 
-    def update(self, done: int) -> None:
-        """`done`: units so far, since the beginning."""
+    def update(self, done: int, tokens: int = 0) -> None:
+        """`done`: units so far, since the beginning. tokens: what came out, where that has a rate of its own."""
         now = time.monotonic()
         if now >= self._last + self.every:
             self._last = now
-            say(self._line(done, now - self._start))
+            line = self._line(done, now - self._start)
+            say(line + f", {tokens / (now - self._start):,.0f} tokens a second" * (tokens > 0))
 
     def _line(self, done: int, seconds: float) -> str:
         rate = (done - self.first) / seconds

@@ -3,15 +3,13 @@
 import itertools
 import json
 
-import numpy as np
 import pytest
 
 from emo_jax import progress
 from emo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from emo_jax.data.sources import open_source
-from emo_jax.data.tokenizer import Tokenizer
-from emo_jax.data.tools import bench, inspect, inspect_report, tokenize
-from emo_jax.errors import InputError
+from emo_jax.data.tokenize import open_tokenization, tokenize
+from emo_jax.data.tools import bench, inspect, inspect_report
 
 
 @pytest.fixture
@@ -22,22 +20,6 @@ def config(tmp_path, monkeypatch):
         json.dumps({"text": t, "source": "even" if i % 2 == 0 else "odd"}) + "\n" for i, t in enumerate(texts)))
     return Config(name="t", model=ModelConfig(vocab_size=300), train=TrainConfig(batch_size=4),
                   data=DataConfig(path=str(tmp_path / "d.jsonl"), sequence_length=32, max_documents_per_row=8))
-
-
-def test_tokenize_writes_every_document(config, tmp_path):
-    out = tmp_path / "tokens"
-    result = tokenize(config, out)
-    tokens, offsets = np.load(out / "tokens.npy"), np.load(out / "offsets.npy")
-    meta = json.loads((out / "documents.json").read_text())
-    source, tokenizer = open_source(config.data), Tokenizer(meta["tokenizer"], config.data.eos_token)
-    assert result == {"documents": 60, "tokens": len(tokens), "out": str(out)} and tokens.dtype == np.uint16
-    for i in range(60):
-        ids = tokens[offsets[i]:offsets[i + 1]]
-        assert ids[-1] == meta["eos_id"] and tokenizer.decode(ids[:-1]) == source[i].text
-        assert meta["labels"][meta["label_of_document"][i]] == source[i].label
-    assert {p.name for p in out.iterdir()} == {"tokens.npy", "offsets.npy", "documents.json", "tokenizer.json"}
-    with pytest.raises(InputError, match="exists; give another folder"):
-        tokenize(config, out)
 
 
 def test_inspect_counts_and_shows_a_row(config, tmp_path):
@@ -64,7 +46,7 @@ def test_reading_many_documents_shows_progress(config, tmp_path, capfd, monkeypa
     clock = itertools.count()
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     inspect(config, tmp_path)
-    tokenize(config, tmp_path / "tokens")
+    tokenize(open_tokenization(config, tmp_path / "tokens"), 1)
     err = capfd.readouterr().err
     for work in (f"reading a sample of {config.data.path}", f"tokenizing {config.data.path}"):
         assert f"{work}: " in err and "of 60 documents" in err

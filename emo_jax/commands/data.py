@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from emo_jax.commands import Command, Result, arguments
+from emo_jax.errors import InputError
 
 
 def _add_config(parser: ArgumentParser) -> None:
@@ -25,15 +27,59 @@ def _folder(path: str | None):
 
 def add_tokenize(parser: ArgumentParser) -> None:
     _add_config(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="tokens.npy, offsets.npy, documents.json")
+    parser.add_argument("--out", required=True, metavar="DIR", help="token shards, manifest.json, tokenizer.json; the same "
+                        "command goes on with what is unfinished there")
+    parser.add_argument("--shards", type=arguments.at_least(1), metavar="N", help="how many token files (default: 16)")
+    parser.add_argument("--shard", type=_part, default=(0, 1), metavar="I/N", help="only job I (from 0) of N that share the "
+                        "work, such as $JOB_COMPLETION_INDEX/64 or $SLURM_ARRAY_TASK_ID/64; --shards is then N if not given")
+    parser.add_argument("--processes", type=arguments.at_least(1), default=0, metavar="P", help="default: one a core")
+    parser.add_argument("--no-duplicates", action="store_true", help="of documents with the same text only the first")
+    parser.add_argument("--min-tokens", type=arguments.at_least(0), default=1, metavar="A",
+                        help="leave out shorter documents (default: 1: only empty ones)")
+    parser.add_argument("--max-tokens", type=arguments.at_least(0), default=0, metavar="B", help="leave out longer ones")
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ArgumentTypeError(f"{text!r} must be I/N such as 0/64, with I from 0 to N - 1")
+    return int(found[1]), int(found[2])
 
 
 def tokenize(args: Namespace) -> Result:
     from emo_jax.config import load_config
-    from emo_jax.data import tools
+    from emo_jax.data import tokenize as lib
 
-    result = tools.tokenize(load_config(args.config, args.overrides), args.out)
-    return Result(result, f"{result['documents']:,} documents, {result['tokens']:,} tokens in {result['out']}")
+    jobs = args.shard[1]
+    if args.shards and args.shards < jobs:
+        raise InputError(f"--shards {args.shards} is less than the {jobs} jobs of --shard")
+    job = lib.open_tokenization(load_config(args.config, args.overrides), args.out, args.shards or (jobs if jobs > 1 else 0),
+                                args.min_tokens, args.max_tokens, args.no_duplicates)
+    result = lib.tokenize(job, args.processes, args.shard)
+    return Result(result, lib.report(result))
+
+
+def add_verify(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="what `data tokenize` wrote")
+    parser.add_argument("--sizes", action="store_true", help="only the sizes of the files, as `train` does: reads none of them")
+
+
+def verify(args: Namespace) -> Result:
+    from emo_jax.data.shards import MANIFEST, parse_manifest
+    from emo_jax.data.verify import verify
+    from emo_jax.files import folder_path
+
+    folder = folder_path(args.folder, "DIR")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} holds no {MANIFEST}: not what `emo-jax data tokenize` wrote, or not complete")
+    manifest = parse_manifest(path.read_text(), str(path))
+    size = verify(folder, manifest, not args.sizes)
+    tokens, documents = sum(s.tokens for s in manifest.shards), sum(s.documents for s in manifest.shards)
+    result = {"shards": len(manifest.shards), "documents": documents, "tokens": tokens, "bytes": size,
+              "checksums": not args.sizes}
+    return Result(result, f"{folder}: {len(manifest.shards)} shards, {documents:,} documents, {tokens:,} tokens, {size:,} "
+                          f"bytes: {'sizes' if args.sizes else 'sizes and checksums'} are right")
 
 
 def add_inspect(parser: ArgumentParser) -> None:
@@ -68,8 +114,12 @@ def bench(args: Namespace) -> Result:
 
 
 COMMANDS = (
-    Command("data tokenize", "write all documents as token ids", add_tokenize, tokenize,
-            ("emo-jax data tokenize emo_tiny --data.path='texts/*.jsonl.gz' --out tokens",), "config"),
+    Command("data tokenize", "write all documents as token shards", add_tokenize, tokenize,
+            ("emo-jax data tokenize emo_1b14b_1t --data.path='texts/*.jsonl.zst' --out tokens --no-duplicates",
+             "emo-jax data tokenize emo_1b14b_1t --data.path=texts --out tokens --shards 1024 --shard $SLURM_ARRAY_TASK_ID/64"),
+            "config"),
+    Command("data verify", "check the files of token shards against their manifest", add_verify, verify,
+            ("emo-jax data verify tokens",)),
     Command("data inspect", "what the documents are and how they look in a row", add_inspect, inspect,
             ("emo-jax data inspect emo_tiny --data.path='texts/*.jsonl.gz'",), "config"),
     Command("data bench", "rows and tokens a second by worker processes", add_bench, bench,

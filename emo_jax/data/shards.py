@@ -67,11 +67,13 @@ def parse_manifest(text: str, where: str) -> Manifest:
         tree = json.loads(text)
         if tree.pop("format") != "emo_jax tokens" or tree.pop("version") != VERSION:
             raise ValueError(f"its format is not 'emo_jax tokens' of version {VERSION}")
-        shards = tuple(_build(Shard, s | {"sections": tuple(_build(Section, x) for x in s["sections"])})
-                       for s in tree.pop("shards"))
-        return _build(Manifest, tree | {"shards": shards})
+        return _build(Manifest, tree | {"shards": tuple(map(parse_shard, tree.pop("shards")))})
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f"{where}: not the manifest of tokenized data ({type(e).__name__}: {e})") from None
+
+
+def parse_shard(tree: dict[str, Any]) -> Shard:
+    return _build(Shard, tree | {"sections": tuple(_build(Section, x) for x in tree["sections"])})
 
 
 def _build(kind: Any, fields: dict[str, Any]) -> Any:
@@ -91,6 +93,11 @@ def pack_index(ends: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def index_documents(size: int) -> int:
     """The number n of documents of an index of `size` bytes: n / STRIDE (rounded up) + 2 n entries of 8."""
     return size // 8 * STRIDE // (2 * STRIDE + 1)
+
+
+def index_bytes(documents: int) -> int:
+    """The size of such an index."""
+    return 8 * (-(-documents // STRIDE) + 2 * documents)
 
 
 def sha256(data: bytes) -> str:

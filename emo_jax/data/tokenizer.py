@@ -63,6 +63,10 @@ class Tokenizer:
         ids.append(self.eos_id)
         return np.array(ids, np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts at once, without end-of-document tokens: faster than one by one."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 

@@ -1,9 +1,8 @@
-"""What `emo-jax data tokenize|inspect|bench` do: functions of a config that return plain values."""
+"""What `emo-jax data inspect|bench` do: functions of a config that return plain values."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from emo_jax.data.order import split
 from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from emo_jax.errors import InputError
-from emo_jax.files import given_path, make_folder
+from emo_jax.files import given_path
 from emo_jax.progress import track
 
 LOOK_AT = 2_000  # documents that `inspect` reads
@@ -30,35 +28,6 @@ def open_data(config: Config, folder: str | Path) -> tuple[Source, Tokenizer]:
     source, folder = open_source(config.data), given_path(folder, "--run")
     train_indices, _ = split(source, config.data, config.seed)
     return source, load_tokenizer(config, source, train_indices, folder)
-
-
-def tokenize(config: Config, out: str | Path) -> dict:
-    """Writes all documents as token ids: OUT/tokens.npy (uint16, or uint32 for a large vocabulary), each document with
-    its end-of-document token; OUT/offsets.npy int64 [n + 1], the first token of each; OUT/documents.json (labels)."""
-    out = make_folder(out)
-    if (out / "tokens.npy").exists():
-        raise InputError(f"{out / 'tokens.npy'} exists; give another folder")
-    source, tokenizer = open_data(config, out)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    sizes, labels, part = np.zeros(len(source) + 1, np.int64), [], out / "tokens.part"
-    with open(part, "wb") as file:
-        for i in track(range(len(source)), f"tokenizing {source.name}", "documents"):
-            document = source[i]
-            ids = tokenizer.encode_document(document.text).astype(dtype)
-            ids.tofile(file)
-            sizes[i + 1] = len(ids)
-            labels.append(document.label)
-    offsets = np.cumsum(sizes)
-    names = sorted(set(labels))
-    np.save(out / "offsets.npy", offsets)
-    (out / "documents.json").write_text(json.dumps({
-        "source": source.name, "tokenizer": str(tokenizer.path), "eos_id": tokenizer.eos_id, "labels": names,
-        "label_of_document": [names.index(label) for label in labels]}) + "\n")
-    tokens = np.lib.format.open_memmap(out / "tokens.npy", mode="w+", dtype=dtype, shape=(int(offsets[-1]),))
-    tokens[:] = np.memmap(part, dtype, mode="r")
-    tokens.flush()
-    part.unlink()
-    return {"documents": len(source), "tokens": int(offsets[-1]), "out": str(out)}
 
 
 def inspect(config: Config, folder: str | Path, documents: int = 3) -> dict:
