@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emo_jax.data.documents import Document, Source, hash_text
-from emo_jax.errors import InputError
+from emo_jax.config import DataConfig
+from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
+from emo_jax.data.skipping import Skipping
 from emo_jax.progress import track
 
 
 class TextSource(Source):
     """The label of a file is the folder it is in: the first one below the given folder, else the given folder."""
 
-    def __init__(self, name: str, root: Path, paths: list[Path]):
-        self.name = name
+    def __init__(self, data: DataConfig, root: Path, paths: list[Path]):
+        self.name = data.path
+        skipping, sizes, total = Skipping(data.max_skipped), {}, len(paths)
+        for read, path in enumerate(track(paths, f"checking {self.name}", "files"), 1):
+            try:
+                sizes[path] = len(_read(str(path)).encode())
+            except UnreadableDocument as e:
+                skipping.skip(e, read)
+        skipping.check(total)
+        skipping.report(self.name)
+        paths = [p for p in paths if p in sizes]
         self._paths = [str(p) for p in paths]
-        sizes = [len(_read(path).encode()) for path in track(self._paths, f"checking {name}", "files")]
         parts = [p.relative_to(root).parts for p in paths]
         self._labels = [part[0] if len(part) > 1 else p.resolve().parent.name for p, part in zip(paths, parts)]
         self.labels = sorted(set(self._labels))
-        self.fingerprint = hash_text(*(x for part, size in zip(parts, sizes) for x in ("/".join(part), size)))
+        self.fingerprint = hash_text(*(x for part, size in zip(parts, sizes.values()) for x in ("/".join(part), size)))
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -30,17 +39,20 @@ class TextSource(Source):
     def label(self, i: int) -> str:
         return self._labels[i]
 
+    def where(self, i: int) -> str:
+        return self._paths[i]
+
 
 def _read(path: str) -> str:
     try:
         data = Path(path).read_bytes()
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UnreadableDocument(f"{path}: cannot be read ({e.strerror})") from None
     if not data:
-        raise InputError(f"{path}: an empty file; expected the text of one document")
+        raise UnreadableDocument(f"{path}: an empty file; expected the text of one document")
     if 0 in data:
-        raise InputError(f"{path}: a binary file (a zero byte at {data.index(0)}); expected UTF-8 text")
+        raise UnreadableDocument(f"{path}: a binary file (a zero byte at {data.index(0)}); expected UTF-8 text")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text (byte {e.start} is {data[e.start]:#04x})") from None
+        raise UnreadableDocument(f"{path}: not UTF-8 text (byte {e.start} is {data[e.start]:#04x})") from None
