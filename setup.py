@@ -1,6 +1,6 @@
-"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[report,eval]` for figures
-and clusters, tasks; `.[test]`, `.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB) and `.[check]` for
-changing it."""
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[parquet,report,eval]` for Parquet and
+Arrow files, figures and clusters, tasks; `.[test]`, `.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB) and
+`.[check]` for changing it."""
 
 import pathlib
 import re
@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
 report = ["matplotlib", "scikit-learn", "scipy"]
+parquet = ["pyarrow>=17"]  # Arrow files and saved Hugging Face datasets too
 evaluation = ["lm-eval>=0.4.13"]
 buckets = {"gcs": ["gcsfs"], "s3": ["s3fs"]}
 gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
@@ -40,8 +41,8 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
-        "tensorflow-datasets>=4.9.10", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich", "tensorboardX",
-        "ml_dtypes", "numpy", "absl-py", "etils[epath]", "fsspec",
+        "tensorflow-datasets>=4.9.10", "importlib_resources", "tokenizers>=0.22", "zstandard", "jaxtyping", "rich",
+        "tensorboardX", "ml_dtypes", "numpy", "absl-py", "etils[epath]", "fsspec",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
@@ -49,9 +50,10 @@ setup(
         "gpu-attention": gpu_attention,
         **buckets,
         "completion": ["shtab"],
+        "parquet": parquet,
         "report": report,
         "eval": evaluation,
-        "test": ["pytest", "pytest-xdist", "beartype", "safetensors", "shtab", *report,
+        "test": ["pytest", "pytest-xdist", "beartype", "safetensors", "shtab", *parquet, *report,
                  *buckets["gcs"], *buckets["s3"], "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
         "test-clients": [*evaluation, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more

@@ -81,7 +81,7 @@ class DataConfig:
     tokens_field: str = ""  # of records that hold token ids instead of text
     label_field: str = "source"  # label of a document, for evaluation by label
     leave_out_labels: str = ""  # "a,b": documents of these labels are neither trained on nor held out
-    tfds_split: str = "train"  # split of a TFDS dataset; slices such as train[:10%] are allowed
+    tfds_split: str = "train"  # split of a TFDS dataset (slices such as train[:10%] too), or of a saved Hugging Face one
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
     sequence_length: int = 4096

@@ -91,6 +91,8 @@ def validate(c: Config) -> None:
     require(o.trainable == "all" or m.num_experts > 0,
             f"optimizer.trainable={o.trainable!r} needs experts (model.num_experts=0)")
     require(not t.eval_subsets or m.num_experts > 0, "train.eval_subsets needs experts (model.num_experts=0)")
+    require(not d.tokens_field or bool(d.tokenizer),
+            f"data.tokens_field={d.tokens_field!r} needs data.tokenizer: the one that the token ids were made with")
     sizes = dataclasses.asdict(c.mesh)
     require(list(sizes.values()).count(-1) <= 1, f"at most one mesh axis may be -1, got {sizes}")
 

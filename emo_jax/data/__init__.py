@@ -1,6 +1,6 @@
 """From text to batches: sources -> documents -> tokens -> packed rows -> batches of this host.
 
-    sources.open_source          any source of documents, by number           (jsonl, text, tfds_source, embedded)
+    sources.open_source          any source of documents, by number: a file of this folder for each format
     tokenizer.load_tokenizer     a given tokenizer.json, or a BPE trained on the documents
     order.split                  training and held-out documents
     packing, filters             documents -> rows of `sequence_length` tokens

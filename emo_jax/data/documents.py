@@ -5,17 +5,27 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from emo_jax.errors import InputError, RunError
+
+
+class UnreadableDocument(InputError):
+    """One document that cannot be read; the message names the file and the record. See `skipping`."""
+
 
 @runtime_checkable
 class Encoder(Protocol):
     """A `Tokenizer`, as far as a source knows it: one can be trained on a source."""
 
+    eos_id: int
+    vocab_size: int
     sha256: str  # of its tokenizer.json
 
     def encode_document(self, text: str) -> np.ndarray: ...
@@ -23,10 +33,10 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    text: str
+    text: str  # "" where the source holds token ids
     label: str
     id: int  # the document's number in its source
-    tokens: np.ndarray | None = None  # [n] where the source holds token ids, with the end-of-document token
+    tokens: np.ndarray | None = None  # [n] integers, as the source has them: unchecked, perhaps without an end
 
 
 class Source:
@@ -54,10 +64,22 @@ class Source:
         """(documents to train on, held-out ones) by a `DataConfig`, if that was decided when the source was written."""
         return None
 
+    def where(self, i: int) -> str:
+        """Document `i` for a message: its file and its record there, counted from 1."""
+        return f"{self.name}: document {i + 1}"
+
     def encoded(self, i: int, tokenizer: Encoder) -> np.ndarray:
-        """[n] int32: the tokens of document `i`, the end-of-document token included."""
+        """[n] int32: the tokens of document `i`, the end-of-document token included. Raises `UnreadableDocument` for token
+        ids that the tokenizer does not have."""
         document = self[i]
-        return tokenizer.encode_document(document.text) if document.tokens is None else document.tokens
+        if document.tokens is None:
+            return tokenizer.encode_document(document.text)
+        wrong = np.flatnonzero((document.tokens < 0) | (document.tokens >= tokenizer.vocab_size))
+        if len(wrong):
+            raise UnreadableDocument(f"{self.where(i)}: token {wrong[0] + 1} is {document.tokens[wrong[0]]}; expected ids in "
+                                     f"0..{tokenizer.vocab_size - 1}, those of the tokenizer")
+        ends = document.tokens[-1:].tolist() == [tokenizer.eos_id]
+        return np.concatenate([document.tokens, np.full(0 if ends else 1, tokenizer.eos_id)], dtype=np.int32, casting="unsafe")
 
 
 class Examples(Source):
@@ -71,6 +93,44 @@ class Examples(Source):
 
     def __getitem__(self, i: int) -> Document:
         return Document(self._texts[i], self.labels[0], int(i))
+
+
+class Recent:
+    """What `make` gave for the keys asked for last, up to `limit` in all by `size` (default: so many), the last one in any
+    case. A pickled copy starts empty, which no cache of a library does."""
+
+    def __init__(self, make: Callable[..., Any], limit: int, size: Callable[[Any], int] | None = None):
+        self._make, self._limit, self._size = make, limit, size
+        self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._total = 0
+
+    def get(self, *key: Any) -> Any:
+        value, size = self._kept.pop(key, (None, 0))
+        self._total -= size
+        if value is None:
+            value = self._make(*key)
+            size = self._size(value) if self._size else 1
+        self._kept[key] = value, size  # the most recent is last
+        self._total += size
+        while self._total > self._limit and len(self._kept) > 1:
+            self._total -= self._kept.popitem(last=False)[1][1]
+        return value
+
+    def forget(self, *key: Any) -> None:
+        self._total -= self._kept.pop(key, (None, 0))[1]
+
+    def __reduce__(self):
+        return Recent, (self._make, self._limit, self._size)
+
+
+def require_unchanged(path: str, size: int) -> None:
+    """Raises `RunError` if the file is not there any more or has not `size` bytes as when it was opened."""
+    try:
+        now = os.stat(path).st_size
+    except OSError as e:
+        raise RunError(f"{path}: {e.strerror}; it was there when it was opened") from None
+    if now != size:
+        raise RunError(f"{path}: has {now:,} bytes and had {size:,} when it was opened: it was changed while in use")
 
 
 def cache_folder() -> Path:

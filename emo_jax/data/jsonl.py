@@ -20,26 +20,32 @@ from pathlib import Path
 import numpy as np
 
 from emo_jax.buckets import is_url
-from emo_jax.data.documents import Document, Source, cache_folder, hash_text
+from emo_jax.config import DataConfig
+from emo_jax.data.documents import Document, Source, UnreadableDocument, cache_folder, hash_text
 from emo_jax.data.ranges import RangeReader
+from emo_jax.data.records import label_of, text_of, tokens_of
+from emo_jax.data.skipping import Skipping
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, Listed
 from emo_jax.progress import Progress, say
 
 MAX_LABELS = 1000  # more of them in one file mean that the label field is no label
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 class JsonlSource(Source):
-    def __init__(self, name: str, files: list[Listed], text_field: str, label_field: str, cache_bytes: int = 1 << 30):
-        """cache_bytes: of memory for what is read from buckets."""
-        self.name, self.text_field = name, text_field
-        self._files = [_IndexedFile(f, text_field, label_field) for f in files]
+    def __init__(self, data: DataConfig, files: list[Listed]):
+        self.name, self._text_field, self._tokens_field = data.path, data.text_field, data.tokens_field
+        self._files = [_IndexedFile(f, data) for f in files]
         self._starts = np.cumsum([0] + [f.count for f in self._files])
-        self._reader = RangeReader(cache_bytes, sizes={str(f.path): f.size for f in files if is_url(f.path)})
+        self._reader = RangeReader(int(data.cache_gb * 1e9), sizes={str(f.path): f.size for f in files if is_url(f.path)})
         self.labels = sorted({label for f in self._files for label in f.labels})
         self.fingerprint = hash_text(*(x for f in self._files for x in (f.path.name, f.size, f.count)))
+        skipping = Skipping(data.max_skipped)
+        for file in self._files:
+            skipping.add(**file.skipped)
+        skipping.check(len(self) + skipping.count)
+        skipping.report(self.name)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -48,11 +54,18 @@ class JsonlSource(Source):
         file, line = self._locate(i)
         start, length = file.lines[line]
         record = json.loads(self._reader.read(str(file.data_path), int(start), int(length)).decode("utf-8-sig"))
-        return Document(record[self.text_field], file.labels[file.label_codes[line]], int(i))
+        label = file.labels[file.label_codes[line]]
+        if self._tokens_field:
+            return Document("", label, int(i), tokens_of(record[self._tokens_field], self._tokens_field))
+        return Document(record[self._text_field], label, int(i))
 
     def label(self, i: int) -> str:
         file, line = self._locate(i)
         return file.labels[file.label_codes[line]]
+
+    def where(self, i: int) -> str:
+        file, line = self._locate(i)
+        return f"{file.path}: document {line + 1}"
 
     def _locate(self, i: int) -> tuple[_IndexedFile, int]:
         if not 0 <= i < len(self):
@@ -65,15 +78,16 @@ class _IndexedFile:
     """A checked file. lines [n, 2] int64: first byte and length of each document's line in `data_path`;
     label_codes [n] int32: index into `labels`. Both are memory-mapped when first used, in each process."""
 
-    def __init__(self, file: Listed, text_field: str, label_field: str):
+    def __init__(self, file: Listed, data: DataConfig):
         self.path, self.size, version = file
         where = self.path.resolve() if isinstance(self.path, Path) else self.path
-        key = hash_text(INDEX_VERSION, where, self.size, version, text_field, label_field)
+        key = hash_text(INDEX_VERSION, where, self.size, version, data.text_field, data.label_field, data.tokens_field,
+                        data.max_skipped > 0)
         self.folder = cache_folder() / "jsonl" / key
         if not (self.folder / "index.json").is_file():
-            _build_index(file, self.folder, text_field, label_field)
+            _build_index(file, self.folder, data)
         meta = json.loads((self.folder / "index.json").read_text())
-        self.count, self.labels = meta["count"], meta["labels"]
+        self.count, self.labels, self.skipped = meta["count"], meta["labels"], meta["skipped"]
         self.data_path = self.folder / "data.jsonl" if meta["decompressed"] else where
 
     @property
@@ -93,7 +107,7 @@ class _IndexedFile:
         return {k: v for k, v in self.__dict__.items() if k != "_arrays"}
 
 
-def _build_index(listed: Listed, folder: Path, text_field: str, label_field: str) -> None:
+def _build_index(listed: Listed, folder: Path, data: DataConfig) -> None:
     """Checks every line of a file and writes the index to `folder`: complete, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
@@ -101,11 +115,12 @@ def _build_index(listed: Listed, folder: Path, text_field: str, label_field: str
         path, compressed = listed.path, listed.path.suffix in (".gz", ".zst")
         if compressed:
             listed = _decompress(listed, temporary / "data.jsonl")
-        lines, codes, labels = _scan(listed, path, text_field, label_field)
+        lines, codes, labels, skipped = _scan(listed, path, data)
         np.save(temporary / "lines.npy", lines)
         np.save(temporary / "label_codes.npy", codes)
         (temporary / "index.json").write_text(json.dumps(
-            {"file": str(path), "count": len(codes), "labels": labels, "decompressed": compressed}))
+            {"file": str(path), "count": len(codes), "labels": labels, "decompressed": compressed,
+             "skipped": skipped.counts()}))
         try:
             temporary.rename(folder)
         except OSError:  # another process was faster: the same index is there already
@@ -115,34 +130,37 @@ def _build_index(listed: Listed, folder: Path, text_field: str, label_field: str
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _scan(data: Listed, path: AnyPath, text_field: str, label_field: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _scan(listed: Listed, path: AnyPath, data: DataConfig) -> tuple[np.ndarray, np.ndarray, list[str], Skipping]:
+    """(lines, label codes, labels) of the documents, and the count of lines that are none. path: for messages."""
     lines, codes, labels = array.array("q"), array.array("i"), {}
-    progress, start = Progress(f"checking {path}", data.size), 0
-    stem = path.name.split(".")[0]
-    with RangeReader(budget=0).open(str(data.path), data.size) as file:
+    progress, start = Progress(f"checking {path}", listed.size), 0
+    stem, skipping = path.name.split(".")[0], Skipping(data.max_skipped)
+    with RangeReader(budget=0).open(str(listed.path), listed.size) as file:
         for number, raw in enumerate(file, 1):
             if not raw.isspace():
                 try:
-                    label = _check_line(raw, text_field, label_field, stem)
+                    label = _check_line(raw, data, stem)
+                    lines.extend((start, len(raw)))
+                    codes.append(labels.setdefault(label, len(labels)))
                 except ValueError as e:
-                    raise InputError(f"{path}: line {number}: {e}") from None
-                lines.extend((start, len(raw)))
-                codes.append(labels.setdefault(label, len(labels)))
+                    skipping.skip(UnreadableDocument(f"{path}: line {number}: {e}"), len(codes) + skipping.count + 1)
                 if len(labels) > MAX_LABELS:
                     raise InputError(f"{path}: line {number}: more than {MAX_LABELS} different values of "
-                                     f"data.label_field={label_field!r}; name a field that groups documents, or one "
+                                     f"data.label_field={data.label_field!r}; name a field that groups documents, or one "
                                      f"that no line has (then the file name is the label)")
             start += len(raw)
             if number % 1000 == 0:
                 progress.update(start)
     if not codes:
-        raise InputError(f"{path}: no documents in it; expected one JSON object a line with the field {text_field!r}")
-    return np.array(lines, np.int64).reshape(-1, 2), np.array(codes, np.int32), list(labels)
+        raise InputError(f"{path}: no documents in it; expected one JSON object a line with the field "
+                         f"{data.tokens_field or data.text_field!r}")
+    return np.array(lines, np.int64).reshape(-1, 2), np.array(codes, np.int32), list(labels), skipping
 
 
-def _check_line(raw: bytes, text_field: str, label_field: str, default_label: str) -> str:
+def _check_line(raw: bytes, data: DataConfig, default_label: str) -> str:
     """The label of a line; `ValueError` saying what is wrong with it."""
-    expected = f"expected a JSON object with a string field {text_field!r} (data.text_field)"
+    field, kind = (data.tokens_field, "list") if data.tokens_field else (data.text_field, "string")
+    expected = f"expected a JSON object with a {kind} field {field!r} (data.{'tokens' if kind == 'list' else 'text'}_field)"
     try:
         record = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -152,22 +170,10 @@ def _check_line(raw: bytes, text_field: str, label_field: str, default_label: st
         raise ValueError(f"not JSON ({reason}) at {_excerpt(raw)}; {expected}") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, at {_excerpt(raw)}; {expected}")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r} among {sorted(record)[:10]}; {expected}")
-    text, label = record[text_field], record.get(label_field)
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} is a {type(text).__name__}; {expected}")
-    if not text:
-        raise ValueError(f"field {text_field!r} is empty; {expected} that is not empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {text_field!r} holds half of a surrogate pair, which is no character") from None
-    if label is None:
-        return default_label
-    if isinstance(label, (dict, list)):
-        raise ValueError(f"field {label_field!r} (data.label_field) is a {type(label).__name__}; expected a string")
-    return str(label)
+    if field not in record:
+        raise ValueError(f"no field {field!r} among {sorted(record)[:10]}; {expected}")
+    (tokens_of if data.tokens_field else text_of)(record[field], field)
+    return label_of(record.get(data.label_field), data.label_field, default_label)
 
 
 def _excerpt(raw: bytes) -> str:
@@ -217,9 +223,3 @@ def _zstd_blocks(source) -> Iterator[bytes]:
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
         raise _Damaged("the file ends within a frame")
-
-
-def is_jsonl(path: AnyPath) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
-
-

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -21,20 +20,20 @@ from emo_jax.data.shards import index_documents, pack_index
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.data.tokens import TokenFile, TokenSection, TokenSource
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, replacing
+from emo_jax.files import Listed, given_path, replacing
 from emo_jax.progress import track
 
 _PIECE = 1 << 23  # tokens that are scanned at a time
 _THREADS = 8  # files that are scanned at the same time
 
 
-def open_olmo(data: DataConfig, paths: Sequence[str] | None) -> TokenSource:
-    """paths: the files that were found, labelled by their folder; None: `data.path` is a mix. Raises `InputError`."""
+def open_olmo(data: DataConfig, files: Sequence[Listed] | None) -> TokenSource:
+    """files: those that were found, labelled by their folder; None: `data.path` is a mix. Raises `InputError`."""
     if not data.tokenizer:
         raise InputError(f"data.path={data.path!r}: token files do not say which tokenizer made them; give data.tokenizer")
     tokenizer = Tokenizer(data.tokenizer, data.eos_token)
-    reader = RangeReader(int(data.cache_gb * 1e9))
-    named = read_mix(data) if paths is None else [(Path(path).parent.name, str(path)) for path in paths]
+    named = read_mix(data) if files is None else [(f.path.parent.name, str(f.path)) for f in files]
+    reader = RangeReader(int(data.cache_gb * 1e9), sizes={str(f.path): f.size for f in files or ()})
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
     def index(item: tuple[str, str]) -> tuple[TokenFile, int]:

@@ -24,7 +24,7 @@ from absl import flags
 from emo_jax.config import Config, DataConfig
 from emo_jax.data.documents import Source
 from emo_jax.data.filters import is_repetitive
-from emo_jax.data.order import DocumentOrder, DocumentNumbers, split
+from emo_jax.data.order import DocumentNumbers, DocumentOrder, split
 from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError

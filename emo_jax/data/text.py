@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from emo_jax.buckets import is_url
-from emo_jax.data.documents import Document, Source, hash_text
+from emo_jax.config import DataConfig
+from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
 from emo_jax.data.ranges import RangeReader
-from emo_jax.errors import InputError
+from emo_jax.data.skipping import Skipping
 from emo_jax.files import AnyPath, Listed, absolute_path
 from emo_jax.progress import track
 
@@ -17,15 +18,21 @@ AT_ONCE = 64  # objects of a bucket that are read together
 class TextSource(Source):
     """The label of a file is the folder it is in: the first one below the given folder, else the given folder."""
 
-    def __init__(self, name: str, root: AnyPath, files: list[Listed], cache_bytes: int = 1 << 30):
-        """cache_bytes: of memory for what is read from buckets."""
-        self.name, self._files = name, [(str(f.path), f.size) for f in files]
-        self._reader = RangeReader(cache_bytes, sizes=dict(self._files) if is_url(root) else {})
-        sizes = []
-        for i in track(range(len(files)), f"checking {name}", "files"):
+    def __init__(self, data: DataConfig, root: AnyPath, files: list[Listed]):
+        self.name, self._files = data.path, [(str(f.path), f.size) for f in files]
+        self._reader = RangeReader(int(data.cache_gb * 1e9), sizes=dict(self._files) if is_url(root) else {})
+        skipping, sizes, kept = Skipping(data.max_skipped), [], []
+        for i in track(range(len(files)), f"checking {self.name}", "files"):
             if is_url(root) and i % AT_ONCE == 0:
                 self._reader.read_many([(path, 0, size) for path, size in self._files[i:i + AT_ONCE]])  # and keeps them
-            sizes.append(len(self._read(i).encode()))
+            try:
+                sizes.append(len(self._read(i).encode()))
+                kept.append(i)
+            except UnreadableDocument as e:
+                skipping.skip(e, i + 1)
+        skipping.check(len(files))
+        skipping.report(self.name)
+        files, self._files = [files[i] for i in kept], [self._files[i] for i in kept]
         parts = [f.path.relative_to(root).parts for f in files]
         self._labels = [part[0] if len(part) > 1 else absolute_path(f.path, "the file").parent.name
                         for f, part in zip(files, parts)]
@@ -41,17 +48,20 @@ class TextSource(Source):
     def label(self, i: int) -> str:
         return self._labels[i]
 
+    def where(self, i: int) -> str:
+        return self._files[i][0]
+
     def _read(self, i: int) -> str:
         path, size = self._files[i]
         try:
             data = self._reader.read(path, 0, size) if is_url(path) else Path(path).read_bytes()
         except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+            raise UnreadableDocument(f"{path}: cannot be read ({e.strerror})") from None
         if not data:
-            raise InputError(f"{path}: an empty file; expected the text of one document")
+            raise UnreadableDocument(f"{path}: an empty file; expected the text of one document")
         if 0 in data:
-            raise InputError(f"{path}: a binary file (a zero byte at {data.index(0)}); expected UTF-8 text")
+            raise UnreadableDocument(f"{path}: a binary file (a zero byte at {data.index(0)}); expected UTF-8 text")
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as e:
-            raise InputError(f"{path}: not UTF-8 text (byte {e.start} is {data[e.start]:#04x})") from None
+            raise UnreadableDocument(f"{path}: not UTF-8 text (byte {e.start} is {data[e.start]:#04x})") from None

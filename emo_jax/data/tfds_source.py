@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emo_jax.data.documents import Document, Source, hash_text
+import numpy as np
+
+from emo_jax.config import DataConfig
+from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
+from emo_jax.data.records import label_of, text_of, tokens_of
 from emo_jax.errors import InputError
 
 
@@ -15,10 +19,12 @@ class TfdsSource(Source):
     Documents are not checked in advance: an empty one is a document of one token, its end.
     """
 
-    def __init__(self, path: str, split: str, text_field: str, label_field: str):
+    def __init__(self, data: DataConfig):
         import tensorflow_datasets as tfds
 
-        self.name, self.text_field, self.labels = f"{path}:{split}", text_field, []
+        path, split = data.path, data.tfds_split
+        self.name, self.labels, self._tokens = f"{path}:{split}", [], bool(data.tokens_field)
+        self._field, setting = (data.tokens_field, "tokens_field") if self._tokens else (data.text_field, "text_field")
         try:
             is_folder = Path(path).expanduser().is_dir()
             builder: Any = tfds.builder_from_directory(str(Path(path).expanduser())) if is_folder else tfds.builder(path)
@@ -28,10 +34,9 @@ class TfdsSource(Source):
         if split.partition("[")[0] not in splits:
             raise InputError(f"data.tfds_split={split!r}: the dataset {path} has the splits {splits}")
         features = builder.info.features
-        if text_field not in features:
-            raise InputError(f"data.text_field={text_field!r}: the dataset {path} has the fields {sorted(features)}")
-        self.label_field = label_field if label_field in features else None
-        self._default_label = builder.info.name
+        if self._field not in features:
+            raise InputError(f"data.{setting}={self._field!r}: the dataset {path} has the fields {sorted(features)}")
+        self._label_field, self._default_label = data.label_field, builder.info.name
         try:
             self._records = builder.as_data_source(split)
         except Exception as e:
@@ -39,27 +44,26 @@ class TfdsSource(Source):
                              f"file_format='array_record' ({_first_line(e)})") from None
         if not len(self._records):
             raise InputError(f"data.path={path!r}: the split {split!r} holds no documents")
-        self._label_names = getattr(features[label_field], "names", None) if self.label_field else None
+        names = getattr(features[data.label_field], "names", None) if data.label_field in features else None
+        self._label_names = tuple(names or ())
         self.fingerprint = hash_text(builder.info.full_name, split, len(self._records))
-        if not isinstance(self._records[0][text_field], (bytes, str)):
-            raise InputError(f"data.text_field={text_field!r} of {path} is {features[text_field]!r}; expected text")
+        if not isinstance(self._records[0][self._field], np.ndarray if self._tokens else (bytes, str)):
+            raise InputError(f"data.{setting}={self._field!r} of {path} is {features[self._field]!r}; expected "
+                             f"{'token ids' if self._tokens else 'text'}")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, i: int) -> Document:
-        record = self._records[int(i)]
         try:
-            text, label = _text(record[self.text_field]), record.get(self.label_field, self._default_label)
-            if self._label_names is not None and not isinstance(label, (bytes, str)):
-                label = self._label_names[int(label)]  # a class label
-            return Document(text, _text(label), int(i))
-        except UnicodeDecodeError as e:
-            raise InputError(f"{self.name}: document {i} is not UTF-8 text ({e})") from None
-
-
-def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+            record = self._records[int(i)]
+            value = record[self._field]
+            label = label_of(record.get(self._label_field), self._label_field, self._default_label, self._label_names)
+            if self._tokens:
+                return Document("", label, int(i), tokens_of(value, self._field))
+            return Document(text_of(value, self._field) if value else "", label, int(i))
+        except (ValueError, RuntimeError) as e:  # the reader raises RuntimeError for a damaged record
+            raise UnreadableDocument(f"{self.where(i)}: {_first_line(e)}") from None
 
 
 def _first_line(e: Exception) -> str:

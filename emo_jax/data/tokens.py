@@ -21,7 +21,6 @@ from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
 from emo_jax.files import given_path
 
-
 MAX_HELD_OUT = 2_000  # held-out documents of a section that are looked at
 
 

@@ -1,0 +1,152 @@
+"""Documents in the rows of tables: what Parquet and Arrow files share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from emo_jax.config import DataConfig
+from emo_jax.data.documents import Document, Recent, Source, UnreadableDocument, hash_text, require_unchanged
+from emo_jax.data.records import label_of, label_of_file, text_of, tokens_of
+from emo_jax.errors import InputError
+from emo_jax.progress import track
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CACHE_BYTES = 1 << 28  # of columns that were read last, in each process
+
+
+class ColumnSource(Source):
+    """The rows of files, each a sequence of blocks (row groups, record batches) of columns, of which only those that are
+    needed are read. Rows are not checked in advance."""
+
+    def __init__(self, data: DataConfig, paths: Sequence[Path]):
+        _require_pyarrow(data.path)
+        name = self.name = data.path
+        self._tokens_field, self._text_field = data.tokens_field, data.text_field
+        self._label_field = data.label_field
+        self._paths, self._sizes = [str(p) for p in paths], [p.stat().st_size for p in paths]
+        self._default_labels = [label_of_file(p) for p in paths]
+        rows, blocks, names = [], [], []
+        for path in track(self._paths, f"opening {name}", "files"):
+            schema, rows_of_blocks = self._open(path)
+            names.append(self._check_schema(path, schema))
+            rows += rows_of_blocks
+            blocks.append(len(rows_of_blocks))
+        self._label_names: list[tuple[str, ...] | None] = names  # of each file; None: it has no labels
+        self._starts = np.cumsum([0, *rows])  # the first document of each block
+        self._blocks = np.cumsum([0, *blocks])  # the first block of each file
+        self._columns = Recent(self._read, CACHE_BYTES, _bytes)
+        if not len(self):
+            raise InputError(f"data.path={name!r}: no rows in its {len(paths)} files; expected documents")
+        unlabelled = [label for label, names in zip(self._default_labels, self._label_names) if names is None]
+        self.labels = sorted(set(unlabelled)) if len(unlabelled) == len(paths) else []
+        self.fingerprint = hash_text(*(x for p, size in zip(paths, self._sizes) for x in (p.name, size)), len(self))
+
+    def _open(self, path: str) -> tuple[pa.Schema, list[int]]:
+        """(schema, rows of each block). Raises `InputError` for what is no such file."""
+        raise NotImplementedError
+
+    def _read(self, file: int, block: int, field: str) -> pa.Array | pa.ChunkedArray:
+        """A column of a block of a file."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Document:
+        label = self.label(i)
+        field = self._tokens_field or self._text_field
+        try:
+            value = self._value(i, field)
+            if self._tokens_field:
+                return Document("", label, int(i), tokens_of(value, field))
+            return Document(text_of(value, field), label, int(i))
+        except ValueError as e:
+            raise self._unreadable(i, e) from None
+
+    def label(self, i: int) -> str:
+        file, _, _ = self._locate(i)
+        names = self._label_names[file]
+        if names is None:
+            return self._default_labels[file]
+        try:
+            return label_of(self._value(i, self._label_field), self._label_field, self._default_labels[file], names)
+        except ValueError as e:
+            raise self._unreadable(i, e) from None
+
+    def where(self, i: int) -> str:
+        file, _, _ = self._locate(i)
+        return f"{self._paths[file]}: record {i - self._starts[self._blocks[file]] + 1}"
+
+    def _locate(self, i: int) -> tuple[int, int, int]:
+        """(file, block of the file, row of the block)"""
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)} in {self.name}")
+        block = int(np.searchsorted(self._starts, i, side="right")) - 1
+        file = int(np.searchsorted(self._blocks, block, side="right")) - 1
+        return file, block - int(self._blocks[file]), int(i - self._starts[block])
+
+    def _value(self, i: int, field: str) -> Any:
+        import pyarrow as pa
+
+        file, block, row = self._locate(i)
+        require_unchanged(self._paths[file], self._sizes[file])  # reading a mapped file that shrank ends the process
+        try:
+            scalar: Any = self._columns.get(file, block, field)[row]
+        except (pa.ArrowException, OSError) as e:
+            require_unchanged(self._paths[file], self._sizes[file])
+            raise UnreadableDocument(f"{self.where(i)}: damaged ({e})") from None
+        if not isinstance(scalar, (pa.ListScalar, pa.LargeListScalar, pa.FixedSizeListScalar)):
+            try:
+                return scalar.as_py()
+            except UnicodeDecodeError as e:
+                return e.object  # bytes, which are refused as such
+        return None if scalar.values is None else scalar.values.to_numpy(zero_copy_only=False)
+
+    def _unreadable(self, i: int, e: ValueError) -> ValueError:
+        return e if isinstance(e, InputError) else UnreadableDocument(f"{self.where(i)}: {e}")
+
+    def _check_schema(self, path: str, schema: pa.Schema) -> tuple[str, ...] | None:
+        """The names that integers in the label column stand for (() if they are none); None if there is no such column."""
+        import pyarrow.types as t
+
+        field, setting = (self._tokens_field, "tokens_field") if self._tokens_field else (self._text_field, "text_field")
+        if field not in schema.names:
+            raise InputError(f"{path}: no column {field!r} (data.{setting}); it has {schema.names[:20]}")
+        kind: Any = schema.field(field).type
+        kind = kind.value_type if t.is_dictionary(kind) else kind
+        if self._tokens_field:
+            listed = t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)
+            if not (listed and t.is_integer(kind.value_type)):
+                raise InputError(f"{path}: column {field!r} (data.tokens_field) is {kind}; expected lists of integers")
+        elif not any(is_kind(kind) for is_kind in (t.is_string, t.is_large_string, t.is_string_view, t.is_binary,
+                                                   t.is_large_binary, t.is_null)):
+            raise InputError(f"{path}: column {field!r} (data.text_field) is {kind}; expected text")
+        return _class_names(schema, self._label_field) if self._label_field in schema.names else None
+
+
+def _class_names(schema: pa.Schema, field: str) -> tuple[str, ...]:
+    """The names of a Hugging Face ClassLabel, which stores numbers."""
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][field]
+        return tuple(map(str, described.get("names") or ()))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ()
+
+
+def _bytes(column: pa.Array | pa.ChunkedArray) -> int:
+    return column.nbytes
+
+
+def _require_pyarrow(name: str) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as e:
+        raise InputError(f"data.path={name!r}: Parquet and Arrow files need pyarrow ({e}): pip install "
+                         "'emo-jax[parquet]'") from None
