@@ -1,6 +1,6 @@
 """emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[parquet,report,eval]` for Parquet and
-Arrow files, figures and clusters, tasks; `.[test]`, `.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB) and
-`.[check]` for changing it."""
+Arrow files, figures and clusters, tasks; `.[test]`, `.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB)
+and `.[check]` for changing it."""
 
 import pathlib
 import re

@@ -177,7 +177,8 @@ def test_a_stage_of_another_length_reads_nothing_that_was_read_before(folder):
     second = stream(folder, before=(first, 100), sequence_length=128)
 
     def spans(s, numbers):
-        return {(cut.section, token) for cut in s.cuts(numbers) for start, n in cut.reads for token in range(start, start + n - 1)}
+        return {(cut.section, token) for cut in s.cuts(numbers) for start, n in cut.reads
+                for token in range(start, start + n - 1)}
 
     left = second.layouts[0].count - second.mixture.read(0)[0]
     before, after = spans(first, np.arange(100)), spans(second, np.arange(left))
@@ -271,16 +272,15 @@ def mix(tmp_path):
     return data, tokens
 
 
-def test_a_mix_names_files_labels_and_documents(mix):
+def test_a_mix_names_files_labels_and_documents(mix, tmp_path):
     data, tokens = mix
     source = open_olmo(data, None)
     assert source.labels == ["books", "news"] and len(source) == sum((t == EOS).sum() for t in tokens.values())
     np.testing.assert_array_equal(source.encoded(0, source.tokenizer), tokens["a"][:list(tokens["a"]).index(EOS) + 1])
     assert source.label(len(source) - 1) == "books"
     with pytest.raises(InputError, match="line 2: 'nothing' is not of the form label,path"):
-        bad = data.path.replace("m.txt", "bad.txt")
-        open(bad, "w").write("a,b\nnothing\n")
-        read_mix(dataclasses.replace(data, path=bad))
+        (tmp_path / "bad.txt").write_text("a,b\nnothing\n")
+        read_mix(dataclasses.replace(data, path=str(tmp_path / "bad.txt")))
 
 
 def test_the_published_order_is_that_of_a_loop_over_files_and_a_pcg64_shuffle_of_pairs(mix):
@@ -304,7 +304,8 @@ def test_a_real_npy_file_is_read_by_its_header_and_a_wrong_one_refused(mix, tmp_
     np.testing.assert_array_equal(raw.read([(0, 0, len(tokens["a"]))])[0], tokens["a"])
     np.save(tmp_path / "float.npy", np.ones(5))
     (tmp_path / "odd.npy").write_bytes(b"abc")
-    for name, message in (("float", "float64 .*; expected one row of token ids"), ("odd", "3 bytes are no array of tokens of 2")):
+    for name, message in (("float", "float64 .*; expected one row of token ids"),
+                          ("odd", "3 bytes are no array of tokens of 2")):
         with pytest.raises(InputError, match=message):
             open_olmo(data, list_files(str(tmp_path / f"{name}.npy"))[1])
 

@@ -1,9 +1,9 @@
 """The order of the rows of token files: blocks in a random order, rows mixed within a window of blocks.
 
-A block is BLOCK_TOKENS successive tokens of a section (its last one may be shorter), so that a bucket is read in pieces of about
-a megabyte; a window is WINDOW_BLOCKS successive blocks of an epoch's order, so that a batch holds rows of many places. Which
-row stands at a position is computed from (seed, epoch, position): nothing is stored but the number of rows of each block. Blocks
-do not depend on the sequence length, so a stage with another one can go on with the first window that no stage has begun.
+A block is BLOCK_TOKENS successive tokens of a section (its last one may be shorter), so that a bucket is read in pieces of
+about a megabyte; a window is WINDOW_BLOCKS successive blocks of an epoch's order, so that a batch holds rows of many places.
+Which row stands at a position is computed from (seed, epoch, position): nothing is stored but the number of rows of each block.
+Blocks do not depend on the sequence length, so that a stage with another one goes on with the first window that was not begun.
 """
 
 from __future__ import annotations

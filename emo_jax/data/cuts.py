@@ -154,7 +154,7 @@ def best_fit(lengths: np.ndarray, T: int, max_documents: int) -> list[list[tuple
 def block_table(source: TokenSource, sections: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(section [n] int32, first token in it [n] int64) of every block."""
     counts = [-(-source.sections[s].tokens // BLOCK_TOKENS) for s in sections]
-    numbers = np.arange(sum(counts)) - np.repeat(np.cumsum([0] + counts[:-1]), counts)
+    numbers = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
     return np.repeat(np.asarray(sections, np.int32), counts), numbers * BLOCK_TOKENS
 
 
@@ -200,6 +200,6 @@ def _raise_beyond(source: TokenSource, cuts: Sequence[Cut], tokens: np.ndarray, 
     for start, count in cut.reads:
         if at < count:
             section = source.sections[cut.section]
-            raise InputError(f"{source.files[section.file].path}: token {section.first_token + start + at:,} is {token}, beyond "
-                             f"the vocabulary (model.vocab_size={vocab_size})")
+            raise InputError(f"{source.files[section.file].path}: token {section.first_token + start + at:,} is {token}, "
+                             f"beyond the vocabulary (model.vocab_size={vocab_size})")
         at -= count

@@ -1,7 +1,7 @@
 """Which row of which label stands at row k of a stage.
 
-Labels have fixed numbers of every MIXED rows, evenly spread, so that their shares do not drift, any row is found at once, and no
-row comes twice in an epoch. A label that was read data.max_epochs times leaves, and the others take its place.
+Labels have fixed numbers of every MIXED rows, evenly spread, so that their shares do not drift, any row is found at once, and
+no row comes twice in an epoch. A label that was read data.max_epochs times leaves, and the others take its place.
 """
 
 from __future__ import annotations
@@ -20,37 +20,33 @@ class _Piece(NamedTuple):
     """Rows of a stage with the same labels."""
 
     first: int  # row of the stage
-    end: int | None  # None: without end
     counts: np.ndarray  # [labels] of every MIXED rows
     bases: np.ndarray  # [labels] rows of each that were read before
 
 
 class Mixture:
-    """weights [n]: shares of the rows. bases [n]: rows of each label that were read before the stage. limits [n]: rows that may be
-    read in all; None: no limit."""
+    """weights [n]: shares of the rows. bases [n]: rows of each label that were read before the stage. limits [n]: rows that
+    may be read in all; None: no limit."""
 
     def __init__(self, weights: Sequence[float], bases: Sequence[int], limits: Sequence[int] | None = None):
-        weights, bases = np.asarray(weights, np.float64), np.asarray(bases, np.int64)
-        self._pieces: list[_Piece] = []
-        first, ends = 0, np.full(len(bases), np.iinfo(np.int64).max) if limits is None else np.asarray(limits, np.int64)
-        while True:
-            counts = fixed_counts(np.where(bases < ends, weights, 0.0))
-            active = counts > 0
-            if not active.any():
-                break
-            if limits is None or len(bases) == 1:
-                room = None if limits is None else int(ends[0] - bases[0])
-                self._pieces.append(_Piece(first, room if room is None else first + room, counts, bases))
-                first = None if room is None else first + room
-                break
-            rounds = int(((ends - bases)[active] // counts[active]).min())
-            if rounds:
-                end = first + rounds * int(counts.sum())
-                self._pieces.append(_Piece(first, end, counts, bases))
-                first, bases = end, bases + rounds * counts
-            bases = np.where(active & (ends - bases < counts), ends, bases)
-        self.rows: int | None = first  # None: without end
+        shares, read = np.asarray(weights, np.float64), np.asarray(bases, np.int64)
+        self.rows: int | None = None  # of the stage; None: without end
+        self._pieces = [_Piece(0, fixed_counts(shares), read)] if limits is None else []
+        if limits is not None:
+            self.rows = self._add_pieces(shares, read, np.asarray(limits, np.int64))
         self._patterns = [_pattern(piece.counts) for piece in self._pieces]
+
+    def _add_pieces(self, shares: np.ndarray, read: np.ndarray, limits: np.ndarray) -> int:
+        """The rows of all pieces, each of which ends where a label has not enough rows left for another round."""
+        first = 0
+        while (counts := fixed_counts(np.where(read < limits, shares, 0.0))).any():
+            active = counts > 0
+            rounds = int(((limits - read)[active] // counts[active]).min())
+            if rounds:
+                self._pieces.append(_Piece(first, counts, read))
+                first, read = first + rounds * int(counts.sum()), read + rounds * counts
+            read = np.where(active & (limits - read < counts), limits, read)
+        return first
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(label [n], position among the label's rows [n]) of rows [n] of the stage. Raises `IndexError` beyond the end."""
@@ -77,8 +73,8 @@ class Mixture:
 
 
 def fixed_counts(weights: np.ndarray) -> np.ndarray:
-    """[n] integers in these proportions that sum to MIXED (largest remainders), at least one for each that is not zero; a single
-    one alone is 1 of 1."""
+    """[n] integers in these proportions that sum to MIXED (largest remainders), at least 1 for each that is not zero; one
+    alone is 1 of 1."""
     weights = np.asarray(weights, np.float64)
     if (weights > 0).sum() <= 1:
         return (weights > 0).astype(np.int64)

@@ -26,7 +26,7 @@ class Layout:
         raise NotImplementedError
 
     def unread(self, position: int) -> tuple[int, int]:
-        """(epoch, part): the first part of the data, independent of the sequence length, that no row before `position` is of."""
+        """(epoch, part): the first part of the data that no row before `position` is of, whatever the sequence length."""
         raise NotImplementedError
 
     def position(self, epoch: int, part: int) -> int:

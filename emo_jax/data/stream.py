@@ -51,7 +51,8 @@ class RowStream:
 
     def rows_and_cuts(self, numbers: np.ndarray) -> tuple[Row, list[Cut]]:
         """Arrays [n, T] of rows `numbers` [n] of the stage: tokens, targets, segment_ids, document_ids, labels int32,
-        loss_weights float32; labels: index into `source.labels`; and what they are made of. Raises `RunError` beyond the last row."""
+        loss_weights float32; labels: index into `source.labels`; and what they are made of. Raises `RunError` beyond the last
+        row."""
         config, data = self.config, self.config.data
         cuts = self.cuts(numbers)
         rows = make_rows(self.source, cuts, data, config.model.vocab_size)

@@ -57,7 +57,7 @@ class TokenBatches:
         return dict(self._counts)
 
 
-class _Batches:
+class _Batches(grain.sources.RandomAccessDataSource):
     """Batch k of a host, for Grain."""
 
     def __init__(self, stream: RowStream, first: int, batch_size: int, group: tuple[int, int]):
@@ -68,8 +68,8 @@ class _Batches:
     def __len__(self) -> int:
         return _WITHOUT_END
 
-    def __getitem__(self, k: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        start = self.first + int(k) * self.batch_size
+    def __getitem__(self, record_key: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        start = self.first + int(record_key) * self.batch_size
         rows, cuts = self.stream.rows_and_cuts(np.arange(start, start + self.own))
         positions = np.arange(self.stream.config.data.sequence_length, dtype=np.int32)  # absolute in the row, as published
         rows["positions"] = np.tile(positions, (self.own, 1))

@@ -161,8 +161,8 @@ def open_shards(data: DataConfig) -> TokenSource:
                          f"`emo-jax data tokenize` has finished") from None
     tokenizer = Tokenizer(data.tokenizer or folder / "tokenizer.json", data.eos_token)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise InputError(f"data.tokenizer={str(tokenizer.path)!r}: {data.path} was tokenized with another one, which lies in that "
-                         f"folder; leave data.tokenizer empty")
+        raise InputError(f"data.tokenizer={str(tokenizer.path)!r}: {data.path} was tokenized with another one, which lies in "
+                         f"that folder; leave data.tokenizer empty")
     dtype = {"uint16": "<u2", "uint32": "<u4"}[manifest.dtype]
     files, sections = [], []
     for number, shard in enumerate(manifest.shards):
