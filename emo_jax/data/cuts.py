@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +17,6 @@ from emo_jax.data.blocks import BLOCK_TOKENS
 from emo_jax.data.packing import Row
 from emo_jax.data.tokens import TokenSource
 from emo_jax.errors import InputError
-
-_THREADS = 32  # requests to a bucket at the same time
-
 
 class Cut(NamedTuple):
     """The tokens of one row, all of one section."""
@@ -71,7 +67,9 @@ class ConcatAndSplit(Packer):
 
 
 def concat_cuts(source: TokenSource, sections: np.ndarray, starts: np.ndarray, data: DataConfig) -> list[Cut]:
-    return in_threads(source, lambda item: concat_cut(source, *item, data), list(zip(sections.tolist(), starts.tolist())))
+    wanted = list(zip(sections.tolist(), starts.tolist()))
+    source.load_index([(section, start, start + data.sequence_length) for section, start in wanted])
+    return [concat_cut(source, section, start, data) for section, start in wanted]
 
 
 def concat_cut(source: TokenSource, section: int, start: int, data: DataConfig) -> Cut:
@@ -102,7 +100,8 @@ class BestFit(Packer):
 
     def cuts(self, blocks: np.ndarray, rows: np.ndarray) -> list[Cut]:
         wanted = np.unique(blocks).tolist()
-        packed = dict(zip(wanted, in_threads(self.source, self.packed, wanted)))
+        self.source.load_index([(int(self.section[b]), int(self.first[b]) - 1, int(self.first[b]) + BLOCK_TOKENS) for b in wanted])
+        packed = {block: self.packed(block) for block in wanted}
         return [self._cut(int(self.section[block]), *packed[block], row)
                 for block, row in zip(blocks.tolist(), rows.tolist())]
 
@@ -156,14 +155,6 @@ def block_table(source: TokenSource, sections: Sequence[int]) -> tuple[np.ndarra
     counts = [-(-source.sections[s].tokens // BLOCK_TOKENS) for s in sections]
     numbers = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
     return np.repeat(np.asarray(sections, np.int32), counts), numbers * BLOCK_TOKENS
-
-
-def in_threads(source: TokenSource, function, items: list) -> list:
-    """The function of every item; of a bucket's, which wait for its answers, at the same time."""
-    if not source.is_remote:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, items))
 
 
 # ---- tokens of rows -------------------------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ class RangeReader:
             self._counts["asked_bytes"] += sum(length for _, _, length in ranges)
         return [_cut(pages, *r) if buckets.is_url(r[0]) else self._read_local(*r) for r in ranges]
 
+    def load(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Fetches what is missing of ranges of objects, as far as the budget keeps it, for `read_many` to find."""
+        wanted = {(path, n) for path, start, length in ranges for n in range(start // PAGE, -(-(start + length) // PAGE))}
+        self._get(sorted(wanted)[:self.budget // (4 * PAGE)])
+
     def size(self, path: str) -> int:
         """Bytes of a file. Raises `InputError` if there is none."""
         try:
@@ -276,11 +281,10 @@ def _runs(pages: Iterable[Page]) -> Iterable[Run]:
 
 
 def _cut(pages: dict[Page, bytes], url: str, start: int, length: int) -> bytes:
-    numbers = range(start // PAGE, -(-(start + length) // PAGE))
-    joined = b"".join(pages[url, n] for n in numbers)
-    offset = start - numbers.start * PAGE
-    data = joined[offset:offset + length]
+    end = start + length
+    parts = [pages[url, n][max(start - n * PAGE, 0):end - n * PAGE] for n in range(start // PAGE, -(-end // PAGE))]
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
     if len(data) < length:
-        raise InputError(f"{url}: the object ends at byte {numbers.start * PAGE + len(joined)}, before byte {start + length}; "
-                         f"it was cut off, or changed while in use")
+        raise InputError(f"{url}: the object ends at byte {start + len(data)}, before byte {end}; it was cut off, or changed "
+                         f"while in use")
     return data

@@ -63,7 +63,10 @@ class RowStream:
         rows["labels"][:] = np.array([label_of[self.source.sections[cut.section].label] for cut in cuts])[:, None]
         return rows, cuts
 
-    def cuts(self, numbers: np.ndarray) -> list[Cut]:
+    def cuts(self, numbers: np.ndarray, allow_end: bool = False) -> list[Cut]:
+        """allow_end: without those beyond the last row, which are an error otherwise."""
+        if allow_end and self.mixture.rows is not None:
+            numbers = numbers[numbers < self.mixture.rows]
         try:
             labels, positions = self.mixture.locate(numbers)
         except IndexError as e:

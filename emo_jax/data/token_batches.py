@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -11,6 +13,7 @@ import numpy as np
 from emo_jax.data.pipeline import FIELDS, close_iterator
 from emo_jax.data.stream import RowStream
 
+ROWS_AHEAD = 4096  # of the stage, about a window of blocks
 _WITHOUT_END = 1 << 40  # batches; how many there are is decided by whoever asks for them
 
 
@@ -64,13 +67,20 @@ class _Batches(grain.sources.RandomAccessDataSource):
         index, count = group
         self.stream, self.batch_size = stream, batch_size
         self.first, self.own = first + index * (batch_size // count), batch_size // count
+        self._ahead = _Ahead(self) if stream.source.is_remote else None
+
+    def numbers(self, batch: int) -> np.ndarray:
+        """The host's rows of a batch."""
+        start = self.first + batch * self.batch_size
+        return np.arange(start, start + self.own)
 
     def __len__(self) -> int:
         return _WITHOUT_END
 
     def __getitem__(self, record_key: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        start = self.first + int(record_key) * self.batch_size
-        rows, cuts = self.stream.rows_and_cuts(np.arange(start, start + self.own))
+        if self._ahead is not None:
+            self._ahead.wait_for(int(record_key))
+        rows, cuts = self.stream.rows_and_cuts(self.numbers(int(record_key)))
         positions = np.arange(self.stream.config.data.sequence_length, dtype=np.int32)  # absolute in the row, as published
         rows["positions"] = np.tile(positions, (self.own, 1))
         several = len(self.stream.source.labels) > 1
@@ -78,3 +88,30 @@ class _Batches(grain.sources.RandomAccessDataSource):
                   "filtered_rows": int((rows["loss_weights"].max(axis=1) == 0).sum()),
                   "rows_at_document_limit": sum(cut.beyond > 0 for cut in cuts)}
         return {name: rows[name] for name in (*FIELDS, "labels")[:None if several else -1]}, counts
+
+
+class _Ahead:
+    """Fetches what the next batches of a host need from a bucket, ROWS_AHEAD rows of the stage at a time, in as few requests
+    as their places allow: rows of one block come in several batches."""
+
+    def __init__(self, batches: _Batches):
+        self._batches, self._every = batches, max(1, ROWS_AHEAD // batches.batch_size)
+        self._pool, self._lock = ThreadPoolExecutor(1), threading.Lock()
+        self._coming: dict[int, Future] = {}
+
+    def wait_for(self, batch: int) -> None:
+        """Returns when the batch has been fetched; those after it are under way then."""
+        part = batch // self._every
+        with self._lock:
+            for number in (part, part + 1):
+                if number not in self._coming:
+                    self._coming[number] = self._pool.submit(self._fetch, max(number * self._every, batch))
+            for number in [n for n in self._coming if n < part - 1]:
+                del self._coming[number]
+            coming = self._coming[part]
+        coming.result()
+
+    def _fetch(self, first: int) -> None:
+        stream, end = self._batches.stream, (first // self._every + 1) * self._every
+        cuts = stream.cuts(np.concatenate([self._batches.numbers(batch) for batch in range(first, end)]), allow_end=True)
+        stream.source.reader.load(stream.source.byte_ranges([(cut.section, *read) for cut in cuts for read in cut.reads]))

@@ -113,31 +113,51 @@ class TokenSource(Source):
 
     def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
         """The tokens of every (section, first token in it, number); unsigned, of the file's type."""
+        return [np.frombuffer(data, self.files[self.sections[section].file].dtype)
+                for data, (section, _, _) in zip(self.reader.read_many(self.byte_ranges(ranges)), ranges)]
+
+    def byte_ranges(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[str, int, int]]:
+        """(path, first byte, bytes) of such ranges of tokens."""
         wanted = []
         for section, start, count in ranges:
             s = self.sections[section]
             file = self.files[s.file]
             size = np.dtype(file.dtype).itemsize
             wanted.append((file.path, file.first_byte + size * (s.first_token + start), size * count))
-        return [np.frombuffer(data, self.files[self.sections[section].file].dtype)
-                for data, (section, _, _) in zip(self.reader.read_many(wanted), ranges)]
+        return wanted
 
     def ends_in(self, section: int, start: int, stop: int) -> tuple[int, np.ndarray]:
         """(n, ends): n documents of the section end at or before token `start`; `ends` are those of the next ones, up to the
         first at or after `stop`."""
         s = self.sections[section]
-        file = self.files[s.file]
-        summary = self._summary(s.file)
         start, stop = start + s.first_token, stop + s.first_token
-        low = STRIDE * max(int(summary.searchsorted(start, "right")) - 1, 0)
-        high = min(STRIDE * int(summary.searchsorted(stop)) + 1, s.first_document + s.documents)
-        ends = self._ends(s.file, low, min(high, file.documents))
+        low, high = self._around(s, start, stop)
+        ends = self._ends(s.file, low, high)
         first, last = int(ends.searchsorted(start, "right")), int(ends.searchsorted(stop)) + 1
         return low + first - s.first_document, ends[first:last] - s.first_token
 
-    def _ends(self, file: int, first: int, last: int) -> np.ndarray:
+    def load_index(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """Fetches all that `ends_in` of the (section, start, stop) will read, from a bucket, in two rounds of requests."""
+        if self.is_remote:
+            new = {self.sections[section].file for section, _, _ in ranges} - self._summaries.keys()
+            self.reader.load((f.index, 0, 8 * -(-f.documents // STRIDE)) for f in map(self.files.__getitem__, sorted(new)))
+            sections = [(self.sections[section], start, stop) for section, start, stop in ranges]
+            self.reader.load(self._entries(s.file, *self._around(s, s.first_token + start, s.first_token + stop))
+                             for s, start, stop in sections)
+
+    def _around(self, s: TokenSection, start: int, stop: int) -> tuple[int, int]:
+        """Documents of the file, from one that ends at or before token `start` of it to one that ends at or after `stop`."""
+        summary = self._summary(s.file)
+        return (STRIDE * max(int(summary.searchsorted(start, "right")) - 1, 0),
+                min(STRIDE * int(summary.searchsorted(stop)) + 1, s.first_document + s.documents))
+
+    def _entries(self, file: int, first: int, last: int) -> tuple[str, int, int]:
+        """The byte range of the ends of documents in the index of a file."""
         f = self.files[file]
-        return np.frombuffer(self.reader.read(f.index, 8 * (-(-f.documents // STRIDE) + first), 8 * (last - first)), "<i8")
+        return f.index, 8 * (-(-f.documents // STRIDE) + first), 8 * (last - first)
+
+    def _ends(self, file: int, first: int, last: int) -> np.ndarray:
+        return np.frombuffer(self.reader.read(*self._entries(file, first, last)), "<i8")
 
     def _summary(self, file: int) -> np.ndarray:
         found = self._summaries.get(file)
