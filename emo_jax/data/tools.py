@@ -19,20 +19,20 @@ from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, make_folder
+from emo_jax.files import AnyPath, given_path, make_folder
 from emo_jax.progress import track
 
 LOOK_AT = 2_000  # documents that `inspect` reads
 
 
-def open_data(config: Config, folder: str | Path) -> tuple[Source, Tokenizer]:
+def open_data(config: Config, folder: str | AnyPath) -> tuple[Source, Tokenizer]:
     """The source and the tokenizer of a config; `folder` holds or receives a tokenizer that has to be trained."""
     source, folder = open_source(config.data), given_path(folder, "--run")
     train_indices, _ = split(source, config.data, config.seed)
     return source, load_tokenizer(config, source, train_indices, folder)
 
 
-def tokenize(config: Config, out: str | Path) -> dict:
+def tokenize(config: Config, out: str | AnyPath) -> dict:
     """Writes all documents as token ids: OUT/tokens.npy (uint16, or uint32 for a large vocabulary), each document with
     its end-of-document token; OUT/offsets.npy int64 [n + 1], the first token of each; OUT/documents.json (labels)."""
     out = make_folder(out)
