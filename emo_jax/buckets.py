@@ -55,6 +55,12 @@ def _forget_listings() -> None:
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
 
 
+def errors(url: object) -> tuple[type[Exception], ...]:
+    """What reading or writing below `url` may raise: nothing more for a local path, but anything for a bucket, whose libraries
+    have no exception in common."""
+    return (Exception,) if is_url(url) else ()
+
+
 def filesystem(url: str) -> AbstractFileSystem:
     """The fsspec file system of a URL."""
     import fsspec

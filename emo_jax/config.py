@@ -212,7 +212,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     if path.suffix != ".py":
         found = [given_path(folder / f"{name_or_path}.py", "CONFIG") for folder in _config_folders()]
         path = next((p for p in found if p.is_file()), path)
-    if not path.is_file():
+    if not isinstance(path, Path) or not path.is_file():
         raise InputError(f"no config {name_or_path!r}; {_did_you_mean(name_or_path, config_names())}")
     return override(_run_file(path), overrides)
 

@@ -106,16 +106,12 @@ def remove_tree(folder: AnyPath) -> None:
         folder.rmtree()
 
 
-def move_tree(folder: AnyPath, target: AnyPath) -> None:
-    """Gives a folder another name. In a bucket its objects are copied one by one, and then deleted."""
-    if isinstance(folder, Path):
-        folder.rename(target)
-        return
+def copy_tree(folder: AnyPath, target: AnyPath) -> None:
+    """All objects below a folder of a bucket, to another folder of it."""
     system = buckets.filesystem(str(folder))
-    names = system.find(str(folder), detail=False)  # not `mv`, which s3fs fails at for folders in folders
-    prefix = len("/".join(buckets.split_url(str(folder))[1:]))
+    names = system.find(str(folder), detail=False)
+    prefix = len(buckets.without_scheme(folder))
     system.copy(names, [str(target) + name[prefix:] for name in names])
-    system.rm(names)
 
 
 def copy_file(source: AnyPath, target: AnyPath) -> None:

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -36,6 +35,7 @@ from emo_jax.data.order import split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 from emo_jax.generation.engine import Generator
 from emo_jax.generation.sampling import Sampling
 from emo_jax.processes import gather_global
@@ -46,7 +46,7 @@ from emo_jax.train.step import make_eval_step
 BATCH_TOKENS = 16_384  # a batch of texts, padding included
 LOGITS = 1 << 27  # values at a time
 LENGTH_MULTIPLE = 128  # lengths of rows: few programs are compiled, and every attention kernel takes them
-SubsetOrFile = Subset | str | Path
+SubsetOrFile = Subset | str | AnyPath
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _program(execution: model.Execution, mesh: Mesh, what: str):
 # ---- opening --------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path | Checkpoint, overrides: Sequence[str] = (), *, step: int | None = None, data: str = "",
+def load(path: str | AnyPath | Checkpoint, overrides: Sequence[str] = (), *, step: int | None = None, data: str = "",
          mesh: MeshConfig | Literal["fsdp", "experts"] = "fsdp", subset: SubsetOrFile | None = None) -> LoadedModel:
     """Opens a checkpoint: a run's folder, its `checkpoints/`, or one step folder; by default the newest step.
 

@@ -6,9 +6,9 @@ matplotlib is optional: without it `save` says how to install it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from emo_jax.files import AnyPath
 from emo_jax.progress import say
 
 # Okabe and Ito's palette without its yellow, which is too light for a line.
@@ -24,7 +24,8 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def save(path: Path, columns: int, size: tuple[float, float], draw: Callable[..., None], title: str = "") -> Path | None:
+def save(path: AnyPath, columns: int, size: tuple[float, float], draw: Callable[..., None],
+         title: str = "") -> AnyPath | None:
     """`draw` gets `columns` axes side by side; the figure of `size` inches goes to `path`. None without matplotlib."""
     try:
         from matplotlib import rc_context
@@ -42,7 +43,8 @@ def save(path: Path, columns: int, size: tuple[float, float], draw: Callable[...
         for axis in axes:
             _part_labels(axis)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with path.open("wb") as file:
+            figure.savefig(file, dpi=150, format=path.suffix.removeprefix("."))
     return path
 
 

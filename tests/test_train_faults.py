@@ -121,7 +121,7 @@ def test_refuses_what_does_not_belong_to_the_run(folder, done, tmp_path):
     other = write_documents(tmp_path / "other.jsonl", seed=1)
     refused("trained on other documents", f"data.path={other}")
     refused("is a file; expected a folder", out=folder / "tiny.py")
-    refused("gs://bucket/run is a URL", out="gs://bucket/run")
+    refused("--out='http://x/run' is a URL of another kind than gs:// and s3://", out="http://x/run")
     assert sorted(p for p in done.rglob("*")) == before
 
 

@@ -22,9 +22,10 @@ from emo_jax import compat, model, processes
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import description
 from emo_jax.checkpoints.description import DamagedCheckpoint
+from emo_jax.checkpoints.orbax_s3 import COMMITTED, for_orbax
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, make_folder
+from emo_jax.files import AnyPath, absolute_path, copy_tree, make_folder, remove_tree, write_text
 
 FOLDER = "checkpoints"
 
@@ -33,13 +34,13 @@ FOLDER = "checkpoints"
 class Checkpoint:
     """One step folder whose `meta` was read; the arrays are read by `restore` and `restore_params`."""
 
-    path: Path
+    path: AnyPath
     step: int
     config: Config
     meta: dict[str, Any]
 
     @property
-    def run(self) -> Path:
+    def run(self) -> AnyPath:
         """The folder of the run, which also holds its tokenizer and config."""
         return self.path.parent.parent
 
@@ -70,8 +71,7 @@ class Checkpoint:
         """Every process learns whether all of them could read, so that all fall back together."""
         error = tree = None
         try:
-            folder: Any = self.path / item  # a pathlib.Path is enough for Orbax
-            tree = ocp.PyTreeCheckpointHandler().restore(folder, args=ocp.args.PyTreeRestore(
+            tree = ocp.PyTreeCheckpointHandler().restore(for_orbax(self.path / item), args=ocp.args.PyTreeRestore(
                 item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
         except Exception as e:
             error = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}"
@@ -83,12 +83,13 @@ class Checkpoint:
         return tree
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder: AnyPath) -> list[int]:
     """The complete checkpoints of a `checkpoints/` folder, oldest first."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(p.name) for p in found if isinstance(p, Path) or (p / COMMITTED).exists())
 
 
-def read_step(path: Path) -> Checkpoint:
+def read_step(path: AnyPath) -> Checkpoint:
     """The checkpoint of one step folder. Raises `DamagedCheckpoint` if its description cannot be read."""
     meta = description.read(path, "meta")
     try:
@@ -97,17 +98,17 @@ def read_step(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"checkpoint {path}: meta lacks {e}") from None
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
+def open_checkpoint(path: str | AnyPath, step: int | None = None) -> Checkpoint:
     """A checkpoint by its run folder, the `checkpoints/` in it, or one step folder; the newest step by default.
 
     Raises `InputError` if there is none, `DamagedCheckpoint` if it cannot be read.
     """
-    given, path = path, given_path(path, "CKPT").absolute()
-    if not path.is_dir():
+    given, where = path, absolute_path(path, "CKPT")
+    if not where.is_dir():
         raise InputError(f"no checkpoint at {given}: no such folder")
-    if path.name.isdigit() and (path / "meta").exists():
-        return read_step(path)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if where.name.isdigit() and (where / "meta").exists():
+        return read_step(where)
+    folder = where / FOLDER if (where / FOLDER).is_dir() else where
     found = steps(folder)
     if not found:
         raise InputError(f"no checkpoint at {given}: expected a run folder (with {FOLDER}/), its {FOLDER}/ folder, or "
@@ -117,12 +118,41 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     return read_step(folder / str(found[-1] if step is None else step))
 
 
-def require_new(out: str | Path) -> Path:
+def require_new(out: str | AnyPath) -> AnyPath:
     """The folder of a new run, made where it is not there. Raises `InputError` if it holds a checkpoint."""
     target = make_folder(out)
     if steps(target / FOLDER):
         raise InputError(f"--out {out} already holds a checkpoint; give another folder")
     return target
+
+
+# ---- the step of a new run, written part by part ----
+
+
+def unfinished_step(run: AnyPath, name: str) -> AnyPath:
+    """Where step 0 is written until it is complete: a folder that no reader looks at. In a bucket it has its final name, and
+    lacks what `steps` looks for."""
+    return run / FOLDER / (name if isinstance(run, Path) else "0")
+
+
+def finish_step(unfinished: AnyPath) -> AnyPath:
+    final = unfinished.with_name("0")
+    if isinstance(unfinished, Path):
+        unfinished.rename(final)
+    else:
+        write_text(final / COMMITTED, f"complete: {final}\n")
+    return final
+
+
+def move_step(path: AnyPath, target: AnyPath) -> None:
+    """Moves a step folder out of its run. In a bucket that is a copy, and the step is none before anything of it is deleted."""
+    if isinstance(path, Path):
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    else:
+        copy_tree(path, target)
+        (path / COMMITTED).unlink(missing_ok=True)
+        remove_tree(path)
 
 
 # ---- checksums ------------------------------------------------------------------------------------------------------

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
 import emo_jax
 from emo_jax import config as config_lib
+from emo_jax.checkpoints.orbax_s3 import for_orbax
 from emo_jax.config import Config
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 Checksums = dict[str, dict[str, Any]]  # {item: {"sum", "finite"}}
@@ -49,16 +50,15 @@ def conventions(config: Config) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, description: Description) -> None:
+def write(folder: AnyPath, description: Description) -> None:
     """As Orbax's `JsonSave` does, for checkpoints that are written tensor by tensor."""
     for item, value in description._asdict().items():
         (folder / item).mkdir(exist_ok=True)
         (folder / item / "metadata").write_text(json.dumps(value))
 
 
-def read(folder: Path, item: str) -> dict[str, Any]:
+def read(folder: AnyPath, item: str) -> dict[str, Any]:
     try:
-        where: Any = folder / item  # a pathlib.Path is enough for Orbax
-        return dict(ocp.JsonCheckpointHandler().restore(where))
+        return dict(ocp.JsonCheckpointHandler().restore(for_orbax(folder / item)))
     except Exception as e:
         raise DamagedCheckpoint(f"checkpoint {folder}: {item} cannot be read ({type(e).__name__}: {e})") from None

@@ -5,20 +5,19 @@ A *part* is (leaf, index): of expert tables one expert of one layer, of other la
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from emo_jax import buckets
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import description
-from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, require_new
+from emo_jax.checkpoints.checkpoint import Checkpoint, finish_step, require_new, unfinished_step
 from emo_jax.checkpoints.store import BitSum, Leaf, ParameterStore, leaf_shapes
 from emo_jax.config import Config
-from emo_jax.errors import RunError
-from emo_jax.files import write_text
+from emo_jax.errors import InputError, RunError
+from emo_jax.files import AnyPath, copy_file, remove_tree, write_text
 from emo_jax.progress import track
 
 TABLES = (("layers", "moe", "gate"), ("layers", "moe", "up"), ("layers", "moe", "down"))
@@ -38,14 +37,14 @@ def parts_of(shapes: dict[Leaf, tuple[int, ...]]) -> Iterator[tuple[Leaf, tuple[
         yield from ((leaf, index) for index in np.ndindex(*shape[:split]))
 
 
-def write_checkpoint(out: str | Path, config: Config, values: Values, origin: Checkpoint, made: dict[str, Any]) -> Path:
+def write_checkpoint(out: str | AnyPath, config: Config, values: Values, origin: Checkpoint, made: dict[str, Any]) -> AnyPath:
     """A checkpoint of step 0 that holds parameters only, with the tokenizer of `origin`; returns its step folder.
 
     `values` gives every part in its new shape. `made` says in `meta` what was done with `origin`.
     """
     target = require_new(out)
-    unfinished = target / FOLDER / "writing"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = unfinished_step(target, "writing")
+    remove_tree(unfinished)
     shapes = leaf_shapes(config)
     store, sums = ParameterStore(unfinished / "params"), BitSum(shapes)
     try:
@@ -66,10 +65,10 @@ def write_checkpoint(out: str | Path, config: Config, values: Values, origin: Ch
             config, 0, origin.meta["tokens"], origin.meta["source"], sums.checksums(), made=made | {"of": origin.identity()}))
         tokenizer = origin.run / "tokenizer.json"
         if tokenizer.is_file():
-            shutil.copyfile(tokenizer, target / "tokenizer.json")
+            copy_file(tokenizer, target / "tokenizer.json")
         write_text(target / "config.json", config_lib.dumps(config))
-        final = unfinished.with_name("0")
-        unfinished.rename(final)
-    except OSError as e:
+        return finish_step(unfinished)
+    except (InputError, RunError):
+        raise
+    except (OSError, *buckets.errors(target)) as e:
         raise RunError(f"writing {target} failed: {e}") from e
-    return final

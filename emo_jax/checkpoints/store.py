@@ -9,15 +9,15 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tensorstore as ts
 
-from emo_jax import model
+from emo_jax import buckets, model
 from emo_jax.config import Config
+from emo_jax.files import AnyPath
 
 Leaf = tuple[str, ...]
 PIECE_BYTES = 64 * 2**20  # what is not split by layers is written in such pieces
@@ -32,8 +32,9 @@ def leaf_shapes(config: Config) -> dict[Leaf, tuple[int, ...]]:
 class ParameterStore:
     """The folder of a `params` item."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: AnyPath):
         self.folder = folder
+        self._base = buckets.kvstore(f"{folder}/") if buckets.is_url(folder) else f"file://{folder}/"
         self._arrays: dict[Leaf, ts.TensorStore] = {}
         # Keeps the index of the database, so that it is read once, and no more than this of anything else.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
@@ -85,7 +86,7 @@ class ParameterStore:
         return self._arrays[leaf]
 
     def _spec(self, leaf: Leaf) -> dict[str, Any]:
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{self.folder}/",
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": self._base,
                                               "path": ".".join(leaf) + "/"}}
 
     def _write_metadata(self, shapes: dict[Leaf, tuple[int, ...]]) -> None:

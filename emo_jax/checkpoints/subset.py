@@ -6,15 +6,15 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from emo_jax import buckets
 from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, shortened, write_result
+from emo_jax.files import AnyPath, given_path, reason, shortened, write_result
 
 VERSION = 1
 MAX_EXPERTS = 1 << 20  # a file with more is damaged
@@ -71,7 +71,7 @@ class Subset:
         return (f"{each} of {self.num_routed + self.num_shared} experts in each of {len(self.kept)} layers "
                 f"({self.share:.1%}; {self.num_shared} shared) by {self.method}")
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | AnyPath) -> None:
         """Writes the file in one step. Raises `InputError` if it cannot be written."""
         content = {"version": VERSION, "keep": self.experts_per_layer} | dataclasses.asdict(self)
         if self.scores is not None:
@@ -89,14 +89,14 @@ def full(config: Config) -> Subset:
     return Subset(everything, m.num_routed_experts, m.num_shared_experts, "full")
 
 
-def load(path: str | Path, of: Checkpoint | Config | None = None) -> Subset:
+def load(path: str | AnyPath, of: Checkpoint | Config | None = None) -> Subset:
     """Reads a subset file and checks it: its form, and that it is one of this checkpoint or shape of model. Raises
     `InputError`."""
     subset = _read(path)
     return subset if of is None else require_of(subset, of, str(path))
 
 
-def open_subset(subset: Subset | str | Path, of: Checkpoint | Config) -> Subset:
+def open_subset(subset: Subset | str | AnyPath, of: Checkpoint | Config) -> Subset:
     """The subset, from its file where it is one, if it is one of this checkpoint or shape of model. Raises `InputError`."""
     return require_of(subset, of) if isinstance(subset, Subset) else load(subset, of)
 
@@ -118,7 +118,7 @@ def _is_strings(x: Any) -> bool:
     return type(x) is list and all(type(s) is str for s in x)
 
 
-def _read(path: str | Path) -> Subset:
+def _read(path: str | AnyPath) -> Subset:
     where = f"subset {shortened(str(path))}"
 
     def require(ok: bool, field: str, value: Any, allowed: str) -> None:
@@ -127,9 +127,11 @@ def _read(path: str | Path) -> Subset:
                              f"`emo-jax select --out`")
 
     try:
-        text = given_path(path, "subset").read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{where}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+        text = given_path(path, "subset").read_bytes().decode()
+    except InputError:
+        raise
+    except (OSError, UnicodeDecodeError, *buckets.errors(path)) as e:
+        raise InputError(f"{where}: cannot be read ({reason(e)})") from None
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as e:

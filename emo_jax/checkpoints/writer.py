@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +11,17 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from emo_jax.checkpoints.checkpoint import FOLDER, checksums, read_step, steps
 from emo_jax.checkpoints.description import DamagedCheckpoint, describe
+from emo_jax.checkpoints.orbax_s3 import commit_class, for_orbax
 from emo_jax.config import CheckpointConfig, Config
 from emo_jax.errors import RunError
+from emo_jax.files import AnyPath, absolute_path
 
 
 class Best:
     """Orbax preservation policy: the `count` steps of lowest evaluation loss. The losses are kept in `meta`, because
     Orbax writes metrics of its own only for its older `best_fn`, and would forget the best step at a restart."""
 
-    def __init__(self, count: int, folder: Path):
+    def __init__(self, count: int, folder: AnyPath):
         self.count, self.losses = count, {}
         for step in steps(folder) if count else ():
             try:
@@ -39,15 +40,16 @@ class CheckpointWriter:
     """Saves in the background and deletes what retention no longer asks for. A folder gets its final name when it is
     complete."""
 
-    def __init__(self, out: Path, options: CheckpointConfig):
-        folder = out.absolute() / FOLDER
+    def __init__(self, out: AnyPath, options: CheckpointConfig):
+        folder = absolute_path(out, "--out") / FOLDER
         self._best = Best(options.keep_best, folder)
         keep = [policies.LatestN(options.keep_last), self._best]
         if options.keep_every:
             keep.append(policies.EveryNSteps(options.keep_every))
         self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(keep),
-                                                         cleanup_tmp_directories=True))
+            for_orbax(folder), options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
+                temporary_path_class=commit_class(folder)))
 
     def save(self, step: int, items: dict[str, Any], config: Config, *, tokens: int, source: dict[str, Any],
              rows: list | None, loss: float | None = None) -> None:

@@ -75,8 +75,7 @@ def _subsets(args: Namespace) -> Result:
 
 def _keep(args: Namespace) -> Result:
     """Subsets of every size, of one model or two."""
-    from pathlib import Path
-
+    from emo_jax.files import given_path
     from emo_jax.loaded import load
     from emo_jax.subsets import report
 
@@ -87,7 +86,7 @@ def _keep(args: Namespace) -> Result:
         while name in models:
             name += "'"
         models[name] = _sizes(loaded, args)
-    figure = report.save_figure(models, Path(args.out) / "keep_curve.png") if args.out else None
+    figure = report.save_figure(models, given_path(args.out, "--out") / "keep_curve.png") if args.out else None
     text = report.curve_table(models) + (f"\n{figure}" if figure else "")
     return Result({"models": models, "figure": figure and str(figure)}, text)
 

@@ -7,7 +7,6 @@ Written: these, and the architectures of stock transformers and vLLM that comput
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from emo_jax.config import Config, DataConfig, ModelConfig, RouterConfig, flatten
 from emo_jax.convert.layouts import experts_of_layer
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 
 LAYOUT_OF = {"EmoForCausalLM": "emo", "Olmo2NoQKNormPrenormForCausalLM": "dense"}
 REMOTE_CODE = {  # where stock transformers finds the published code, with trust_remote_code
@@ -33,7 +33,7 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": F
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_model(published: dict[str, Any], where: Path) -> tuple[str, ModelConfig]:
+def read_model(published: dict[str, Any], where: AnyPath) -> tuple[str, ModelConfig]:
     """(layout, model) of a config.json. Raises `InputError` naming the key that our model cannot express."""
     architecture = (published.get("architectures") or [None])[0]
     if architecture not in LAYOUT_OF:
@@ -81,7 +81,7 @@ def new_config(model: ModelConfig, published: dict[str, Any], name: str) -> Conf
                   data=DataConfig(sequence_length=length, max_documents_per_row=min(64, length)))
 
 
-def require_same(given: ModelConfig, found: ModelConfig, name: str, where: Path) -> None:
+def require_same(given: ModelConfig, found: ModelConfig, name: str, where: AnyPath) -> None:
     """`InputError` if the model of the config `name` is not the one in the checkpoint; what matters in training only
     may differ."""
     found = dataclasses.replace(found, init_std=given.init_std, attention_scope=given.attention_scope)

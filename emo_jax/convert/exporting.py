@@ -9,10 +9,9 @@ additive shared expert, softmax over the routed experts and top-k without normal
 
 from __future__ import annotations
 
-import shutil
+import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -28,7 +27,7 @@ from emo_jax.convert.layouts import Entry, entries
 from emo_jax.convert.tensors import SHARD_BYTES, Planned, read_json, write_folder
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import folder_path, make_folder, replacing, write_json
+from emo_jax.files import AnyPath, copy_file, folder_path, list_files, make_folder, remove_tree, replacing, write_json
 from emo_jax.progress import track
 
 FORMATS = ("hf", "qwen2_moe", "deepseek", "llama")
@@ -55,15 +54,16 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
     plan = list(entries(layout, config.model))
     planned = [Planned(e.name, e.shape) for e in plan]
     with replacing(target) as partial:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         make_folder(partial)
         write_folder(partial, planned, _arrays(plan, found, DTYPES[dtype]), DTYPES[dtype], shard_bytes)
         tokenizer = _write_tokenizer(found, partial)
         ids = _token_ids(found, tokenizer)
-        write_json(partial / "config.json", _config_json(layout, config, dtype, ids, hf_files), indent=2)
         if not (partial / "generation_config.json").exists():  # the imported one
             write_json(partial / "generation_config.json", {"do_sample": True} | ids, indent=2)
-    size = sum(f.stat().st_size for f in target.iterdir())
+        # The last one: without it, a folder in a bucket is no model.
+        write_json(partial / "config.json", _config_json(layout, config, dtype, ids, hf_files), indent=2)
+    size = sum(file.size for file in list_files(str(target))[1])
     return {"out": str(target), "checkpoint": str(found.path), "format": form, "architecture": layout, "dtype": dtype,
             "tensors": len(plan), "bytes": size, "tokenizer": tokenizer is not None}
 
@@ -72,7 +72,7 @@ def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[n
     """The array of every planned tensor in turn. When all of the checkpoint has been read, its checksum is compared."""
     store, shapes = ParameterStore(found.path / "params"), leaf_shapes(found.config)
     rows = found.run / HF_FILES / ROUTER_ROWS
-    dead_rows = np.load(rows) if rows.is_file() else None
+    dead_rows = np.load(io.BytesIO(rows.read_bytes())) if rows.is_file() else None
     sums = BitSum(shapes)
     for e in track(plan, f"exporting {found.path}", "tensors"):
         values = None
@@ -95,7 +95,7 @@ def _arrays(plan: list[Entry], found: Checkpoint, dtype: np.dtype) -> Iterator[n
 # ---- the other files ------------------------------------------------------------------------------------------------
 
 
-def _config_json(layout: str, config: Config, dtype: str, ids: dict[str, Any], hf_files: Path) -> dict[str, Any]:
+def _config_json(layout: str, config: Config, dtype: str, ids: dict[str, Any], hf_files: AnyPath) -> dict[str, Any]:
     ours = description.written_keys(layout, config, dtype) | ids | {"bos_token_id": None}
     if layout in description.REMOTE_CODE and (hf_files / "config.json").is_file():
         published = read_json(hf_files / "config.json")  # it may have more keys than we know of
@@ -117,16 +117,16 @@ def _token_ids(found: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]
     return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id if pad is None else pad}
 
 
-def _write_tokenizer(found: Checkpoint, target: Path) -> Tokenizer | None:
+def _write_tokenizer(found: Checkpoint, target: AnyPath) -> Tokenizer | None:
     source, hf_files = found.run / "tokenizer.json", found.run / HF_FILES
     if hf_files.is_dir():
         for file in hf_files.iterdir():
             if file.name not in (NOTE, ROUTER_ROWS, "config.json"):
-                shutil.copyfile(file, target / file.name)
+                copy_file(file, target / file.name)
     if not source.is_file():
         print(f"warning: {found.run} has no tokenizer.json; the export has none either", file=sys.stderr)
         return None
-    shutil.copyfile(source, target / "tokenizer.json")
+    copy_file(source, target / "tokenizer.json")
     tokenizer = Tokenizer(source, found.config.data.eos_token)
     if not (target / "tokenizer_config.json").exists():
         pad = "<|pad|>" if tokenizer.token_id("<|pad|>") is not None else tokenizer.eos_token

@@ -1,7 +1,8 @@
 """`emo-jax import`: a published checkpoint -> a run folder with one checkpoint (step 0, parameters only).
 
 Nothing is written before names and shapes of all tensors are known to fit. Tensors then go one by one into
-`checkpoints/importing/`, which gets its final name when it is complete; an import that was stopped goes on from there.
+`checkpoints/importing/`, which gets its final name when it is complete (in a bucket, the mark of a complete one); an import
+that was stopped goes on from there.
 Everything of the published folder that has no place in our config (its config.json, tokenizer and generation files, the
 unused router rows of shared experts) is kept in `hugging_face/` beside the checkpoint, so that an export gives it back.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from emo_jax import config as config_lib
 from emo_jax import model
 from emo_jax.checkpoints import description as description_lib
-from emo_jax.checkpoints.checkpoint import FOLDER, require_new
+from emo_jax.checkpoints.checkpoint import finish_step, require_new, unfinished_step
 from emo_jax.checkpoints.store import BitSum, Leaf, ParameterStore, leaf_shapes
 from emo_jax.config import Config
 from emo_jax.convert import description
@@ -28,7 +28,7 @@ from emo_jax.convert.layouts import Entry, entries, experts_of_layer, same_eleme
 from emo_jax.convert.tensors import Reader, read_json
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, write_json, write_text
+from emo_jax.files import AnyPath, copy_file, given_path, remove_tree, write_json, write_text
 from emo_jax.progress import Progress, say
 
 HF_FILES = "hugging_face"
@@ -59,16 +59,16 @@ def import_checkpoint(source: str, out: str, config_name: str = "", overrides: S
             config = config_lib.load_config(config_name, list(overrides))
             description.require_same(config.model, found, config_name, where)
         else:
-            config = config_lib.override(description.new_config(found, published, folder.resolve().name), overrides)
+            config = config_lib.override(description.new_config(found, published, _name(folder)), overrides)
     plan = list(entries(layout, config.model))
     _check_names_and_shapes(plan, reader)
     config, tokenizer = _with_tokenizer(config, folder, published)
     target = require_new(out)
-    importing = target / FOLDER / "importing"
+    importing = unfinished_step(target, "importing")
     sums = _copy(plan, reader, importing, config)
     _keep(folder, target, plan, reader, config.model.d_model)
     if tokenizer:
-        shutil.copyfile(tokenizer, target / "tokenizer.json")
+        copy_file(tokenizer, target / "tokenizer.json")
     write_text(target / "config.json", config_lib.dumps(config))
     final = _finish(importing, config, sums, reader)
     return {"checkpoint": str(final), "layout": layout, "parameters": model.num_params(config),
@@ -91,7 +91,7 @@ def _fits(e: Entry, shape: tuple[int, ...]) -> bool:
     return shape == e.shape or (e.name.startswith("blocks.") and same_elements(shape, e.shape))
 
 
-def _with_tokenizer(config: Config, folder: Path, published: dict[str, Any]) -> tuple[Config, Path | None]:
+def _with_tokenizer(config: Config, folder: AnyPath, published: dict[str, Any]) -> tuple[Config, AnyPath | None]:
     """The config with the end-of-document token of the published tokenizer, if there is one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -112,7 +112,7 @@ def _with_tokenizer(config: Config, folder: Path, published: dict[str, Any]) -> 
     return config, path
 
 
-def published_end_ids(run: Path) -> list[int]:
+def published_end_ids(run: AnyPath) -> list[int]:
     """The tokens that end a text by the generation config of an imported model, if it has one."""
     path = run / HF_FILES / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -122,7 +122,7 @@ def published_end_ids(run: Path) -> list[int]:
 # ---- copying --------------------------------------------------------------------------------------------------------
 
 
-def _copy(plan: list[Entry], reader: Reader, importing: Path, config: Config) -> BitSum:
+def _copy(plan: list[Entry], reader: Reader, importing: AnyPath, config: Config) -> BitSum:
     """Writes all parameters, in batches, each followed by a note of how far the copy is."""
     shapes = leaf_shapes(config)
     note = importing / "progress.json"
@@ -180,25 +180,29 @@ def _absent_experts(config: Config, shapes: dict[Leaf, tuple[int, ...]]) -> Iter
 # ---- what belongs to a checkpoint besides its parameters ------------------------------------------------------------
 
 
-def _keep(folder: Path, target: Path, plan: list[Entry], reader: Reader, width: int) -> None:
+def _keep(folder: AnyPath, target: AnyPath, plan: list[Entry], reader: Reader, width: int) -> None:
     """Fills `hugging_face/`."""
     hf_files = target / HF_FILES
-    shutil.rmtree(hf_files, ignore_errors=True)
-    hf_files.mkdir(parents=True)
+    remove_tree(hf_files)
+    hf_files.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.glob("*")) if folder.is_dir() else ():
         if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
-            shutil.copyfile(file, hf_files / file.name)
+            copy_file(file, hf_files / file.name)
     dtypes = reader.dtypes()
     write_json(hf_files / NOTE, {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"})
     rows = [reader.read(e.name).astype(np.float32).reshape(-1, width)[-e.dead_rows:] for e in plan if e.dead_rows]
     if rows:
-        np.save(hf_files / ROUTER_ROWS, np.stack(rows))
+        with (hf_files / ROUTER_ROWS).open("wb") as f:
+            np.save(f, np.stack(rows))
 
 
-def _finish(importing: Path, config: Config, sums: BitSum, reader: Reader) -> Path:
-    described = description_lib.describe(config, 0, 0, {"imported": reader.path.resolve().name}, sums.checksums())
+def _finish(importing: AnyPath, config: Config, sums: BitSum, reader: Reader) -> AnyPath:
+    described = description_lib.describe(config, 0, 0, {"imported": _name(reader.path)}, sums.checksums())
     description_lib.write(importing, described)
     (importing / "progress.json").unlink()
-    final = importing.with_name("0")
-    importing.rename(final)
-    return final
+    return finish_step(importing)
+
+
+def _name(path: AnyPath) -> str:
+    """What a folder, or a link to one, is called."""
+    return (path.resolve() if isinstance(path, Path) else path).name

@@ -11,13 +11,14 @@ import json
 import math
 import struct
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from emo_jax.data.ranges import RangeReader
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath, list_files, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +28,7 @@ SHARD_BYTES = 5 * 10**9
 class Located(NamedTuple):
     """Where a tensor lies."""
 
-    file: Path
+    file: AnyPath
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -36,15 +37,15 @@ class Located(NamedTuple):
 class Reader:
     """The tensors of a folder (or one file), known by their headers; the data is read when asked for."""
 
-    def __init__(self, path: Path):
-        self.path, self.tensors = path, {}
+    def __init__(self, path: AnyPath):
+        self.path, self.tensors, self._reader = path, {}, RangeReader(budget=0)
         for file in self._files():
-            for name, located in _read_header(file).items():
+            for name, located in _read_header(file, self._reader).items():
                 if name in self.tensors:
                     raise InputError(f"{file}: tensor {name!r} is also in {self.tensors[name].file}")
                 self.tensors[name] = located
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[AnyPath]:
         if self.path.is_file():
             return [self.path]
         if (self.path / INDEX).is_file():
@@ -59,33 +60,34 @@ class Reader:
 
     def read(self, name: str) -> np.ndarray:
         file, offset, dtype, shape = self.tensors[name]
-        with file.open("rb") as f:
-            return np.fromfile(f, dtype, math.prod(shape), offset=offset).reshape(shape)
+        data = self._reader.read(str(file), offset, math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def dtypes(self) -> set[str]:
         return {t.dtype.name for t in self.tensors.values()}
 
     def fingerprint(self) -> list[list]:
         """Changes when a file is replaced."""
-        files = sorted({t.file for t in self.tensors.values()})
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        return [[f.path.name, f.size, f.version] for path in sorted({t.file for t in self.tensors.values()})
+                for f in list_files(str(path))[1]]
 
 
-def _read_header(file: Path) -> dict[str, Located]:
+def _read_header(file: AnyPath, reader: RangeReader) -> dict[str, Located]:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, but the index names it")
     try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            length = struct.unpack("<Q", f.read(8))[0]
-            if length > size:
-                raise ValueError
-            header = json.loads(f.read(length))
+        size = reader.size(str(file))
+        length = struct.unpack("<Q", reader.read(str(file), 0, min(size, 8)))[0]
+        if length > size:
+            raise ValueError
+        header = json.loads(reader.read(str(file), 8, min(length, size - 8)))
         header.pop("__metadata__", None)
         found = {name: Located(file, 8 + length + item["data_offsets"][0],
                                DTYPES.get(item["dtype"]),  # ty: ignore[invalid-argument-type]  None is refused below
                                tuple(item["shape"])) for name, item in header.items()}
         end = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file, but the index names it") from None
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, struct.error):
         raise InputError(f"{file}: not a safetensors file (its header cannot be read)") from None
     for name, located in found.items():
@@ -104,7 +106,7 @@ class Planned(NamedTuple):
     shape: tuple[int, ...]
 
 
-def write_folder(folder: Path, planned: list[Planned], data: Iterable[np.ndarray], dtype: np.dtype,
+def write_folder(folder: AnyPath, planned: list[Planned], data: Iterable[np.ndarray], dtype: np.dtype,
                  shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the tensors in order into files of at most `shard_bytes` (or one tensor), with an index if there are
     several. `data` yields the array of every planned tensor in turn."""
@@ -126,10 +128,10 @@ def write_folder(folder: Path, planned: list[Planned], data: Iterable[np.ndarray
         total = sum(math.prod(t.shape) for t in planned)
         index = {"metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
                  "weight_map": {t.name: name for name, shard in zip(names, shards) for t in sorted(shard)}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index, indent=2)
 
 
-def _write_file(file: Path, shard: list[Planned], arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
+def _write_file(file: AnyPath, shard: list[Planned], arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -142,10 +144,10 @@ def _write_file(file: Path, shard: list[Planned], arrays: Iterable[np.ndarray], 
         f.write(struct.pack("<Q", len(text)) + text)
         for (name, shape), array in zip(shard, arrays):
             assert array.shape == shape and array.dtype == dtype, (name, array.shape, array.dtype)
-            np.ascontiguousarray(array).view(np.uint8).tofile(f)
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """Raises `InputError` naming the file, and the line that is no JSON."""
     try:
         value = json.loads(path.read_text())

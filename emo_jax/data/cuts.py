@@ -18,6 +18,7 @@ from emo_jax.data.packing import Row
 from emo_jax.data.tokens import TokenSource
 from emo_jax.errors import InputError
 
+
 class Cut(NamedTuple):
     """The tokens of one row, all of one section."""
 

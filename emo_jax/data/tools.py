@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,20 +16,20 @@ from emo_jax.data.order import split
 from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from emo_jax.files import given_path
+from emo_jax.files import AnyPath, given_path
 from emo_jax.progress import track
 
 LOOK_AT = 2_000  # documents that `inspect` reads
 
 
-def open_data(config: Config, folder: str | Path) -> tuple[Source, Tokenizer]:
+def open_data(config: Config, folder: str | AnyPath) -> tuple[Source, Tokenizer]:
     """The source and the tokenizer of a config; `folder` holds or receives a tokenizer that has to be trained."""
     source, folder = open_source(config.data), given_path(folder, "--run")
     train_indices, _ = split(source, config.data, config.seed)
     return source, load_tokenizer(config, source, train_indices, folder)
 
 
-def inspect(config: Config, folder: str | Path, documents: int = 3) -> dict:
+def inspect(config: Config, folder: str | AnyPath, documents: int = 3) -> dict:
     """What is in the data, and how it looks in a row: counts from a sample of up to LOOK_AT documents spread over the
     source, the first documents, and one training row with its document boundaries."""
     source, tokenizer = open_data(config, folder)
@@ -90,7 +89,7 @@ def inspect_report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def bench(config: Config, folder: str | Path, workers: Sequence[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:
+def bench(config: Config, folder: str | AnyPath, workers: Sequence[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:
     """Rows and tokens a second of the pipeline for each number of worker processes; its start-up is not counted."""
     source, tokenizer = open_data(config, folder)
     results = []

@@ -17,6 +17,7 @@ from scipy import stats
 
 from emo_jax import plots
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 
 CONFIDENCE = 0.95
 Variants = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> measures
@@ -202,7 +203,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 # ---- figure ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(variants: Variants, main: str, baseline: str, path: Path) -> Path | None:
+def _figure(variants: Variants, main: str, baseline: str, path: AnyPath) -> AnyPath | None:
     """Loss above the full model's: by share, by documents that chose, by variant; None without matplotlib."""
     few, fewest = _shares(variants)[-2:]
     counts = sorted({r["documents"] for m in variants[main].values() for r in m["subsets"] if r["method"] == _method(m)})

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from emo_jax.buckets import is_url
 from emo_jax.config import Config, load_config
 from emo_jax.data.order import split
 from emo_jax.data.sources import open_source
@@ -61,6 +62,8 @@ def run_study(base: str, out: str | Path, overrides: Sequence[str] = (), *, held
     Raises `InputError` before anything is trained, and `RunError` with the logs of the models that failed once the others
     are finished.
     """
+    if is_url(out):
+        raise InputError(f"--out {out} is in a bucket; a study writes the logs of its runs to a local folder")
     given, out, config = out, Path(out).absolute(), load_config(base, list(overrides))
     pairs = [(variant, seed) for seed in seeds for variant in variants or MAIN]
     pairs += [] if variants else [(variant, seed) for seed in ablation_seeds for variant in ABLATIONS]

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from emo_jax.data.packing import pack
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
+from emo_jax.files import given_path
 from emo_jax.loaded import LoadedModel
 from emo_jax.rounding import round_up
 
@@ -94,7 +94,7 @@ def open_calibration(config: Config, tokenizer: Tokenizer, path: str, label: str
 
 
 def calibration_data(config: Config, path: str) -> DataConfig:
-    if not Path(path).expanduser().exists() and "*" not in path:
+    if not given_path(path, "--calibration").exists() and "*" not in path:
         raise InputError(f"--calibration {path}: no such file or folder")
     return dataclasses.replace(config.data, path=path, format="auto")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from emo_jax import plots
+from emo_jax.files import AnyPath
 
 _HEAD = f"{'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"
 
@@ -39,7 +39,7 @@ def subset_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save_figure(models: dict[str, dict[str, Any]], path: Path) -> Path | None:
+def save_figure(models: dict[str, dict[str, Any]], path: AnyPath) -> AnyPath | None:
     """Loss against the kept share of the experts, and how far it is above the full model's; None without matplotlib."""
 
     def draw(loss, above) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from emo_jax.checkpoints.store import Leaf
 from emo_jax.checkpoints.subset import require_experts
 from emo_jax.config import Config
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 
 INITS = ("copy", "jitter", "fresh")
 
@@ -31,8 +31,8 @@ def extended_config(config: Config, count: int, forced: bool) -> Config:
                                model=dataclasses.replace(m, num_experts=m.num_experts + count))
 
 
-def extend(found: Checkpoint, count: int, out: str | Path, *, init: str = "jitter", noise: float = 0.1,
-           forced: bool = True, seed: int = 0) -> Path:
+def extend(found: Checkpoint, count: int, out: str | AnyPath, *, init: str = "jitter", noise: float = 0.1,
+           forced: bool = True, seed: int = 0) -> AnyPath:
     """Writes the larger checkpoint; returns the step folder. The old experts keep their ids.
 
     `init`: `copy` (of a routed expert of the same layer, with its router column; each at most once while they last),

@@ -7,7 +7,6 @@ never run (`model.experts_per_layer`).
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from emo_jax.checkpoints.rewrite import ROUTER, TABLES, Values, store_of, write_
 from emo_jax.checkpoints.store import Leaf
 from emo_jax.checkpoints.subset import Subset, open_subset, require_fits
 from emo_jax.config import Config
+from emo_jax.files import AnyPath, given_path
 
 
 def subset_config(config: Config, subset: Subset) -> Config:
@@ -67,11 +67,11 @@ def kept_values(found: Checkpoint, subset: Subset) -> Values:
     return values
 
 
-def extract(checkpoint: Checkpoint | str | Path, subset: Subset | str | Path, out: str | Path) -> Path:
+def extract(checkpoint: Checkpoint | str | AnyPath, subset: Subset | str | AnyPath, out: str | AnyPath) -> AnyPath:
     """Writes the smaller checkpoint and config into `out`; returns the step folder. Raises `InputError`, `RunError`."""
     found = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     subset = open_subset(subset, found)
     made = {"subset": {"keep": subset.experts_per_layer, "kept": subset.kept, "method": subset.method}}
     path = write_checkpoint(out, subset_config(found.config, subset), kept_values(found, subset), found, made)
-    subset.save(Path(out) / "subset.json")
+    subset.save(given_path(out, "--out") / "subset.json")
     return path

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, steps
 from emo_jax.checkpoints.subset import Subset, require_of
 from emo_jax.config import Config, MeshConfig, override
-from emo_jax.files import make_folder
+from emo_jax.files import AnyPath, make_folder
 from emo_jax.surgery.extract import extract
 from emo_jax.train import loop
 
 START = "start"  # the extracted model, in the folder of the run
 
 
-def finetune_config(small: Config, start: Path, data: str, overrides: Sequence[str]) -> Config:
+def finetune_config(small: Config, start: AnyPath, data: str, overrides: Sequence[str]) -> Config:
     """Published settings for fine-tuning on a task, before `overrides`: 5e-5, linear to 0 after 10 % warmup, no weight
     decay, batches of 32 rows."""
     config = dataclasses.replace(
@@ -38,17 +37,17 @@ def finetune_config(small: Config, start: Path, data: str, overrides: Sequence[s
     return config
 
 
-def finetune(found: Checkpoint, subset: Subset, out: str | Path, data: str = "", overrides: Sequence[str] = (),
+def finetune(found: Checkpoint, subset: Subset, out: str | AnyPath, data: str = "", overrides: Sequence[str] = (),
              evaluations: Iterable = ()) -> dict[str, Any]:
     """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
-    out = make_folder(out)
+    folder = make_folder(out)
     require_of(subset, found)
-    start = out / START
+    start = folder / START
     if not steps(start / FOLDER):
         extract(found, subset, start)
     small = open_checkpoint(start)
-    subset.save(out / "subset.json")
-    tokenizer = out / "tokenizer.json"
+    subset.save(folder / "subset.json")
+    tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists() and (start / "tokenizer.json").exists():
         tokenizer.write_bytes((start / "tokenizer.json").read_bytes())
-    return loop.train(finetune_config(small.config, start, data, overrides), out, evaluations)
+    return loop.train(finetune_config(small.config, start, data, overrides), folder, evaluations)

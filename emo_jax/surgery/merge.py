@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,11 @@ from emo_jax.checkpoints.rewrite import ROUTER, TABLES, store_of, write_checkpoi
 from emo_jax.checkpoints.store import Leaf
 from emo_jax.checkpoints.subset import Subset, require_fits
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 
 
-def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | Path, *, alpha: float = 1.0,
-          router: bool = False, shared: bool = False) -> Path:
+def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | AnyPath, *, alpha: float = 1.0,
+          router: bool = False, shared: bool = False) -> AnyPath:
     """Writes `whole` with the kept experts (1 - alpha) whole + alpha part; returns the step folder.
 
     `router`: their router columns likewise. `shared`: also everything that is not a routed expert or the router: shared

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config
 from emo_jax.data.pipeline import array_to_states, make_train_iterator, states_to_array
 from emo_jax.errors import RunError
+from emo_jax.files import AnyPath
 from emo_jax.progress import is_primary, say
 from emo_jax.train import start
 from emo_jax.train.metrics import Log
@@ -30,7 +30,7 @@ from emo_jax.train.step import make_train_step
 AGREEMENT_EVERY = 10  # steps, at most, after which several processes agree on whether to stop
 
 
-def train(config: Config, out: str | Path, evaluations: Iterable = ()) -> dict[str, Any]:
+def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dict[str, Any]:
     """Trains `config` into the folder `out`, going on from what is there; returns what `emo-jax train` reports.
 
     `evaluations`: more of them, made by `make(config, mesh, documents)`; each is None or has a `name` and returns
@@ -41,18 +41,18 @@ def train(config: Config, out: str | Path, evaluations: Iterable = ()) -> dict[s
     """
     sharding.start_distributed()
     mesh = sharding.make_mesh(config)
-    out = start.open_folder(config, out)
-    start.cache_compilation(out)
-    config, origin = start.find_start(config, out)
-    documents = start.open_documents(config, out)
+    folder = start.open_folder(config, out)
+    start.cache_compilation(folder)
+    config, origin = start.find_start(config, folder)
+    documents = start.open_documents(config, folder)
     evaluate = start.evaluation_of(config, mesh, documents)
     others = [e for e in (make(config, mesh, documents) for make in evaluations) if e is not None]
     with compat.set_mesh(mesh):
-        position = start.resume(config, mesh, out, documents)
+        position = start.resume(config, mesh, folder, documents)
         position = position or start.initial_position(config, mesh, origin, documents)
-        start.write_config(config, out)
+        start.write_config(config, folder)
         _describe(config, mesh, documents, position)
-        return TrainingLoop(config, mesh, out, documents, evaluate, position, others).run()
+        return TrainingLoop(config, mesh, folder, documents, evaluate, position, others).run()
 
 
 def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
@@ -66,7 +66,7 @@ def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: 
 class TrainingLoop:
     """One start of a run, from its position to its last step, a stop, or a failure."""
 
-    def __init__(self, config: Config, mesh: Mesh, out: Path, documents: start.Documents, evaluate,
+    def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: start.Documents, evaluate,
                  position: start.Position, other_evaluations: Sequence = ()):
         self.config, self.mesh, self.out, self.evaluate = config, mesh, out, evaluate
         self.other_evaluations = other_evaluations
@@ -148,6 +148,7 @@ class TrainingLoop:
                          tokens=self.log.tokens, source=self.fingerprint, rows=rows,
                          loss=evaluation["loss"] if evaluation else None)
         self.saved_step = self.step
+        self.log.save()
         self.log.restart_clock(self.step)
 
     def _finish(self, stopped: str | None) -> None:

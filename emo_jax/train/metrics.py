@@ -20,9 +20,10 @@ import numpy as np
 from emo_jax.chips import peak_flops
 from emo_jax.config import Config, flatten
 from emo_jax.errors import RunError
-from emo_jax.files import write_text
+from emo_jax.files import AnyPath, write_text
 from emo_jax.progress import duration
 from emo_jax.train.flops import flops_per_token
+from emo_jax.train.mirror import Mirror
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")
@@ -30,12 +31,13 @@ PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_
 # What all_to_all's receive buffers needed, over the steps since the last record: the largest, and the sum.
 BUFFERS = {"required_capacity_factor": max, "fallback_steps": operator.add}
 MAX_STEPS_IN_FLIGHT = 4
+METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
     """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened."""
 
-    def __init__(self, path: Path, resumed_at: int):
+    def __init__(self, path: AnyPath, resumed_at: int):
         kept = []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
@@ -57,7 +59,7 @@ class MetricsFile:
 class TensorBoard:
     """Event files in `folder`; nothing if tensorboardX is not installed."""
 
-    def __init__(self, folder: Path, resumed_at: int):
+    def __init__(self, folder: AnyPath, resumed_at: int):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -159,15 +161,17 @@ class Log:
     `add` never waits for the step it is given; `flush` does. Only the primary process writes, all of them check.
     """
 
-    def __init__(self, config: Config, out: Path, step: int, tokens: int, primary: bool):
+    def __init__(self, config: Config, out: AnyPath, step: int, tokens: int, primary: bool):
         self.tokens = tokens  # tokens seen up to the last flushed step
         self.last: dict[str, Any] = {}  # the last written record
         self._config, self._pending = config, deque()
         self._buffers: dict[str, float] = {}
         self._fell_back = False
         self._rate = Rate(step, tokens)
-        self._file = MetricsFile(out / "metrics.jsonl", step) if primary else NoLog()
-        self._events = TensorBoard(out / "tensorboard", step) if primary else NoLog()
+        self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, METRICS)
+        folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
+        self._file = MetricsFile(folder / METRICS, step) if primary else NoLog()
+        self._events = TensorBoard(folder / "tensorboard", step) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_tokens_per_second = peak * jax.device_count() / flops_per_token(config) if peak else None
@@ -222,6 +226,7 @@ class Log:
         self.last = record
         self._file.write(record)
         self._events.write(step, record)
+        self._mirror.changed()
         pace = self._rate.seconds_per_step
         self._progress.update(record, pace and pace * (self._config.train.steps - step))
 
@@ -243,6 +248,10 @@ class Log:
         self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(result).items()
                                                       if isinstance(v, float)))
 
+    def save(self) -> None:
+        """Whoever goes on from here finds the metrics up to here."""
+        self._mirror.upload()
+
     def close(self) -> None:
-        for part in (self._progress, self._events, self._file):
+        for part in (self._progress, self._events, self._file, self._mirror):
             part.close()

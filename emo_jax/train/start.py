@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +13,7 @@ from jax.sharding import Mesh
 
 from emo_jax import config as config_lib
 from emo_jax import processes
-from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, read_step, steps
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_checkpoint, read_step, steps
 from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_stream
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
@@ -24,7 +22,7 @@ from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import make_folder, write_text
+from emo_jax.files import AnyPath, make_folder, write_text
 from emo_jax.progress import is_primary, say
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.step import TrainState, abstract_state, init_state
@@ -32,27 +30,27 @@ from emo_jax.train.step import TrainState, abstract_state, init_state
 # ---- folder ---------------------------------------------------------------------------------------------------------
 
 
-def open_folder(config: Config, out: str | Path) -> Path:
+def open_folder(config: Config, out: str | AnyPath) -> AnyPath:
     """Makes the run's folder, or checks that what is there belongs to the same model. Raises `InputError`."""
-    out = make_folder(out)
-    saved = out / "config.json"
+    folder = make_folder(out)
+    saved = folder / "config.json"
     if saved.exists():
         try:
             before = config_lib.from_dict(json.loads(saved.read_text()))
         except (ValueError, TypeError, AttributeError, OSError) as e:
             raise InputError(f"{saved} cannot be read ({e}); it belongs to the run in --out") from None
         require_same_model(before, config, str(saved))
-    if (checkpoints := out / FOLDER).exists() and not checkpoints.is_dir():
+    if (checkpoints := folder / FOLDER).exists() and not checkpoints.is_dir():
         raise InputError(f"{checkpoints} is a file; it must be the folder of the run's checkpoints")
-    return out
+    return folder
 
 
-def write_config(config: Config, out: Path) -> None:
+def write_config(config: Config, out: AnyPath) -> None:
     if is_primary():
         write_text(out / "config.json", config_lib.dumps(config))
 
 
-def cache_compilation(out: Path) -> None:
+def cache_compilation(out: AnyPath) -> None:
     """Keeps compiled programs in the run's folder, so that a restart begins at once and with the same kernels.
 
     Not on CPU: XLA specialises its code for the host's processor, and the next host may be another.
@@ -75,7 +73,7 @@ class Documents:
     fingerprint: dict[str, Any]
 
 
-def open_documents(config: Config, out: Path) -> Documents:
+def open_documents(config: Config, out: AnyPath) -> Documents:
     """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
     source = open_source(config.data)
     train, held_out = split(source, config.data, config.seed)
@@ -83,8 +81,9 @@ def open_documents(config: Config, out: Path) -> Documents:
         processes.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(config, source, train, out)
     if is_primary():
-        if Path(tokenizer.path).resolve() != (out / "tokenizer.json").resolve():
-            shutil.copyfile(tokenizer.path, out / "tokenizer.json")
+        copy = out / "tokenizer.json"
+        if not copy.is_file() or copy.read_bytes() != tokenizer.content:
+            copy.write_bytes(tokenizer.content)
         processes.wait_for_all("tokenizer")
     return Documents(source, train, held_out, tokenizer, fingerprint(source, tokenizer))
 
@@ -96,7 +95,7 @@ def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
         document = source[int(i)]
         sample.update(document.text.encode() if document.tokens is None else document.tokens.astype(np.int64).tobytes())
     return {"documents": len(source), "sample": sample.hexdigest()[:16],
-            "tokenizer": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()[:16]}
+            "tokenizer": hashlib.sha256(tokenizer.content).hexdigest()[:16]}
 
 
 def evaluation_of(config: Config, mesh: Mesh, documents: Documents) -> Evaluation | None:
@@ -120,7 +119,7 @@ class Position:
     rows: list | None  # None: at the first document
 
 
-def find_start(config: Config, out: Path) -> tuple[Config, Checkpoint | None]:
+def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]:
     """The config with `optimizer.start_step` filled in, and the checkpoint of `train.init_from` if the run starts
     there (not if it goes on from a checkpoint of its own). Raises `InputError`."""
     own = steps(out / FOLDER)
@@ -172,7 +171,7 @@ def _initial_state(config: Config, mesh: Mesh) -> TrainState:
     return state._replace(params=found.restore_params(mesh, config))
 
 
-def resume(config: Config, mesh: Mesh, out: Path, documents: Documents) -> Position | None:
+def resume(config: Config, mesh: Mesh, out: AnyPath, documents: Documents) -> Position | None:
     """The position of the newest checkpoint that can be read; damaged ones are moved to `damaged/`, not deleted.
 
     None if there is no checkpoint. Raises `InputError` if there are but none can be read, or if they are of another
@@ -209,14 +208,13 @@ def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
     return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding), **items)
 
 
-def _set_aside(out: Path, damaged: list[int]) -> None:
+def _set_aside(out: AnyPath, damaged: list[int]) -> None:
     for step in damaged if is_primary() else ():
         target = out / "damaged" / str(step)
         n = 1
         while target.exists():
             n, target = n + 1, out / "damaged" / f"{step}-{n}"
-        target.parent.mkdir(exist_ok=True)
-        (out / FOLDER / str(step)).rename(target)
+        move_step(out / FOLDER / str(step), target)
         say(f"moved the damaged checkpoint of step {step} to {target}")
     if damaged:
         processes.wait_for_all("damaged checkpoints set aside")
