@@ -10,6 +10,7 @@ SLOW = (
     "test_data_pipeline.py::test_errors",
     "test_data_pipeline.py::test_resume",
     "test_data_pipeline.py::test_workers",
+    "test_data_skipping.py::test_skipped_documents",
     "test_experts.py::test_all_to_all_falls",
     "test_experts.py::test_an_expert_gradient",
     "test_experts.py::test_equals_the_dense",

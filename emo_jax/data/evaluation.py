@@ -18,13 +18,14 @@ def evaluation_rows(config: Config, source: Source, tokenizer: Tokenizer, eval_i
 
     Each label has up to train.eval_rows / number of labels rows (at least one), concatenated and split from held-out
     documents of that label only, of each the first `tokens` (None: all); the last row may be padded. Repetitive rows keep
-    their loss.
+    their loss. A label none of whose documents can be read is left out.
     """
     by_label = {}
     for i in eval_indices[:MAX_DOCUMENTS]:
         by_label.setdefault(source.label(int(i)), []).append(int(i))
     per_label = max(1, config.train.eval_rows // max(1, len(by_label)))
-    return [(label, _rows(config, source, tokenizer, by_label[label], per_label, tokens)) for label in sorted(by_label)]
+    found = [(label, _rows(config, source, tokenizer, by_label[label], per_label, tokens)) for label in sorted(by_label)]
+    return [(label, rows) for label, rows in found if rows]
 
 
 def _rows(config: Config, source: Source, tokenizer: Tokenizer, documents: list[int], limit: int,
@@ -40,6 +41,8 @@ def _rows(config: Config, source: Source, tokenizer: Tokenizer, documents: list[
         rows.append(row)
         if len(rows) == limit:
             break
+    if not rows:
+        return {}
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     positions = np.arange(d.sequence_length, dtype=np.int32)
     return stacked | {"positions": np.tile(positions, (len(rows), 1))}

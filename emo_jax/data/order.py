@@ -54,12 +54,12 @@ def documents_of_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
     if not labels:
         return np.zeros(0, np.int64)
     numbers = track(range(len(source)), f"reading the labels of {source.name}", "documents")
-    of_document = np.array([source.label(i) for i in numbers])
-    known = sorted(set(of_document.tolist()))
+    codes: dict[str, int] = {}
+    of_document = np.fromiter((codes.setdefault(source.label(i), len(codes)) for i in numbers), np.int32, len(source))
     for label in labels:
-        if label not in known:
-            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(known[:50])}")
-    return np.flatnonzero(np.isin(of_document, labels))
+        if label not in codes:
+            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(sorted(codes)[:50])}")
+    return np.flatnonzero(np.isin(of_document, [codes[label] for label in labels]))
 
 
 def _hashed(total: int, fraction: float, seed: int, block: int = 1 << 22) -> np.ndarray:

@@ -93,8 +93,7 @@ def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes."""
     sample = hashlib.sha256()
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
-        document = source[int(i)]
-        sample.update(document.text.encode() if document.tokens is None else document.tokens.astype(np.int64).tobytes())
+        sample.update(source[int(i)].content)
     return {"documents": len(source), "sample": sample.hexdigest()[:16],
             "tokenizer": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()[:16]}
 
