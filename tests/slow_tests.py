@@ -6,6 +6,7 @@ SLOW = (
     "test_convert.py::test_an_imported",
     "test_convert.py::test_out_of_a",
     "test_convert_stock.py",
+    "test_data_evaluation.py::test_a_run",
     "test_data_pipeline.py::test_batches_do_not",
     "test_data_pipeline.py::test_errors",
     "test_data_pipeline.py::test_resume",

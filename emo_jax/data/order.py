@@ -35,8 +35,8 @@ def split(source: Source, data: DataConfig, seed: int) -> tuple[TrainIndices, np
     held out by a hash of the seed and its number, so whether it is does not depend on the others; in a small source, every
     label of two documents or more that the hash missed gives one."""
     total, left_out = len(source), documents_of_labels(source, data.left_out)
-    held_out = _hashed(total, data.eval_fraction, seed)
-    if data.eval_fraction > 0 and (total <= SMALL or not len(held_out)):
+    held_out = _hashed(total, data.held_out_fraction, seed)
+    if data.held_out_fraction > 0 and (total <= SMALL or not len(held_out)):
         held_out = np.union1d(held_out, _missed_labels(source, seed, held_out))
     held_out = np.setdiff1d(held_out, left_out)
     if len(held_out) and len(held_out) + len(left_out) == total:

@@ -19,7 +19,7 @@ from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, 
 from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_stream
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
-from emo_jax.data.evaluation import evaluation_rows
+from emo_jax.data.evaluation import evaluation_rows, evaluation_set
 from emo_jax.data.order import TrainIndices, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -70,7 +70,8 @@ class Documents:
 
     source: Source
     train: TrainIndices
-    held_out: np.ndarray
+    evaluated: Source  # `source`, or that of data.eval_path
+    held_out: np.ndarray  # documents of `evaluated`, none of which is trained on
     tokenizer: Tokenizer
     fingerprint: dict[str, Any]
 
@@ -79,6 +80,7 @@ def open_documents(config: Config, out: Path) -> Documents:
     """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
     source = open_source(config.data)
     train, held_out = split(source, config.data, config.seed)
+    evaluated, held_out = evaluation_set(config.data) if config.data.eval_path else (source, held_out)
     if not is_primary():
         processes.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(config, source, train, out)
@@ -86,7 +88,7 @@ def open_documents(config: Config, out: Path) -> Documents:
         if Path(tokenizer.path).resolve() != (out / "tokenizer.json").resolve():
             shutil.copyfile(tokenizer.path, out / "tokenizer.json")
         processes.wait_for_all("tokenizer")
-    return Documents(source, train, held_out, tokenizer, fingerprint(source, tokenizer))
+    return Documents(source, train, evaluated, held_out, tokenizer, fingerprint(source, tokenizer))
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -99,10 +101,10 @@ def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def evaluation_of(config: Config, mesh: Mesh, documents: Documents) -> Evaluation | None:
-    """The `Evaluation` on the held-out documents, or None if there are none."""
+    """The `Evaluation` on the documents that are not trained on, or None if there are none."""
     if not len(documents.held_out):
         return None
-    rows = evaluation_rows(config, documents.source, documents.tokenizer, documents.held_out)
+    rows = evaluation_rows(config, documents.evaluated, documents.tokenizer, documents.held_out)
     return Evaluation(config, mesh, rows, documents.tokenizer) if rows else None
 
 
