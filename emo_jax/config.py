@@ -95,11 +95,15 @@ class DataConfig:
     repetition_filter: bool = True  # rows that repeat a period of 1..13 tokens 32 times carry no loss
     repetitive_rows: Literal["masked", "dropped"] = "masked"  # what repetition_filter does to them
     eval_fraction: float = 0.005  # held out of training, by whole documents
-    eval_path: str = ""  # documents to evaluate on (any source) in place of those held out
+    eval_path: str = ""  # documents to evaluate on (any source): nothing is held out then, whatever eval_fraction says
     max_skipped: float = 0.0  # share of documents that may be skipped as unreadable; beyond it reading stops
     cache_gb: float = 1.0  # GB of memory for what was read from buckets, in each process that reads
     shuffle: bool = True
     workers: int = 2  # tokenizing processes of each host; 0: in the training process
+
+    @property
+    def held_out_fraction(self) -> float:
+        return 0.0 if self.eval_path else self.eval_fraction
 
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from emo_jax.checkpoints.compatibility import require_same_model
 from emo_jax.checkpoints.subset import Subset, open_subset, require_experts
 from emo_jax.config import Config, MeshConfig, override
 from emo_jax.convert.importing import published_end_ids
-from emo_jax.data.evaluation import evaluation_rows
+from emo_jax.data.evaluation import evaluation_rows, evaluation_set
 from emo_jax.data.order import split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer
@@ -124,8 +124,10 @@ class LoadedModel:
     # ---- documents of a source ----
 
     def documents_to_score(self) -> tuple[Source, np.ndarray]:
-        """The source and the numbers of its documents: all of a source that is not the run's, else what the run held
-        out. Raises `InputError` if that is nothing."""
+        """The source and the numbers of its documents: all of a source that is not the run's, else those that the run is
+        evaluated on. Raises `InputError` if that is nothing."""
+        if self.own_documents and self.config.data.eval_path:
+            return evaluation_set(self.config.data)
         source = open_source(self.config.data)
         if not self.own_documents:
             return source, np.arange(len(source))

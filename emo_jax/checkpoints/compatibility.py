@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from emo_jax.config import Config, flatten, to_dict
 from emo_jax.errors import InputError
 
@@ -12,9 +14,15 @@ FREE_DATA_FIELDS = tuple(f"data.{name}" for name in (
 
 
 def _differences(saved: Config, given: Config, prefixes: tuple[str, ...], free: tuple[str, ...] = ()) -> list[str]:
-    old, new = flatten(to_dict(saved)), flatten(to_dict(given))
+    old, new = _fields(saved), _fields(given)
     return [f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} given"
             for key in new if key.startswith(prefixes) and key not in free and old[key] != new[key]]
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    fields = flatten(to_dict(config))
+    del fields["data.eval_fraction"]
+    return fields | {"data.eval_fraction (0 with data.eval_path)": config.data.held_out_fraction}
 
 
 def require_same_model(saved: Config, given: Config, where: str, anneal: bool = False) -> None:

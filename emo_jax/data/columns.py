@@ -60,57 +60,56 @@ class ColumnSource(Source):
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> Document:
-        label = self.label(i)
-        field = self._tokens_field or self._text_field
+        at, field = self._locate(i), self._tokens_field or self._text_field
         try:
-            value = self._value(i, field)
+            value, label = self._value(at, field), self._label(at)
             if self._tokens_field:
                 return Document("", label, int(i), tokens_of(value, field))
             return Document(text_of(value, field), label, int(i))
         except ValueError as e:
-            raise self._unreadable(i, e) from None
+            raise UnreadableDocument(f"{self.where(i)}: {e}") from None
 
     def label(self, i: int) -> str:
-        file, _, _ = self._locate(i)
-        names = self._label_names[file]
-        if names is None:
-            return self._default_labels[file]
         try:
-            return label_of(self._value(i, self._label_field), self._label_field, self._default_labels[file], names)
+            return self._label(self._locate(i))
         except ValueError as e:
-            raise self._unreadable(i, e) from None
+            raise UnreadableDocument(f"{self.where(i)}: {e}") from None
 
     def where(self, i: int) -> str:
-        file, _, _ = self._locate(i)
+        file = self._locate(i)[0]
         return f"{self._paths[file]}: record {i - self._starts[self._blocks[file]] + 1}"
 
     def _locate(self, i: int) -> tuple[int, int, int]:
         """(file, block of the file, row of the block)"""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)} in {self.name}")
-        block = int(np.searchsorted(self._starts, i, side="right")) - 1
-        file = int(np.searchsorted(self._blocks, block, side="right")) - 1
+        block = int(self._starts.searchsorted(i, side="right")) - 1
+        file = int(self._blocks.searchsorted(block, side="right")) - 1
         return file, block - int(self._blocks[file]), int(i - self._starts[block])
 
-    def _value(self, i: int, field: str) -> Any:
+    def _label(self, at: tuple[int, int, int]) -> str:
+        names = self._label_names[at[0]]
+        if names is None:
+            return self._default_labels[at[0]]
+        return label_of(self._value(at, self._label_field), self._label_field, self._default_labels[at[0]], names)
+
+    def _value(self, at: tuple[int, int, int], field: str) -> Any:
+        """What a field holds; token ids as an array. `ValueError` if its block cannot be read."""
         import pyarrow as pa
 
-        file, block, row = self._locate(i)
+        file, block, row = at
         require_unchanged(self._paths[file], self._sizes[file])  # reading a mapped file that shrank ends the process
         try:
             scalar: Any = self._columns.get(file, block, field)[row]
         except (pa.ArrowException, OSError) as e:
             require_unchanged(self._paths[file], self._sizes[file])
-            raise UnreadableDocument(f"{self.where(i)}: damaged ({e})") from None
-        if not isinstance(scalar, (pa.ListScalar, pa.LargeListScalar, pa.FixedSizeListScalar)):
-            try:
-                return scalar.as_py()
-            except UnicodeDecodeError as e:
-                return e.object  # bytes, which are refused as such
-        return None if scalar.values is None else scalar.values.to_numpy(zero_copy_only=False)
-
-    def _unreadable(self, i: int, e: ValueError) -> ValueError:
-        return e if isinstance(e, InputError) else UnreadableDocument(f"{self.where(i)}: {e}")
+            raise ValueError(f"damaged ({e})") from None
+        if isinstance(scalar, (pa.ListScalar, pa.LargeListScalar, pa.FixedSizeListScalar)):
+            return None if scalar.values is None else scalar.values.to_numpy(zero_copy_only=False)
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as e:
+            return e.object  # bytes, which are refused as such
 
     def _check_schema(self, path: str, schema: pa.Schema) -> tuple[str, ...] | None:
         """The names that integers in the label column stand for (() if they are none); None if there is no such column."""

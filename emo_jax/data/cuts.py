@@ -101,7 +101,8 @@ class BestFit(Packer):
 
     def cuts(self, blocks: np.ndarray, rows: np.ndarray) -> list[Cut]:
         wanted = np.unique(blocks).tolist()
-        self.source.load_index([(int(self.section[b]), int(self.first[b]) - 1, int(self.first[b]) + BLOCK_TOKENS) for b in wanted])
+        starts = [(int(self.section[block]), int(self.first[block])) for block in wanted]
+        self.source.load_index([(section, first - 1, first + BLOCK_TOKENS) for section, first in starts])
         packed = {block: self.packed(block) for block in wanted}
         return [self._cut(int(self.section[block]), *packed[block], row)
                 for block, row in zip(blocks.tolist(), rows.tolist())]

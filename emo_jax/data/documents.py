@@ -38,6 +38,11 @@ class Document:
     id: int  # the document's number in its source
     tokens: np.ndarray | None = None  # [n] integers, as the source has them: unchecked, perhaps without an end
 
+    @property
+    def content(self) -> bytes:
+        """What tells it from other documents."""
+        return self.text.encode() if self.tokens is None else self.tokens.astype("<i8").tobytes()
+
 
 class Source:
     """Documents by number: `len(source)`, `source[i]`. Picklable, and cheap to pickle: worker processes get a copy.

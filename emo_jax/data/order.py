@@ -58,8 +58,8 @@ def split(source: Source, data: DataConfig, seed: int) -> tuple[DocumentNumbers,
     if own is not None:
         return own
     total, left_out = len(source), documents_of_labels(source, data.left_out)
-    held_out = _hashed(total, data.eval_fraction, seed)
-    if data.eval_fraction > 0 and (total <= SMALL or not len(held_out)):
+    held_out = _hashed(total, data.held_out_fraction, seed)
+    if data.held_out_fraction > 0 and (total <= SMALL or not len(held_out)):
         held_out = np.union1d(held_out, _missed_labels(source, seed, held_out))
     held_out = np.setdiff1d(held_out, left_out)
     if len(held_out) and len(held_out) + len(left_out) == total:
@@ -77,12 +77,12 @@ def documents_of_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
     if not labels:
         return np.zeros(0, np.int64)
     numbers = track(range(len(source)), f"reading the labels of {source.name}", "documents")
-    of_document = np.array([source.label(i) for i in numbers])
-    known = sorted(set(of_document.tolist()))
+    codes: dict[str, int] = {}
+    of_document = np.fromiter((codes.setdefault(source.label(i), len(codes)) for i in numbers), np.int32, len(source))
     for label in labels:
-        if label not in known:
-            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(known[:50])}")
-    return np.flatnonzero(np.isin(of_document, labels))
+        if label not in codes:
+            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(sorted(codes)[:50])}")
+    return np.flatnonzero(np.isin(of_document, [codes[label] for label in labels]))
 
 
 def _hashed(total: int, fraction: float, seed: int, block: int = 1 << 22) -> np.ndarray:

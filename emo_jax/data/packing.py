@@ -4,8 +4,8 @@ They are our own because Grain's packers keep no state from which any row's succ
 hosts.
 
 Both read documents by `read(count) -> (tokens [n] int32 with the end-of-document token, document number)`, count =
-0, 1, 2, ..., None after the last, and yield `(row, state)`: the state (a flat list of ints) is the packer's position
-after that row; given back, the packer goes on with the next row.
+0, 1, 2, ..., None after the last; one without any token is passed over. They yield `(row, state)`: the state (a flat list
+of ints) is the packer's position after that row; given back, the packer goes on with the next row.
 
 A row is a dict of [T] arrays: tokens, targets, segment_ids, document_ids int32; loss_weights float32. Padding has 0
 everywhere. Pieces of documents are numbered 1.. in `segment_ids`. The target of the last token of a document is the
@@ -69,9 +69,7 @@ def concat_and_split(read: Read, length: int, max_documents: int, count_ends: bo
     if len(state) != 2:
         raise _wrong_state("concat_and_split")
     count, offset = state
-    current = read(count)
-    if offset:
-        _document_at(current, offset)
+    count, current = _next(read, count, offset)
     while current is not None:
         pieces, room = [], length
         while room and current is not None and len(pieces) < max_documents:
@@ -81,8 +79,8 @@ def concat_and_split(read: Read, length: int, max_documents: int, count_ends: bo
             room -= len(piece.tokens)
             offset += len(piece.tokens)
             if piece.ends:
-                count, offset = count + 1, 0
-                current = read(count)
+                offset = 0
+                count, current = _next(read, count + 1)
         next_token = None if current is None else current[0][offset]
         yield _make_row(pieces, length, next_token, count_ends), [count, offset]
 
@@ -100,9 +98,7 @@ def first_fit(read: Read, length: int, max_documents: int, count_ends: bool,
     state = state or initial_state()
     count, offset = state[:2]
     rows = _reopen(read, state, length)
-    current = read(count)
-    if offset:
-        _document_at(current, offset)
+    count, current = _next(read, count, offset)
 
     def closed(row: list[_Piece]) -> tuple[Row, State]:
         rows.remove(row)
@@ -122,8 +118,8 @@ def first_fit(read: Read, length: int, max_documents: int, count_ends: bool,
         row.append(piece)
         offset += len(piece.tokens)
         if piece.ends:
-            count, offset = count + 1, 0
-            current = read(count)
+            offset = 0
+            count, current = _next(read, count + 1)
         if _filled(row) == length or len(row) == max_documents:
             yield closed(row)
     while rows:
@@ -183,6 +179,17 @@ def _make_row(pieces: list[_Piece], length: int, next_token: int | None, count_e
     else:
         row["targets"][n - 1] = next_token
     return row
+
+
+def _next(read: Read, count: int, offset: int = 0) -> tuple[int, tuple[np.ndarray, int] | None]:
+    """The document `count`, to be read from `offset` on, or the first one after it that has tokens: (its count, it)."""
+    current = read(count)
+    if offset:
+        return count, _document_at(current, offset)
+    while current is not None and not len(current[0]):
+        count += 1
+        current = read(count)
+    return count, current
 
 
 def _document_at(document: tuple[np.ndarray, int] | None, offset: int) -> tuple[np.ndarray, int]:

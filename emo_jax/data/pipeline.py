@@ -23,13 +23,15 @@ from absl import flags
 
 from emo_jax.config import Config, DataConfig
 from emo_jax.data.documents import Source
-from emo_jax.data.filters import is_repetitive
+from emo_jax.data.filters import repetitive_rows
 from emo_jax.data.order import DocumentNumbers, DocumentOrder, split
 from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError
 
+COUNTS = ("skipped_documents", "dropped_rows")  # before a row, in its stream
 FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "document_ids")
+MAX_DROPPED = 1000  # rows in turn: a stream of nothing else never ends
 _SIGTERM_GRACE_S = 60
 
 
@@ -43,16 +45,28 @@ class RowStreams:
     order: DocumentOrder
 
     def rows(self, stream: int, state: State | None) -> Iterator[tuple[Row, State]]:
+        """Rows, each with COUNTS, and the state after it."""
+        counts = dict.fromkeys(COUNTS, 0)
+
         def read(count: int) -> tuple[np.ndarray, int]:
             document = self.order.document(stream, count)
-            return self.source.encoded(document, self.tokenizer), document
+            tokens = self.source.encoded(document, self.tokenizer)
+            counts["skipped_documents"] += not len(tokens)
+            return tokens, document
 
         d = self.data
         for row, after in pack(d.packing, read, d.sequence_length, d.max_documents_per_row,
                                d.document_end_target == "counted", state):
-            if d.repetition_filter and is_repetitive(row["tokens"][row["segment_ids"] > 0]):
+            if d.repetition_filter and repetitive_rows(row["tokens"][None, row["segment_ids"] > 0])[0]:
+                if d.repetitive_rows == "dropped":
+                    counts["dropped_rows"] += 1
+                    if counts["dropped_rows"] >= MAX_DROPPED:
+                        raise InputError(f"{self.source.name}: {MAX_DROPPED:,} rows in turn are repetitive, the last at "
+                                         f"document {row['document_ids'][0]}; data.repetitive_rows='dropped' leaves nothing")
+                    continue
                 row["loss_weights"][:] = 0
-            yield row, after
+            yield row | {name: np.array(n) for name, n in counts.items()}, after
+            counts.update(dict.fromkeys(COUNTS, 0))
 
 
 class TrainIterator:
@@ -61,7 +75,7 @@ class TrainIterator:
 
     def __init__(self, streams: RowStreams, numbers: list[int], states: list[State], workers: int):
         self._streams, self._states = streams, states
-        self._counts = {"rows": 0, "padding_tokens": 0, "filtered_rows": 0, "rows_at_document_limit": 0}
+        self._counts = dict.fromkeys(("rows", "padding_tokens", "filtered_rows", "rows_at_document_limit", *COUNTS), 0)
         self.workers = _usable_workers(workers, len(numbers))
         rows = _RowDataset(streams, numbers, states)
         if self.workers:
@@ -88,7 +102,7 @@ class TrainIterator:
         except (RuntimeError, OSError, EOFError) as e:  # a worker that died, a file that went away
             raise RunError(f"reading the data of {self._streams.source.name} failed: {e}") from e
         self._count(batch)
-        return batch
+        return {name: batch[name] for name in FIELDS}
 
     def state(self) -> list[State]:
         """The state of each stream of this host after the batch returned last: a list of lists of ints."""
@@ -101,7 +115,8 @@ class TrainIterator:
 
     def statistics(self) -> dict[str, int]:
         """Sums over the batches returned so far: rows; padding_tokens; filtered_rows (without any loss);
-        rows_at_document_limit (padded because they hold data.max_documents_per_row documents)."""
+        rows_at_document_limit (padded because they hold data.max_documents_per_row documents); skipped_documents (that cannot
+        be read); dropped_rows (repetitive, with data.repetitive_rows=dropped)."""
         return dict(self._counts)
 
     def _count(self, batch: dict[str, np.ndarray]) -> None:
@@ -109,6 +124,8 @@ class TrainIterator:
         full = batch["segment_ids"].max(axis=1) == self._streams.data.max_documents_per_row
         self._counts["rows"] += len(padding)
         self._counts["padding_tokens"] += int(padding.sum())
+        for name in COUNTS:
+            self._counts[name] += int(batch[name].sum())
         self._counts["filtered_rows"] += int((batch["loss_weights"].max(axis=1) == 0).sum())
         self._counts["rows_at_document_limit"] += int((full & (padding > 0)).sum())
 
@@ -163,7 +180,7 @@ def _stack(rows: Sequence[tuple[Row, State]]) -> tuple[dict[str, np.ndarray], li
     batch = {name: np.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
     positions = np.arange(batch["tokens"].shape[1], dtype=np.int32)  # absolute in the row, as published
     batch["positions"] = np.tile(positions, (len(rows), 1))
-    return {name: batch[name] for name in FIELDS}, [state for _, state in rows]
+    return batch, [state for _, state in rows]
 
 
 # ---- the Grain side --------------------------------------------------------------------------------------------------

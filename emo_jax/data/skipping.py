@@ -31,8 +31,8 @@ class Skipping:
             self.check(read)
 
     def check(self, documents: int) -> None:
-        """Raises `InputError` if more than the share of `documents` were skipped."""
-        if self.count > self.share * documents:
+        """Raises `InputError` if more than the share of `documents` were skipped, or all of them."""
+        if self.count > self.share * documents or 0 < self.count == documents:
             raise InputError(f"{self.last}\n{self.count:,} of {documents:,} documents cannot be read, more than "
                              f"data.max_skipped={self.share} allows; the message above is of the last of them")
 

@@ -72,7 +72,7 @@ class _Text:
         config = loaded.config
         self.config, self.tokenizer = config, loaded.tokenizer
         self.source, numbers = loaded.documents_to_score()
-        if loaded.own_documents:
+        if loaded.own_documents and not config.data.eval_path:
             left_out = documents_of_labels(self.source, config.data.left_out)
             numbers = np.concatenate([numbers, calibration_lib.sample(left_out, MAX_DOCUMENTS, config.seed)])
         by_label = {label: documents for label, documents in calibration_lib.by_label(self.source, numbers).items()

@@ -13,9 +13,10 @@ import numpy as np
 
 from emo_jax import sharding
 from emo_jax.config import Config, DataConfig
-from emo_jax.data.documents import Source
+from emo_jax.data.documents import Document, Source
 from emo_jax.data.order import mix
 from emo_jax.data.packing import pack
+from emo_jax.data.skipping import UNREADABLE
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
@@ -70,9 +71,11 @@ def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: Ma
         if not len(documents):
             raise InputError(f"{source.name}: no documents {f'of label {name!r} ' if name else ''}to choose experts by")
         packed = _pack(config.data, [source.encoded(int(i), tokenizer)[:tokens] for i in documents])
+        if not packed:
+            raise InputError(f"{source.name}: none of the {len(documents)} documents to choose experts by can be read")
         rows += packed
         owners += [number] * len(packed)
-        hashes = [document_hash(source[int(i)].text) for i in documents]
+        hashes = [document_hash(source[int(i)]) for i in documents]
         about.append({"path": source.name, "hash": hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:16],
                       "documents": len(documents), "tokens": int(sum((r["segment_ids"] > 0).sum() for r in packed)),
                       "document_hashes": hashes})
@@ -106,9 +109,11 @@ def sample(numbers: Numbers, count: int, seed: int) -> np.ndarray:
 
 
 def by_label(source: Source, numbers: Numbers) -> dict[str, list[int]]:
+    """The numbers by the documents' labels, without documents whose label cannot be read."""
     found: dict[str, list[int]] = {}
     for i in numbers:
-        found.setdefault(source.label(int(i)), []).append(int(i))
+        if (label := source.label(int(i))) != UNREADABLE:
+            found.setdefault(label, []).append(int(i))
     return dict(sorted(found.items()))
 
 
@@ -141,13 +146,13 @@ def halves_to_choose_and_score(loaded: LoadedModel, label: str = "",
     return from_source(loaded.config, source, loaded.tokenizer, choosing), source, np.array(scored[""])
 
 
-def document_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def document_hash(document: Document) -> str:
+    return hashlib.sha256(document.content).hexdigest()[:12]
 
 
 def without(source: Source, numbers: Numbers, hashes: set[str]) -> np.ndarray:
     """The documents whose text is none of those that were used to choose."""
-    return np.array([i for i in numbers if document_hash(source[int(i)].text) not in hashes], int)
+    return np.array([i for i in numbers if document_hash(source[int(i)]) not in hashes], int)
 
 
 def _pack(data: DataConfig, documents: list[np.ndarray]) -> list[dict[str, np.ndarray]]:

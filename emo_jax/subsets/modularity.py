@@ -35,9 +35,9 @@ class Modularity:
                  chosen_by: dict[str, list[int]]):
         self._config, self._mesh, self._tokenizer = config, mesh, documents.tokenizer
         groups = {k: calibration_lib.sample(np.array(v), DOCUMENTS, config.seed) for k, v in chosen_by.items()}
-        self._calibration = calibration_lib.from_source(config, documents.source, documents.tokenizer, groups)
+        self._calibration = calibration_lib.from_source(config, documents.evaluated, documents.tokenizer, groups)
         numbers = np.array(sorted(itertools.chain(*scored.values())))
-        rows = evaluation_rows(config, documents.source, documents.tokenizer, numbers)
+        rows = evaluation_rows(config, documents.evaluated, documents.tokenizer, numbers)
         self._evaluation = Evaluation(config, mesh, rows, documents.tokenizer)
         self._tokens = np.array([about["tokens"] for about in self._calibration.about], float)
         m = config.model
@@ -47,7 +47,7 @@ class Modularity:
     def make(cls, config: Config, mesh: Mesh, documents: Any) -> Modularity | None:
         """`documents`: the `train.start.Documents` of the run."""
         require_experts(config)
-        by_label = calibration_lib.by_label(documents.source, documents.held_out[:MAX_DOCUMENTS])
+        by_label = calibration_lib.by_label(documents.evaluated, documents.held_out[:MAX_DOCUMENTS])
         chosen_by, scored = calibration_lib.halves(by_label, config.seed)
         return cls(config, mesh, documents, scored, chosen_by) if scored else None
 

@@ -30,7 +30,8 @@ def finetune_config(small: Config, start: AnyPath, data: str, overrides: Sequenc
         train=dataclasses.replace(small.train, steps=100, batch_size=32, microbatches=1, init_from="",
                                   init_params_from=str(start)))
     if data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, format="auto"))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, format="auto",
+                                                                      eval_path=""))
     config = override(config, list(overrides))
     if not any("optimizer.warmup_steps" in item for item in overrides):
         config = override(config, [f"optimizer.warmup_steps={max(config.train.steps // 10, 1)}"])

@@ -17,7 +17,7 @@ from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_c
 from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_stream
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
-from emo_jax.data.evaluation import evaluation_rows
+from emo_jax.data.evaluation import evaluation_rows, evaluation_set
 from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -68,7 +68,8 @@ class Documents:
 
     source: Source
     train: DocumentNumbers
-    held_out: np.ndarray
+    evaluated: Source  # `source`, or that of data.eval_path
+    held_out: np.ndarray  # documents of `evaluated`, none of which is trained on
     tokenizer: Tokenizer
     fingerprint: dict[str, Any]
 
@@ -77,6 +78,7 @@ def open_documents(config: Config, out: AnyPath) -> Documents:
     """The primary process trains (or copies) the tokenizer into `out`, the others read it there."""
     source = open_source(config.data)
     train, held_out = split(source, config.data, config.seed)
+    evaluated, held_out = evaluation_set(config.data) if config.data.eval_path else (source, held_out)
     if not is_primary():
         processes.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(config, source, train, out)
@@ -85,24 +87,23 @@ def open_documents(config: Config, out: AnyPath) -> Documents:
         if not copy.is_file() or copy.read_bytes() != tokenizer.content:
             copy.write_bytes(tokenizer.content)
         processes.wait_for_all("tokenizer")
-    return Documents(source, train, held_out, tokenizer, fingerprint(source, tokenizer))
+    return Documents(source, train, evaluated, held_out, tokenizer, fingerprint(source, tokenizer))
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes."""
     sample = hashlib.sha256()
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
-        document = source[int(i)]
-        sample.update(document.text.encode() if document.tokens is None else document.tokens.astype(np.int64).tobytes())
+        sample.update(source[int(i)].content)
     return {"documents": len(source), "sample": sample.hexdigest()[:16],
             "tokenizer": hashlib.sha256(tokenizer.content).hexdigest()[:16]}
 
 
 def evaluation_of(config: Config, mesh: Mesh, documents: Documents) -> Evaluation | None:
-    """The `Evaluation` on the held-out documents, or None if there are none."""
+    """The `Evaluation` on the documents that are not trained on, or None if there are none."""
     if not len(documents.held_out):
         return None
-    rows = evaluation_rows(config, documents.source, documents.tokenizer, documents.held_out)
+    rows = evaluation_rows(config, documents.evaluated, documents.tokenizer, documents.held_out)
     return Evaluation(config, mesh, rows, documents.tokenizer) if rows else None
 
 
