@@ -48,6 +48,10 @@ class Source:
     def label(self, i: int) -> str:
         return self[i].label
 
+    def where(self, i: int) -> str:
+        """Where a person finds document `i`: a file and its record, if the source knows them."""
+        return self.name
+
     def encoded(self, i: int, tokenizer: Encoder) -> np.ndarray:
         """[n] int32: the tokens of document `i`, the end-of-document token included."""
         document = self[i]

@@ -49,6 +49,10 @@ class JsonlSource(Source):
         file, line = self._locate(i)
         return file.labels[file.label_codes[line]]
 
+    def where(self, i: int) -> str:
+        file, line = self._locate(i)
+        return f"{file.path}: record {line}"
+
     def _locate(self, i: int) -> tuple[_IndexedFile, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)} in {self.name}")

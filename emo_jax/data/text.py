@@ -30,6 +30,9 @@ class TextSource(Source):
     def label(self, i: int) -> str:
         return self._labels[i]
 
+    def where(self, i: int) -> str:
+        return self._paths[i]
+
 
 def _read(path: str) -> str:
     try:
