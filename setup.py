@@ -48,6 +48,7 @@ setup(
         "completion": ["shtab"],
         "report": report,
         "eval": evaluation,
+        "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
         "test": ["pytest", "pytest-xdist", "beartype", "safetensors", "shtab", *report],
         "test-clients": [*evaluation, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more

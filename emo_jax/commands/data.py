@@ -39,6 +39,10 @@ def add_tokenize(parser: ArgumentParser) -> None:
     parser.add_argument("--shard", type=_part, default=(0, 1), metavar="I/N", help="only job I (from 0) of N that share the "
                         "work, such as $JOB_COMPLETION_INDEX/64 or $SLURM_ARRAY_TASK_ID/64; --shards is then N if not given")
     parser.add_argument("--processes", type=arguments.at_least(1), default=0, metavar="P", help="default: one a core")
+    parser.add_argument("--runner", choices=("local", "beam"), default="local", help="beam: on Apache Beam instead of "
+                        "processes of this machine (pip install 'emo-jax[beam]')")
+    parser.add_argument("--beam-option", action="append", default=[], metavar="NAME=VALUE", help="such as "
+                        "runner=DataflowRunner; may be repeated")
     parser.add_argument("--no-duplicates", action="store_true", help="of documents with the same text only the first")
     parser.add_argument("--min-tokens", type=arguments.at_least(0), default=1, metavar="A",
                         help="leave out shorter documents (default: 1: only empty ones)")
@@ -61,7 +65,7 @@ def tokenize(args: Namespace) -> Result:
         raise InputError(f"--shards {args.shards} is less than the {jobs} jobs of --shard")
     job = lib.open_tokenization(load_config(args.config, args.overrides), args.out, args.shards or (jobs if jobs > 1 else 0),
                                 args.min_tokens, args.max_tokens, args.no_duplicates)
-    result = lib.tokenize(job, args.processes, args.shard)
+    result = lib.tokenize(job, args.processes, args.shard, args.beam_option if args.runner == "beam" else None)
     return Result(result, lib.report(result))
 
 

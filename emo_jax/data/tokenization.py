@@ -21,7 +21,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,9 @@ from emo_jax.errors import InputError, RunError
 from emo_jax.files import make_folder, replacing
 
 Report = Callable[[int, int], None]  # told of the documents and tokens that were worked on since the last call
+
+Work = Callable[["Tokenization", int, Report], object]  # what is done for the shard of a number
+OverShards = Callable[[Work, Sequence[int], str], None]  # does it for many; what: the work, for a person
 
 
 @dataclass(frozen=True)
