@@ -58,11 +58,11 @@ def tokenize(job: Tokenization, processes: int = 0, part: tuple[int, int] = (0, 
     """Writes the shards i, i + n, i + 2n, ... of part (i, n), and the manifest once all are there. processes: of this machine,
     0 for one a core; beam: options of Apache Beam to run there instead. Raises `InputError`, `RunError`."""
     index, count = part
-    processes = processes or len(os.sched_getaffinity(0))
     mine = range(index, job.shards, count)
     manifest = begin(job)
     if manifest is None:
-        with beam_workers(job, beam) if beam is not None else local_workers(job, min(processes, len(mine))) as over_shards:
+        processes = min(processes or len(os.sched_getaffinity(0)), len(mine)) or 1
+        with local_workers(job, processes) if beam is None else beam_workers(job, beam) as over_shards:
             if job.no_duplicates and not copies_path(job).is_file():
                 # Those of the other jobs too, last, where they are not there yet: no job waits for one that may not run now.
                 over_shards(write_hashes, sorted(range(job.shards), key=lambda n: (n - index) % count), "hashing")
@@ -99,6 +99,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def local_workers(job: Tokenization, processes: int) -> Generator[OverShards]:
