@@ -185,7 +185,7 @@ def bench(args: Namespace) -> Result:
 COMMANDS = (
     Command("data tokenize", "write all documents as token shards", add_tokenize, tokenize,
             ("emo-jax data tokenize emo_1b14b_1t --data.path='texts/*.jsonl.zst' --out tokens --no-duplicates",
-             "emo-jax data tokenize emo_1b14b_1t --data.path=texts --out tokens --shards 1024 --shard $SLURM_ARRAY_TASK_ID/64"),
+             "emo-jax data tokenize emo_1b14b_1t --data.path=texts --out tokens --shards 1024 --shard 3/64"),
             "config"),
     Command("data verify", "check the files of token shards against their manifest", add_verify, verify,
             ("emo-jax data verify tokens",)),
