@@ -145,3 +145,4 @@ def test_reading_many_documents_shows_progress(config, tmp_path, capfd, monkeypa
     err = capfd.readouterr().err
     for work in (f"reading a sample of {config.data.path}", f"tokenizing {config.data.path}"):
         assert f"{work}: " in err and "of 60 documents" in err
+    assert "left, " in err and "tokens a second" in err

@@ -72,7 +72,7 @@ def _split(config: Config, source: Source) -> dict[str, Any]:
 def _exact(config: Config) -> dict[str, Any] | None:
     """What the manifest of token shards says."""
     path = Path(config.data.path).expanduser() / MANIFEST
-    if not path.is_file():
+    if not config.data.path or not path.is_file():
         return None
     manifest = parse_manifest(path.read_text(), str(path))
     sections = [section for shard in manifest.shards for section in shard.sections]

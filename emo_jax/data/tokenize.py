@@ -37,7 +37,7 @@ def open_tokenization(config: Config, out: str | Path, shards: int = 0, min_toke
                       no_duplicates: bool = False) -> Tokenization:
     """shards: 0 for SHARDS, or one a document where there are fewer."""
     data = config.data
-    if data.format in ("tokens", "olmo") or (given_path(data.path, "data.path") / MANIFEST).is_file():
+    if data.format in ("tokens", "olmo") or (data.path and (given_path(data.path, "data.path") / MANIFEST).is_file()):
         raise InputError(f"data.path={data.path!r} is tokenized already; expected documents")
     if 0 < max_tokens < min_tokens:
         raise InputError(f"--max-tokens {max_tokens} is less than --min-tokens {min_tokens}")
