@@ -1,15 +1,25 @@
 """The functions behind `emo-jax data`."""
 
+import dataclasses
 import itertools
 import json
+import re
 
 import pytest
+import tiny_run
 
+from emo_jax import config as config_lib
 from emo_jax import progress
+from emo_jax.checkpoints import description
+from emo_jax.cli import main
 from emo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from emo_jax.data.inspect import _exact, inspect, inspect_report, save_picture
+from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenize import open_tokenization, tokenize
-from emo_jax.data.tools import bench, inspect, inspect_report
+from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.data.tools import bench, open_data
+from emo_jax.data.window import window, window_report
 
 
 @pytest.fixture
@@ -22,16 +32,101 @@ def config(tmp_path, monkeypatch):
                   data=DataConfig(path=str(tmp_path / "d.jsonl"), sequence_length=32, max_documents_per_row=8))
 
 
-def test_inspect_counts_and_shows_a_row(config, tmp_path):
+def test_inspect_counts_and_shows_lengths_and_rows(config, tmp_path):
     result = inspect(config, tmp_path)
     source = open_source(config.data)
+    tokenizer = Tokenizer(result["tokenizer"], config.data.eos_token)
+    lengths = [len(tokenizer.encode_document(source[i].text)) for i in range(60)]
     assert result["documents"] == 60 == result["train_documents"] + result["eval_documents"]
-    assert result["labels"] == {"even": 30, "odd": 30}
+    assert result["labels"] == {"even": 30, "odd": 30} and result["tokens"] == sum(lengths)
     assert result["bytes"] == sum(len(source[i].text.encode()) for i in range(60))
-    assert sum(piece["tokens"] for piece in result["row"]) == 32
+    for bar in result["histogram"]:
+        assert bar["documents"] == sum(bar["from"] <= n <= bar["to"] for n in lengths)
+    assert sum(bar["documents"] for bar in result["histogram"]) == 60
+    assert all(sum(piece["tokens"] for piece in row) == 32 for row in result["rows"]) and len(result["rows"]) == 3
+    assert 1 < result["documents_per_row"] <= 8 and 0 <= result["padding"] < 1
     assert json.loads(json.dumps(result)) == result
-    report = inspect_report(result)
-    assert "60 documents" in report and "even 30, odd 30" in report and "document 0 " in report
+
+
+def test_the_report_shows_the_ends_of_documents_and_colours_only_on_a_terminal(config, tmp_path):
+    result = inspect(config, tmp_path)
+    plain, colored = inspect_report(result), inspect_report(result, colors=True)
+    assert "60 documents" in plain and "even 30, odd 30" in plain and "padding" in plain
+    escapes = re.compile("\x1b\\[[0-9;]*m")
+    assert not escapes.search(plain) and [s.rstrip() for s in escapes.sub("", colored).split("\n")] == [
+        s.rstrip() for s in plain.split("\n")]
+    row = result["rows"][0]
+    strip = re.search("^  ([█▒·]{96})$", plain, re.MULTILINE)[1]
+    for piece in row:
+        at = round(96 * piece["first"] / 32)
+        assert strip[at] == "·" if not piece["segment"] else at == 0 or strip[at] != strip[at - 1]
+        assert not piece["segment"] or f"document {piece['document']}: {piece['text'][:70]!r}" in plain
+
+
+def test_inspect_counts_token_shards_exactly_and_draws_the_lengths(config, tmp_path, capsys):
+    tokens, path = tmp_path / "tokens", tmp_path / "lengths.png"
+    counts = tokenize(open_tokenization(config, tokens, min_tokens=20), 1)
+    exact = _exact(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tokens))))
+    assert exact["tokens"] == counts["tokens"] and sum(exact["labels"].values()) == counts["documents"]
+    assert exact["train_documents"] == counts["documents"] - counts["held_out_documents"]
+    assert exact["left_out"] == counts["left_out"]
+    assert save_picture(inspect(config, tmp_path), path) == path and path.read_bytes()[:4] == b"\x89PNG"
+    assert main(["data", "inspect", "emo_tiny", "--out", "lengths.txt"]) == 2
+    assert "must end in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packing", ["concat_and_split", "first_fit"])
+def test_window_shows_the_rows_that_training_reads(config, tmp_path, packing):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing, workers=0))
+    source, tokenizer = open_data(config, tmp_path)
+    iterator, rows, positions = make_train_iterator(config, source, tokenizer), [], []
+    for _ in range(6):
+        positions.append(iterator.state())
+        batch = next(iterator)
+        rows += [{name: batch[name][b] for name in batch} for b in range(4)]
+    iterator.close()
+    for first, last, position in [(0, 24, None), (9, 11, None), (10, 23, None), (17, 19, (3, positions[3])), (16, 24,
+                                                                                                        (4, positions[4]))]:
+        found = window(config, source, tokenizer, first, last, position)
+        assert [(w["row"], w["step"], w["row_of_batch"]) for w in found] == [(k, k // 4, k % 4) for k in range(first, last)]
+        for w, row in zip(found, rows[first:last]):
+            assert [i for p in w["pieces"] for i in p.get("ids", [0] * p["tokens"])] == row["tokens"].tolist()
+            for piece in w["pieces"]:
+                at = slice(piece["first"], piece["first"] + piece["tokens"])
+                assert set(row["segment_ids"][at]) == {piece["segment"]}
+                if piece["segment"]:
+                    assert set(row["document_ids"][at]) == {piece["document"]}
+                    document = source[piece["document"]]
+                    assert piece["label"] == document.label and piece["loss_tokens"] == row["loss_weights"][at].sum()
+                    assert piece["text"].removesuffix("<|endoftext|>") in document.text
+                    assert piece["where"] == f"{config.data.path}: record {piece['document']}"
+
+
+def test_window_of_a_run_starts_at_its_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = tiny_run.tiny_config(tmp_path)
+    run = tmp_path / "run"
+    source, tokenizer = open_data(config, run)
+    iterator = make_train_iterator(config, source, tokenizer)
+    for _ in range(5):
+        next(iterator)
+    (run / "config.json").write_text(config_lib.dumps(config))
+    step = run / "checkpoints" / "5"
+    step.mkdir(parents=True)
+    description.write(step, description.Description({}, {"rows": iterator.state()}))
+    iterator.close()
+    assert main(["data", "window", "--run", str(run), "--rows", "43:46", "--json"]) == 0
+    of_run = json.loads(capsys.readouterr().out)["rows"]
+    (step / "data" / "metadata").write_text(json.dumps({"rows": None}))  # as of a run that has read nothing yet
+    assert main(["data", "window", str(tmp_path / "tiny.py"), "--run", str(run), "--rows", "43:46"]) == 0
+    assert capsys.readouterr().out.strip() == window_report(of_run) and of_run[0]["step"] == 5
+    for arguments, message in ((["--rows", "0:1"], "give CONFIG, or --run"),
+                               (["--rows", "0:1", "--run", str(tmp_path)], "config.json: not the config of a run")):
+        assert main(["data", "window", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["data", "window", "emo_tiny", "--rows", "3:3"])
+    assert "must be A:B such as 0:16" in capsys.readouterr().err
 
 
 def test_bench_measures_each_number_of_workers(config, tmp_path):
@@ -50,3 +145,4 @@ def test_reading_many_documents_shows_progress(config, tmp_path, capfd, monkeypa
     err = capfd.readouterr().err
     for work in (f"reading a sample of {config.data.path}", f"tokenizing {config.data.path}"):
         assert f"{work}: " in err and "of 60 documents" in err
+    assert "left, " in err and "tokens a second" in err

@@ -1,6 +1,7 @@
 """`emo-jax data tokenize`: documents to token shards."""
 
 import dataclasses
+import importlib.util
 import json
 import random
 import re
@@ -180,6 +181,25 @@ def test_token_ids_are_written_as_they_are_and_unreadable_documents_up_to_a_shar
     beyond = dataclasses.replace(records, out=tmp_path / "beyond", source=Records(job.tokenizer.eos_id, 30), data=config.data)
     with pytest.raises(InputError, match=r"document 30: token 1 is 999; expected ids in 0..\d+, those of .*tokenizer.json"):
         tokenize(beyond, 1, (1, 2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="Apache Beam is not installed (extra `beam`)")
+def test_beam_writes_the_same_bytes(config, tmp_path):
+    beam = ["runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"]  # DirectRunner may download another
+    path = command(config, tmp_path / "beam")[5]
+    assert main(["data", "tokenize", path, "--out", str(tmp_path / "beam"), "--shards", "3", "--no-duplicates",
+                 "--runner", "beam", *(f"--beam-option={option}" for option in beam)]) == 0
+    write(config, tmp_path / "local", shards=3, no_duplicates=True)
+    assert content(tmp_path / "beam") == content(tmp_path / "local")
+    job = dataclasses.replace(open_tokenization(config, tmp_path / "wrong", shards=2), source=Records(0))
+    with pytest.raises(InputError, match="document 3 is damaged"):
+        tokenize(job, beam=beam)
+
+
+def test_without_beam_the_extra_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(InputError, match=r"pip install 'emo-jax\[beam\]'"):
+        tokenize(open_tokenization(config, tmp_path / "out"), beam=[])
 
 
 def command(config, out, *arguments):

@@ -6,4 +6,6 @@
     packing, filters             documents -> rows of `sequence_length` tokens
     pipeline.make_train_iterator the batches of one host, resumable
     evaluation.evaluation_rows   held-out rows by label
+    tokenize.tokenize            documents -> token shards    (tokenization, write_shard, copies, beam; shards, verify)
+    inspect, window              what a dataset, and what the rows of a run hold
 """

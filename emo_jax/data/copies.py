@@ -69,5 +69,6 @@ def find_copies(job: Tokenization) -> None:
 
 def copies_within(job: Tokenization, number: int) -> np.ndarray:
     """[n] int64: those among the documents of a shard."""
-    copies, documents = np.fromfile(copies_path(job), "<i8"), job.documents(number)
-    return copies[np.searchsorted(copies, documents.start):np.searchsorted(copies, documents.stop)]
+    path, documents = copies_path(job), job.documents(number)
+    copies = np.memmap(path, "<i8", mode="r") if path.stat().st_size else np.zeros(0, "<i8")
+    return np.array(copies[np.searchsorted(copies, documents.start):np.searchsorted(copies, documents.stop)])

@@ -54,6 +54,9 @@ class EmbeddedSource(Source):
     def label(self, i: int) -> str:
         return self.labels[self._pieces[i, 3]]
 
+    def where(self, i: int) -> str:
+        return self._paths[self._pieces[i, 0]]
+
 
 def _choose_files() -> list[tuple[Path, str, list[tuple[int, int]]]]:
     """(path, label, [(first byte, length) of each document]), up to BYTES_PER_LABEL of each label."""

@@ -19,9 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +31,11 @@ from emo_jax.data.documents import Document, Source
 from emo_jax.data.shards import MANIFEST, Manifest, Shard, index_bytes, parse_manifest, parse_shard, sha256
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError
-from emo_jax.files import make_folder, replacing
+from emo_jax.files import make_folder
 
 Report = Callable[[int, int], None]  # told of the documents and tokens that were worked on since the last call
+Work = Callable[["Tokenization", int, Report], object]  # what is done for the shard of a number
+OverShards = Callable[[Work, Sequence[int], str], None]  # does it for many; what: the work, for a person
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,11 @@ def begin(job: Tokenization) -> Manifest | None:
         _compare(job, manifest, mine)
         return manifest
     make_folder(job.unfinished)
-    temporary = settings.with_name(settings.name + _suffix())
-    temporary.write_text(mine.dumps())
-    try:
-        os.link(temporary, settings)  # who comes first says what it is
-    except FileExistsError:
-        _compare(job, parse_manifest(settings.read_text(), str(settings)), mine)
-    finally:
-        temporary.unlink()
-    tokenizer = job.out / "tokenizer.json"
-    if job.tokenizer.path != tokenizer:
-        with replacing(tokenizer, _suffix()) as copy:
-            shutil.copyfile(job.tokenizer.path, copy)
+    if not settings.is_file():  # of several that find none, all but those with something else write the same
+        put(job, "unfinished/settings.json", [mine.dumps().encode()])
+    _compare(job, parse_manifest(settings.read_text(), str(settings)), mine)
+    if job.tokenizer.path != job.out / "tokenizer.json":
+        put(job, "tokenizer.json", [job.tokenizer.path.read_bytes()])
     return None
 
 
@@ -117,18 +111,12 @@ def _compare(job: Tokenization, there: Manifest, mine: Manifest) -> None:
 
 def finish(job: Tokenization) -> Manifest | None:
     """Writes the manifest if all shards are complete. None where some are not."""
-    path = job.out / MANIFEST
     shards = [shard for number in range(job.shards) if (shard := finished(job, number))]
     if len(shards) == job.shards:
-        with replacing(path, _suffix()) as temporary:
-            temporary.write_text(job.manifest(tuple(shards)).dumps())
+        put(job, MANIFEST, [job.manifest(tuple(shards)).dumps().encode()])
         shutil.rmtree(job.unfinished, ignore_errors=True)
-    return parse_manifest(path.read_text(), str(path)) if path.is_file() else None  # another process may have been first
-
-
-def _suffix() -> str:
-    """The end of a temporary file's name that no other process on any machine takes."""
-    return f".{socket.gethostname()}-{os.getpid()}"
+    path = job.out / MANIFEST  # another process may have been first
+    return parse_manifest(path.read_text(), str(path)) if path.is_file() else None
 
 
 @contextlib.contextmanager

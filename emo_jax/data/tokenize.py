@@ -11,18 +11,19 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from emo_jax.config import Config
+from emo_jax.data.beam import workers as beam_workers
 from emo_jax.data.copies import copies_path, find_copies, write_hashes
 from emo_jax.data.order import split
 from emo_jax.data.shards import MANIFEST, Manifest
 from emo_jax.data.sources import open_source
-from emo_jax.data.tokenization import Report, Tokenization, begin, finish
+from emo_jax.data.tokenization import OverShards, Tokenization, Work, begin, finish
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.data.write_shard import write_shard
 from emo_jax.errors import InputError, RunError
@@ -36,7 +37,7 @@ def open_tokenization(config: Config, out: str | Path, shards: int = 0, min_toke
                       no_duplicates: bool = False) -> Tokenization:
     """shards: 0 for SHARDS, or one a document where there are fewer."""
     data = config.data
-    if data.format in ("tokens", "olmo") or (given_path(data.path, "data.path") / MANIFEST).is_file():
+    if data.format in ("tokens", "olmo") or (data.path and (given_path(data.path, "data.path") / MANIFEST).is_file()):
         raise InputError(f"data.path={data.path!r} is tokenized already; expected documents")
     if 0 < max_tokens < min_tokens:
         raise InputError(f"--max-tokens {max_tokens} is less than --min-tokens {min_tokens}")
@@ -52,15 +53,16 @@ def open_tokenization(config: Config, out: str | Path, shards: int = 0, min_toke
                         max_tokens, no_duplicates)
 
 
-def tokenize(job: Tokenization, processes: int = 0, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
-    """Writes the shards i, i + n, i + 2n, ... of part (i, n), and the manifest once all are there. processes: 0 for one a
-    core. Raises `InputError`, `RunError`."""
+def tokenize(job: Tokenization, processes: int = 0, part: tuple[int, int] = (0, 1),
+             beam: Sequence[str] | None = None) -> dict[str, Any]:
+    """Writes the shards i, i + n, i + 2n, ... of part (i, n), and the manifest once all are there. processes: of this machine,
+    0 for one a core; beam: options of Apache Beam to run there instead. Raises `InputError`, `RunError`."""
     index, count = part
-    processes = processes or len(os.sched_getaffinity(0))
     mine = range(index, job.shards, count)
     manifest = begin(job)
     if manifest is None:
-        with _workers(job, min(processes, len(mine))) as over_shards:
+        processes = min(processes or len(os.sched_getaffinity(0)), len(mine)) or 1
+        with local_workers(job, processes) if beam is None else beam_workers(job, beam) as over_shards:
             if job.no_duplicates and not copies_path(job).is_file():
                 # Those of the other jobs too, last, where they are not there yet: no job waits for one that may not run now.
                 over_shards(write_hashes, sorted(range(job.shards), key=lambda n: (n - index) % count), "hashing")
@@ -98,12 +100,10 @@ def report(result: dict[str, Any]) -> str:
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-Work = Callable[[Tokenization, int, Report], object]
-
 
 @contextlib.contextmanager
-def _workers(job: Tokenization, processes: int) -> Generator[Callable[[Work, Sequence[int], str], None]]:
-    """A function (work, numbers, what) that does some work for the shards of these numbers, and shows progress."""
+def local_workers(job: Tokenization, processes: int) -> Generator[OverShards]:
+    """Processes of this machine, with progress."""
 
     def progress_of(numbers: Sequence[int], what: str) -> Progress:
         return Progress(f"{what} {job.source.name}", sum(len(job.documents(n)) for n in numbers), "documents")

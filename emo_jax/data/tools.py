@@ -1,14 +1,10 @@
-"""What `emo-jax data inspect|bench` do: functions of a config that return plain values."""
+"""`emo-jax data bench`, and the source and the tokenizer of a config."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 
 from emo_jax.config import Config
 from emo_jax.data.documents import Source
@@ -17,9 +13,6 @@ from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.files import AnyPath, given_path
-from emo_jax.progress import track
-
-LOOK_AT = 2_000  # documents that `inspect` reads
 
 
 def open_data(config: Config, folder: str | AnyPath) -> tuple[Source, Tokenizer]:
@@ -27,66 +20,6 @@ def open_data(config: Config, folder: str | AnyPath) -> tuple[Source, Tokenizer]
     source, folder = open_source(config.data), given_path(folder, "--run")
     train_indices, _ = split(source, config.data, config.seed)
     return source, load_tokenizer(config, source, train_indices, folder)
-
-
-def inspect(config: Config, folder: str | AnyPath, documents: int = 3) -> dict:
-    """What is in the data, and how it looks in a row: counts from a sample of up to LOOK_AT documents spread over the
-    source, the first documents, and one training row with its document boundaries."""
-    source, tokenizer = open_data(config, folder)
-    train_indices, eval_indices = split(source, config.data, config.seed)
-    sample = np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOK_AT)).astype(np.int64))
-    labels, num_bytes, num_tokens = Counter(), 0, 0
-    for i in track(sample, f"reading a sample of {source.name}", "documents"):
-        document = source[int(i)]
-        labels[document.label] += 1
-        num_bytes += len(document.text.encode())
-        num_tokens += len(tokenizer.encode_document(document.text))
-    scale = len(source) / len(sample)
-    first = [source[i] for i in range(min(documents, len(source)))]
-    return {
-        "source": source.name, "documents": len(source), "train_documents": len(train_indices),
-        "eval_documents": len(eval_indices), "sampled_documents": len(sample),
-        "labels": {label: round(n * scale) for label, n in sorted(labels.items())},
-        "bytes": round(num_bytes * scale), "tokens": round(num_tokens * scale),
-        "bytes_per_token": num_bytes / num_tokens, "tokens_per_document": num_tokens / len(sample),
-        "tokenizer": str(tokenizer.path), "tokenizer_vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
-        "first_documents": [{"label": d.label, "characters": len(d.text), "text": d.text[:200]} for d in first],
-        "row": _example_row(config, source, tokenizer),
-    }
-
-
-def _example_row(config: Config, source: Source, tokenizer: Tokenizer) -> list[dict]:
-    in_process = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
-    iterator = make_train_iterator(in_process, source, tokenizer)
-    row = {name: array[0] for name, array in next(iterator).items()}
-    iterator.close()
-    pieces = []
-    for segment in np.unique(row["segment_ids"]):
-        at = np.flatnonzero(row["segment_ids"] == segment)
-        piece: dict[str, Any] = {"segment": int(segment), "first": int(at[0]), "tokens": len(at)}
-        if segment:
-            piece |= {"document": int(row["document_ids"][at[0]]), "text": tokenizer.decode(row["tokens"][at[:20]]),
-                      "loss_tokens": int(row["loss_weights"][at].sum())}
-        pieces.append(piece)
-    return pieces
-
-
-def inspect_report(result: dict) -> str:
-    """The result of `inspect` for a person."""
-    lines = [
-        f"{result['source']}: {result['documents']:,} documents ({result['train_documents']:,} to train on, "
-        f"{result['eval_documents']:,} held out), about {result['bytes'] / 1e6:,.1f} MB, "
-        f"{result['tokens'] / 1e6:,.2f} million tokens ({result['bytes_per_token']:.2f} bytes a token, "
-        f"{result['tokens_per_document']:,.0f} tokens a document)",
-        f"tokenizer {result['tokenizer']}: {result['tokenizer_vocab_size']:,} tokens, end of document "
-        f"{result['eos_id']}",
-        "documents by label (from the sample): " + ", ".join(f"{k} {n:,}" for k, n in result["labels"].items()),
-        "first documents:"]
-    lines += [f"  [{d['label']}] {d['characters']:,} characters: {d['text'][:90]!r}" for d in result["first_documents"]]
-    lines.append("a training row:")
-    lines += [f"  {p['first']:>6} +{p['tokens']:<6} " + (f"document {p['document']}: {p['text'][:70]!r}" if p["segment"]
-                                                       else "padding") for p in result["row"]]
-    return "\n".join(lines)
 
 
 def bench(config: Config, folder: str | AnyPath, workers: Sequence[int] = (0, 1, 2), seconds: float = 5.0) -> list[dict]:

@@ -28,7 +28,7 @@ def silent(documents: int, tokens: int) -> None:
 
 
 def write_shard(job: Tokenization, number: int, report: Report = silent) -> Shard:
-    """Writes shard `number` and its index, unless they are there. Complete, or not at all. Memory: 20 bytes a document and
+    """Writes shard `number` and its index, unless they are there. Complete, or not at all. Memory: 100 bytes a document and
     some MB of text. Raises `InputError` for documents that cannot be read, `RunError` where the disk is full."""
     if shard := finished(job, number):
         return shard
@@ -134,5 +134,5 @@ def _check_tokens(job: Tokenization, document: Document) -> None:
 def _copied(spool: IO[bytes], lengths: np.ndarray, order: np.ndarray, itemsize: int) -> Iterator[bytes]:
     """The documents of `spool` in another order."""
     starts = (np.cumsum(lengths) - lengths) * itemsize
-    for start, size in zip(starts[order].tolist(), (lengths[order] * itemsize).tolist()):
+    for start, size in zip(starts[order], lengths[order] * itemsize):
         yield os.pread(spool.fileno(), size, start)
