@@ -10,6 +10,7 @@ measurement: contention, launch and DMA overheads, and slow gathers are in neith
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import re
 from dataclasses import dataclass, field
@@ -238,16 +239,9 @@ def _attention_flops(name: str, operand_shapes: list[str]) -> float:
     diagonal."""
     if "splash" not in name and "flash" not in name:
         return 0.0
-    largest = max((d for shape in operand_shapes for d in dimensions(shape)), key=lambda d: _product(d), default=[])
+    largest = max((d for shape in operand_shapes for d in dimensions(shape)), key=math.prod, default=[])
     if len(largest) < 3:
         return 0.0
     *batch, length, width = largest
     matmuls = 2 if "fwd" in name else 5  # the backward kernel is the fused one: dq, dk and dv
-    return matmuls * _product(batch) * length * length * width
-
-
-def _product(dims) -> int:
-    out = 1
-    for d in dims:
-        out *= d
-    return out
+    return matmuls * math.prod(batch) * length * length * width

@@ -2,6 +2,7 @@
 
 cuBLAS runs them at its full rate; the price is the traffic of the copies, D x F for every BLOCK rows, and the padding of
 every group to BLOCK rows. A few blocks at a time bound the memory. The cost grows with the rows, not with the experts.
+See `grouped_matmul._functions`.
 """
 
 from __future__ import annotations
@@ -16,31 +17,18 @@ BLOCK = 128  # rows
 CHUNK_BYTES = 2**29  # the copies that exist at a time
 
 
-@jax.custom_vjp
-def batched(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """rows [Q, D], weights [E, D, F], group sizes in multiples of BLOCK -> [Q, F]."""
-    return _multiply(rows, weights, group_sizes, "cbd,cdf->cbf")
+def multiply(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpose: bool) -> jax.Array:
+    """Groups are multiples of BLOCK."""
 
-
-def _backward(saved, d_out):
-    rows, weights, group_sizes = saved
-    d_rows = _multiply(d_out, weights, group_sizes, "cbf,cdf->cbd")
-    return d_rows, _weight_gradient(rows, d_out, weights, group_sizes), None
-
-
-batched.defvjp(lambda *args: (batched(*args), args), _backward)
-
-
-def _multiply(rows, weights, group_sizes, equation):
     def chunk(inputs):
         blocks, experts = inputs
-        return jnp.einsum(equation, blocks, weights[experts])
+        return jnp.einsum("cbf,cdf->cbd" if transpose else "cbd,cdf->cbf", blocks, weights[experts])
 
     out = jax.lax.map(chunk, (_chunks(rows, weights), _experts(rows, weights, group_sizes)))
     return out.reshape(rows.shape[0], -1)
 
 
-def _weight_gradient(rows, d_out, weights, group_sizes):
+def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     def add(total, inputs):
         blocks, d_blocks, experts = inputs
         products = jnp.einsum("cbd,cbf->cdf", blocks, d_blocks, preferred_element_type=jnp.float32)
@@ -48,7 +36,7 @@ def _weight_gradient(rows, d_out, weights, group_sizes):
 
     start = vary_like(jnp.zeros(weights.shape, jnp.float32), rows, d_out, weights, group_sizes)
     inputs = (_chunks(rows, weights), _chunks(d_out, weights), _experts(rows, weights, group_sizes))
-    return jax.lax.scan(add, start, inputs)[0].astype(weights.dtype)
+    return jax.lax.scan(add, start, inputs)[0]
 
 
 def _num_chunks(num_rows: int, weights) -> int:

@@ -93,8 +93,9 @@ def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens):
 
 
 def _objective_backward(z_weight, chunk_tokens, saved, d_sums):
-    d_x, d_head = saved
-    return (*((d * d_sums.objective).astype(d.dtype) for d in (d_x, d_head)), None, None)
+    gradients = ((d * d_sums.objective).astype(d.dtype) for d in saved)
+    # Together: else d_head may wait, in fp32, until the layers' backward passes, which start from d_x, are done.
+    return *lax.optimization_barrier(tuple(gradients)), None, None
 
 
 _objective.defvjp(_objective_forward, _objective_backward)

@@ -9,7 +9,7 @@ Kernels (`kernels.grouped_matmul`); auto takes the first of the platform:
     fused     TPU: the whole SwiGLU of the experts in five Pallas kernels (`expert_mlp_tpu`)
     megablox  TPU: the Pallas kernels that ship with JAX, one matmul each
     batched   GPU: batched matmuls of row blocks (`batched_matmul`)
-    blocked   CPU: a loop over row blocks, each one dense matmul
+    blocked   CPU: a loop over row blocks, each one dense matmul (`blocked_matmul`)
     reference every expert on every row, masked: the oracle
 `jax.lax.ragged_dot` is not one of them: its weight gradient is dense on TPU (E times the FLOPs), and all of it is dense on
 CPU and GPU.
@@ -26,17 +26,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from emo_jax.compat import vary_like
 from emo_jax.config import GroupedMatmul
 from emo_jax.errors import InputError
-from emo_jax.kernels import Kernel
+from emo_jax.kernels import Kernel, batched_matmul, blocked_matmul
 
 log = logging.getLogger(__name__)
 
 KERNELS = typing.get_args(GroupedMatmul)[1:]  # without auto
 # Pallas kernels of TPU. They do not say over which mesh axes their results vary, so `shard_map` cannot check it.
 PALLAS = ("fused", "megablox")
-ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "batched": 128, "blocked": 64, "reference": 1}  # divides every group's size
+ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "batched": batched_matmul.BLOCK, "blocked": blocked_matmul.BLOCK,
+                 "reference": 1}  # divides every group's size
 
 
 def buffer_alignment(kernel: Kernel) -> int:
@@ -76,17 +76,37 @@ def swiglu(gate_up: Float[Array, "*rows two_F"]) -> Float[Array, "*rows F"]:
 def grouped_matmul(
     rows: Float[Array, "Q D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, "E"], kernel: Kernel
 ) -> Float[Array, "Q F"]:
-    if kernel.name == "blocked":
-        return _blocked(rows, weights, group_sizes)
+    if kernel.name == "reference":
+        return reference(rows, weights, group_sizes)
+    return _grouped_matmul(rows, weights, group_sizes, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(rows, weights, group_sizes, kernel):
+    return _functions(kernel)[0](rows, weights, group_sizes, transpose=False)
+
+
+def _adjoint(kernel, saved, d_out):
+    rows, weights, group_sizes = saved
+    multiply, weight_gradient = _functions(kernel)
+    d_rows = multiply(d_out, weights, group_sizes, transpose=True)
+    return d_rows, weight_gradient(rows, d_out, weights, group_sizes).astype(weights.dtype), None
+
+
+_grouped_matmul.defvjp(lambda *args: (_grouped_matmul(*args), args[:3]), _adjoint)
+
+
+def _functions(kernel: Kernel):
+    """What a kernel is made of:
+    multiply(rows, weights, group_sizes, transpose): [Q, D] @ [E, D, F] -> [Q, F]; transposed [Q, F] @ [E, D, F]^T -> [Q, D]
+    weight_gradient(rows, d_out, weights, group_sizes): [D, Q] @ [Q, F] within each group -> [E, D, F]"""
     if kernel.name in PALLAS:
-        from emo_jax.kernels.megablox import megablox
+        from emo_jax.kernels import megablox
 
-        return megablox(rows, weights, group_sizes, kernel.interpret)
-    if kernel.name == "batched":
-        from emo_jax.kernels.batched_matmul import batched
-
-        return batched(rows, weights, group_sizes)
-    return reference(rows, weights, group_sizes)
+        return (functools.partial(megablox.multiply, interpret=kernel.interpret),
+                functools.partial(megablox.weight_gradient, interpret=kernel.interpret))
+    module = batched_matmul if kernel.name == "batched" else blocked_matmul
+    return module.multiply, module.weight_gradient
 
 
 def reference(rows: Float[Array, "Q D"], weights: Float[Array, "E D F"], group_sizes: Int[Array, "E"]) -> Float[Array, "Q F"]:
@@ -95,61 +115,3 @@ def reference(rows: Float[Array, "Q D"], weights: Float[Array, "E D F"], group_s
     index = jnp.arange(rows.shape[0])[:, None]
     member = ((index >= ends - group_sizes) & (index < ends)).astype(rows.dtype)
     return jnp.einsum("qd,edf,qe->qf", rows, weights, member)
-
-
-# ---- blocked: a loop over the row blocks that are in use, each one dense matmul ------------------------------------
-
-
-@jax.custom_vjp
-def _blocked(rows, weights, group_sizes):
-    return _rows_times_weights(rows, weights, group_sizes, transpose=False)
-
-
-def _blocked_fwd(rows, weights, group_sizes):
-    return _blocked(rows, weights, group_sizes), (rows, weights, group_sizes)
-
-
-def _blocked_bwd(saved, d_out):
-    rows, weights, group_sizes = saved
-    d_rows = _rows_times_weights(d_out, weights, group_sizes, transpose=True)
-    return d_rows, _weight_gradient(rows, d_out, group_sizes).astype(weights.dtype), None
-
-
-_blocked.defvjp(_blocked_fwd, _blocked_bwd)
-
-_BLOCK = ROW_ALIGNMENT["blocked"]
-
-
-def _block_experts(group_sizes, num_rows):
-    """The expert of every row block, and how many blocks are in use."""
-    ends = jnp.cumsum(group_sizes) // _BLOCK
-    return jnp.searchsorted(ends, jnp.arange(num_rows // _BLOCK), side="right"), ends[-1]
-
-
-def _rows_times_weights(rows, weights, group_sizes, *, transpose):
-    """rows [Q, D] @ weights [E, D, F] -> [Q, F]; transposed: rows [Q, F] @ weights^T -> [Q, D]."""
-    experts, used = _block_experts(group_sizes, rows.shape[0])
-    contract, width = (1, weights.shape[1]) if transpose else (0, weights.shape[2])
-
-    def body(i, out):
-        block = jax.lax.dynamic_slice_in_dim(rows, i * _BLOCK, _BLOCK)
-        weight = jax.lax.dynamic_index_in_dim(weights, experts[i], keepdims=False)
-        product = jax.lax.dot_general(block, weight, (((1,), (contract,)), ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), i * _BLOCK, 0)
-
-    out = vary_like(jnp.zeros((rows.shape[0], width), rows.dtype), rows, weights, group_sizes)
-    return jax.lax.fori_loop(0, used, body, out)
-
-
-def _weight_gradient(rows, d_out, group_sizes):
-    """rows^T [D, Q] @ d_out [Q, F] within each group -> [E, D, F], fp32."""
-    experts, used = _block_experts(group_sizes, rows.shape[0])
-
-    def body(i, d_weights):
-        block = jax.lax.dynamic_slice_in_dim(rows, i * _BLOCK, _BLOCK)
-        d_block = jax.lax.dynamic_slice_in_dim(d_out, i * _BLOCK, _BLOCK)
-        product = jax.lax.dot_general(block, d_block, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return d_weights.at[experts[i]].add(product)
-
-    shape = (group_sizes.shape[0], rows.shape[1], d_out.shape[1])
-    return jax.lax.fori_loop(0, used, body, vary_like(jnp.zeros(shape, jnp.float32), rows, d_out, group_sizes))

@@ -1,15 +1,10 @@
-"""Grouped matmul on TPU: the megablox Pallas kernels that ship with JAX, with our own adjoint.
+"""Grouped matmul on TPU: the megablox Pallas kernels that ship with JAX. See `grouped_matmul._functions`.
 
-The adjoint is two kernels: d_rows = d_out @ weights^T per group (`gmm`, transposed), d_weights = rows^T @ d_out per group
-(`tgmm`, which zeroes the gradients of empty groups). Rows past the last group are never written by `gmm`; the dispatch plan
-never reads them.
-
-Off TPU the kernels run in interpret mode, for the parity tests.
+`tgmm` zeroes the gradients of empty groups. Rows past the last group are never written by `gmm`; the dispatch plan never
+reads them. Off TPU the kernels run in interpret mode, for the parity tests.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
@@ -18,32 +13,17 @@ TILE_ROWS = 512
 TILE_WIDTH = 1024  # both matrix dimensions: 2 MB a bf16 tile, several of which fit the vector memory
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def megablox(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, interpret: bool) -> jax.Array:
-    """rows [Q, D], weights [E, D, F], group_sizes [E] -> [Q, F]."""
-    return _gmm(rows, weights, group_sizes, interpret, transpose=False)
-
-
-def _forward(rows, weights, group_sizes, interpret):
-    return megablox(rows, weights, group_sizes, interpret), (rows, weights, group_sizes)
-
-
-def _backward(interpret, saved, d_out):
-    rows, weights, group_sizes = saved
-    d_rows = _gmm(d_out, weights, group_sizes, interpret, transpose=True)
-    Q, D = rows.shape
-    d_weights = tgmm(rows.T, d_out, group_sizes, weights.dtype, tiles(Q, D, d_out.shape[1]), interpret=interpret)
-    return d_rows, d_weights, None
-
-
-megablox.defvjp(_forward, _backward)
-
-
-def _gmm(rows, weights, group_sizes, interpret, *, transpose):
+def multiply(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, transpose: bool, interpret: bool) -> jax.Array:
     Q, contract = rows.shape
     width = weights.shape[1] if transpose else weights.shape[2]
     return gmm(rows, weights, group_sizes, rows.dtype, tiles(Q, contract, width), transpose_rhs=transpose,
                interpret=interpret)
+
+
+def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: jax.Array, *,
+                    interpret: bool) -> jax.Array:
+    Q, D = rows.shape
+    return tgmm(rows.T, d_out, group_sizes, weights.dtype, tiles(Q, D, d_out.shape[1]), interpret=interpret)
 
 
 def tiles(rows: int, contract: int, width: int) -> tuple[int, int, int]:
