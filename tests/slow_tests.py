@@ -41,6 +41,7 @@ SLOW = (
     "test_subsets_choose.py::test_contributions",
     "test_subsets_choose.py::test_padding",
     "test_subsets_store.py",
+    "test_train_data.py::test_tokens",
     "test_train_faults.py",
     "test_train_resume.py",
     "test_two_processes.py",

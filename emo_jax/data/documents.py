@@ -8,11 +8,14 @@ import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+MAX_LABELS = 64  # of a source, for labels to go with its rows
 
+
+@runtime_checkable
 class Encoder(Protocol):
     """A `Tokenizer`, as far as a source knows it: one can be trained on a source."""
 
