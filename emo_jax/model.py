@@ -347,11 +347,12 @@ def token_losses(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[A
 
 @jax.named_scope("loss")
 def loss_sums(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"], weights_BT: Float[Array, "B T"],
-              execution: Execution) -> ce.LossSums:
-    """Sums over all tokens, of weights * nll and of weights * logsumexp^2, and the two added with the config's weight."""
+              execution: Execution, of_tokens: bool = False) -> ce.LossSums:
+    """Sums over all tokens, of weights * nll and of weights * logsumexp^2, and the two added with the config's weight;
+    `of_tokens`: weights * nll of every token too."""
     c = execution.config
     return ce.training_loss(x_BTD, params["head"], targets_BT, weights_BT, c.train.output_z_weight,
-                            c.kernels.loss_chunk_tokens)
+                            c.kernels.loss_chunk_tokens, of_tokens)
 
 
 def logits(params: Params, x_BTD: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T V"]:

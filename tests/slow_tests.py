@@ -47,6 +47,7 @@ SLOW = (
     "test_tokenize.py::test_processes",
     "test_tokenize.py::test_ten_kills",
     "test_tokenize.py::test_two_processes",
+    "test_train_data.py::test_tokens",
     "test_train_faults.py",
     "test_train_resume.py",
     "test_two_processes.py",

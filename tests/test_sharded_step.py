@@ -8,6 +8,7 @@ import tiny
 from jaxprs import equations
 
 from emo_jax import model, sharding
+from emo_jax.data.documents import MAX_LABELS
 from emo_jax.model import REMAT_POLICIES
 from emo_jax.moe.experts import Dispatch
 from emo_jax.train.step import Objective, Totals, init_state, make_train_step
@@ -86,6 +87,22 @@ def test_rematerialisation_repeats_no_exchange_and_no_routing(dispatch, exchange
 def test_microbatches_change_nothing_when_balanced_over_the_step(reference):
     accumulated = one_step(tiny.config(train=dict(microbatches=4)), devices=2)
     assert_same(reference, accumulated)
+
+
+def test_losses_by_label_add_up_to_the_loss_and_change_nothing(reference):
+    config = tiny.config(mesh=MESHES["fsdp tensor sequence"], train=dict(microbatches=2))
+    rows = tiny.batch(config)
+    rows["labels"] = np.where(rows["segment_ids"] > 0, rows["document_ids"] % 3 * 31, 0).astype(np.int32)
+    metrics, updates = one_step(config, 8, rows)
+    tokens = np.bincount(rows["labels"].ravel(), rows["loss_weights"].ravel(), MAX_LABELS)
+    np.testing.assert_array_equal(metrics.pop("label_tokens"), tokens)
+    nats = metrics.pop("label_nats")
+    assert sorted(np.flatnonzero(nats)) == [0, 31, 62]
+    np.testing.assert_allclose(nats.sum() / metrics["loss_tokens"], metrics["loss"], rtol=1e-6)
+    assert_same(reference, (metrics, updates))
+    weights = np.where(rows["labels"] == 31, rows.pop("loss_weights"), 0).astype(np.float32)  # this label alone
+    alone, _ = one_step(tiny.config(), 1, {name: a for name, a in rows.items() if name != "labels"} | {"loss_weights": weights})
+    np.testing.assert_allclose(nats[31] / tokens[31], alone["loss"], rtol=1e-5)
 
 
 def test_balance_over_microbatches_is_another_loss(reference):

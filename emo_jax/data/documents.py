@@ -15,6 +15,8 @@ import numpy as np
 
 from emo_jax.errors import InputError, RunError
 
+MAX_LABELS = 64  # of a source, for labels to go with its rows
+
 
 class UnreadableDocument(InputError):
     """One document that cannot be read; the message names the file and the record. See `skipping`."""

@@ -22,10 +22,11 @@ import numpy as np
 from absl import flags
 
 from emo_jax.config import Config, DataConfig
-from emo_jax.data.documents import Source
+from emo_jax.data.documents import MAX_LABELS, Source
 from emo_jax.data.filters import repetitive_rows
 from emo_jax.data.order import DocumentNumbers, DocumentOrder, split
 from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
+from emo_jax.data.row_clock import PARTS, RowClock
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError
 
@@ -33,6 +34,13 @@ COUNTS = ("skipped_documents", "dropped_rows")  # before a row, in its stream
 FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "document_ids")
 MAX_DROPPED = 1000  # rows in turn: a stream of nothing else never ends
 _SIGTERM_GRACE_S = 60
+
+MadeRow = tuple[Row, State, np.ndarray]  # a row, where its stream stands after it, seconds of `row_clock.PARTS`
+
+
+def row_labels(source: Source) -> list[str]:
+    """The labels whose numbers go with the rows; none where the source has one, too many, or does not know them."""
+    return source.labels if 1 < len(source.labels) <= MAX_LABELS else []
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,14 @@ class RowStreams:
     tokenizer: Tokenizer
     order: DocumentOrder
 
-    def rows(self, stream: int, state: State | None) -> Iterator[tuple[Row, State]]:
-        """Rows, each with COUNTS, and the state after it."""
+    def rows(self, stream: int, state: State | None) -> Iterator[MadeRow]:
+        """Rows, each with COUNTS."""
+        clock, codes = RowClock(self.tokenizer), {label: code for code, label in enumerate(row_labels(self.source))}
         counts = dict.fromkeys(COUNTS, 0)
 
         def read(count: int) -> tuple[np.ndarray, int]:
             document = self.order.document(stream, count)
-            tokens = self.source.encoded(document, self.tokenizer)
+            tokens = clock.encoded(self.source, document)
             counts["skipped_documents"] += not len(tokens)
             return tokens, document
 
@@ -65,16 +74,29 @@ class RowStreams:
                                          f"document {row['document_ids'][0]}; data.repetitive_rows='dropped' leaves nothing")
                     continue
                 row["loss_weights"][:] = 0
-            yield row | {name: np.array(n) for name, n in counts.items()}, after
+            if codes:
+                row["labels"] = self._labels(row, codes)
+            yield row | {name: np.array(n) for name, n in counts.items()}, after, clock.seconds()
+            clock.start()
             counts.update(dict.fromkeys(COUNTS, 0))
+
+    def _labels(self, row: Row, codes: dict[str, int]) -> np.ndarray:
+        """[T] int32: the number of the label of each token's document; 0 for padding."""
+        segments = row["segment_ids"]
+        firsts = np.diff(segments, prepend=0) > 0
+        of_segment = [codes[self.source.label(i)] for i in row["document_ids"][firsts].tolist()]
+        return np.array([0, *of_segment], np.int32)[segments]
 
 
 class TrainIterator:
-    """Yields dicts of numpy arrays [B_host, T]: `FIELDS`, int32 but loss_weights float32. Prefetches in the
-    background. `state()` belongs to the batch returned last, whatever has been prefetched; close it after use."""
+    """Yields dicts of numpy arrays [B_host, T]: `FIELDS`, int32 but loss_weights float32, and `labels` int32 (indices of
+    `row_labels`) if there are any. Prefetches in the background. `state()` belongs to the batch returned last, whatever has
+    been prefetched; close it after use."""
 
     def __init__(self, streams: RowStreams, numbers: list[int], states: list[State], workers: int):
         self._streams, self._states = streams, states
+        self.labels = row_labels(streams.source)
+        self._seconds = np.zeros(len(PARTS))
         self._counts = dict.fromkeys(("rows", "padding_tokens", "filtered_rows", "rows_at_document_limit", *COUNTS), 0)
         self.workers = _usable_workers(workers, len(numbers))
         rows = _RowDataset(streams, numbers, states)
@@ -96,13 +118,14 @@ class TrainIterator:
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            batch, self._states = next(self._iterator[0])
+            batch, self._states, seconds = next(self._iterator[0])
         except InputError:
             raise
         except (RuntimeError, OSError, EOFError) as e:  # a worker that died, a file that went away
             raise RunError(f"reading the data of {self._streams.source.name} failed: {e}") from e
         self._count(batch)
-        return {name: batch[name] for name in FIELDS}
+        self._seconds = self._seconds + seconds
+        return {name: batch[name] for name in (*FIELDS, "labels") if name in batch}
 
     def state(self) -> list[State]:
         """The state of each stream of this host after the batch returned last: a list of lists of ints."""
@@ -118,6 +141,10 @@ class TrainIterator:
         rows_at_document_limit (padded because they hold data.max_documents_per_row documents); skipped_documents (that cannot
         be read); dropped_rows (repetitive, with data.repetitive_rows=dropped)."""
         return dict(self._counts)
+
+    def timings(self) -> np.ndarray:
+        """Seconds of `row_clock.PARTS` for the rows returned so far, summed over the workers, which work at the same time."""
+        return self._seconds
 
     def _count(self, batch: dict[str, np.ndarray]) -> None:
         padding = (batch["segment_ids"] == 0).sum(axis=1)
@@ -176,18 +203,18 @@ def _usable_workers(wanted: int, streams: int) -> int:
     return next((n for n in range(min(wanted, streams), 0, -1) if streams % n == 0), 0)
 
 
-def _stack(rows: Sequence[tuple[Row, State]]) -> tuple[dict[str, np.ndarray], list[State]]:
-    batch = {name: np.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
+def _stack(rows: Sequence[MadeRow]) -> tuple[dict[str, np.ndarray], list[State], np.ndarray]:
+    batch = {name: np.stack([row[name] for row, _, _ in rows]) for name in rows[0][0]}
     positions = np.arange(batch["tokens"].shape[1], dtype=np.int32)  # absolute in the row, as published
     batch["positions"] = np.tile(positions, (len(rows), 1))
-    return batch, [state for _, state in rows]
+    return batch, [state for _, state, _ in rows], np.sum([seconds for _, _, seconds in rows], axis=0)
 
 
 # ---- the Grain side --------------------------------------------------------------------------------------------------
 
 
 class _RowDataset(grain.IterDataset):
-    """(row, state) of the streams in turn, without end. A worker takes its slice of the streams."""
+    """The rows of the streams in turn, without end. A worker takes its slice of the streams."""
 
     def __init__(self, streams: RowStreams, numbers: list[int], states: list[State]):
         super().__init__()
@@ -201,11 +228,11 @@ class _RowDataset(grain.IterDataset):
 
 
 class _RowIterator(grain.DatasetIterator):
-    def __init__(self, streams: list[Iterator[tuple[Row, State]]]):
+    def __init__(self, streams: list[Iterator[MadeRow]]):
         super().__init__()
         self._generators, self._turn = streams, 0
 
-    def __next__(self) -> tuple[Row, State]:
+    def __next__(self) -> MadeRow:
         row = next(self._generators[self._turn])
         self._turn = (self._turn + 1) % len(self._generators)
         return row

@@ -27,22 +27,26 @@ class LossSums(NamedTuple):
     objective: Float[Array, ""]  # sum of weights * (nll + z_weight * logsumexp^2); the only differentiable one
     nll: Float[Array, ""]  # sum of weights * nll, nats
     z: Float[Array, ""]  # sum of weights * logsumexp^2
+    of_tokens: Float[Array, "B T"] | None = None  # weights * nll, where they are asked for
 
 
 def training_loss(
     x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"],
-    z_weight: float, chunk_tokens: int,
+    z_weight: float, chunk_tokens: int, of_tokens: bool = False,
 ) -> LossSums:
     """Weighted sums over all tokens of the mesh. `head` is the fp32 master, multiplied in the dtype of `x`."""
 
     def device(x, head, targets, weights):
         # As varying over every axis: the adjoint sums the cotangents of devices that share an array.
         x, head, targets, weights = (compat.vary(a, AXES) for a in (x, _whole_head(head, x), targets, weights))
-        sums = _objective(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), z_weight, chunk_tokens)
-        return LossSums(*lax.psum(jnp.stack(sums), AXES))
+        *sums, nll = _objective(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), z_weight,
+                                chunk_tokens, of_tokens)
+        of_every_token = lax.psum(nll, "tensor").reshape(targets.shape) if of_tokens else None
+        return *lax.psum(jnp.stack(sums), AXES), of_every_token
 
-    return compat.shard_map(device, in_specs=(ACTIVATIONS, parameter_spec(("head",)), TOKENS, TOKENS),
-                            out_specs=P())(x, head, targets, weights)
+    return LossSums(*compat.shard_map(
+        device, in_specs=(ACTIVATIONS, parameter_spec(("head",)), TOKENS, TOKENS),
+        out_specs=(P(), P(), P(), TOKENS if of_tokens else None))(x, head, targets, weights))
 
 
 def cross_entropy(
@@ -65,13 +69,13 @@ def cross_entropy(
 # ---- one device -----------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _objective(x, head, targets, weights, z_weight, chunk_tokens):
-    """`LossSums` of tokens x [T, D]; every device of `tensor` returns its share of the sums."""
-    return _objective_forward(x, head, targets, weights, z_weight, chunk_tokens)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _objective(x, head, targets, weights, z_weight, chunk_tokens, of_tokens):
+    """`LossSums` of tokens x [T, D]; every device of `tensor` returns its share of the sums, and of every token's."""
+    return _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, of_tokens)[0]
 
 
-def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens):
+def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, of_tokens):
     share = lax.axis_size("tensor")
 
     def chunk(carry, inputs):
@@ -84,15 +88,17 @@ def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens):
         d_x = lax.dot_general(d_logits, head, (((1,), (1,)), ((), ()))).astype(x.dtype)
         d_head += lax.dot_general(x, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         nll_sum, z_sum = jnp.sum(weights * nll) / share, jnp.sum(weights * jnp.square(lse)) / share
-        return (sums + jnp.stack([nll_sum + z_weight * z_sum, nll_sum, z_sum]), d_head), d_x
+        sums += jnp.stack([nll_sum + z_weight * z_sum, nll_sum, z_sum])
+        return (sums, d_head), (d_x, weights * nll / share if of_tokens else None)
 
     start = tuple(compat.vary_like(jnp.zeros(s, jnp.float32), x, head, targets, weights) for s in ((3,), head.shape))
     inputs = tuple(_chunks(a, chunk_tokens) for a in (x, targets, weights))
-    (sums, d_head), d_x = lax.scan(chunk, start, inputs)
-    return LossSums(*sums), (d_x.reshape(x.shape), d_head.astype(head.dtype))
+    (sums, d_head), (d_x, nll) = lax.scan(chunk, start, inputs)
+    sums = LossSums(*sums, nll.reshape(targets.shape) if of_tokens else None)
+    return sums, (d_x.reshape(x.shape), d_head.astype(head.dtype))
 
 
-def _objective_backward(z_weight, chunk_tokens, saved, d_sums):
+def _objective_backward(z_weight, chunk_tokens, of_tokens, saved, d_sums):
     gradients = ((d * d_sums.objective).astype(d.dtype) for d in saved)
     # Together: else d_head may wait, in fp32, until the layers' backward passes, which start from d_x, are done.
     return *lax.optimization_barrier(tuple(gradients)), None, None

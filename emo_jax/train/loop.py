@@ -80,6 +80,7 @@ class TrainingLoop:
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
         self.batches = make_train_iterator(config, documents.source, documents.tokenizer, *self.group,
                                            states=position.rows, train_indices=documents.train)
+        self.log.labels = self.batches.labels
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
@@ -103,7 +104,7 @@ class TrainingLoop:
         return self._result(stopped, time.monotonic() - began)
 
     def _one_step(self) -> None:
-        batch = sharding.global_batch(self.mesh, next(self.batches))
+        batch = self.log.data_wait.next_batch(self.batches, self.mesh)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
         self.log.add(self.step, metrics)

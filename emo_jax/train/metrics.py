@@ -19,9 +19,11 @@ import numpy as np
 
 from emo_jax.chips import peak_flops
 from emo_jax.config import Config, flatten
+from emo_jax.data.documents import MAX_LABELS
 from emo_jax.errors import RunError
 from emo_jax.files import AnyPath, write_text
 from emo_jax.progress import duration
+from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.mirror import Mirror
 
@@ -132,11 +134,13 @@ class Rate:
         self.seconds_per_step: float | None = None
         self.dispatched = step
         self._marks = 0
+        self.data_wait = DataWait()
         self.restart(step, tokens)
 
     def restart(self, step: int, tokens: int) -> None:
         self._time, self._step, self._tokens = time.monotonic(), step, tokens
         self._dispatched = self.dispatched
+        self.data_wait.restart()
 
     def mark(self, step: int, tokens: int) -> None:
         """`step` is over. If no step was dispatched since the last mark, this one ran before it: the rate stays."""
@@ -144,6 +148,7 @@ class Rate:
             seconds = max(time.monotonic() - self._time, 1e-9)
             self.tokens_per_second = (tokens - self._tokens) / seconds
             self.seconds_per_step = seconds / (step - self._step) if self._marks else None
+            self.data_wait.mark(seconds)
             self._marks += 1
         self.restart(step, tokens)
 
@@ -167,7 +172,10 @@ class Log:
         self._config, self._pending = config, deque()
         self._buffers: dict[str, float] = {}
         self._fell_back = False
+        self.labels: list[str] = []  # what `label_nats` and `label_tokens` of the steps are about
+        self._by_label = np.zeros((2, MAX_LABELS))  # nats and tokens since the last record
         self._rate = Rate(step, tokens)
+        self.data_wait = self._rate.data_wait
         self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, METRICS)
         folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
         self._file = MetricsFile(folder / METRICS, step) if primary else NoLog()
@@ -181,7 +189,7 @@ class Log:
         return step % self._config.train.log_every == 0 or step == self._config.train.steps
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        needed = ("loss", "grad_norm", "tokens", *BUFFERS)
+        needed = ("loss", "grad_norm", "tokens", "label_nats", "label_tokens", *BUFFERS)
         kept = metrics if self.is_logged(step) else {name: metrics[name] for name in needed if name in metrics}
         self._pending.append((step, dict(kept)))
         self._rate.dispatched = step
@@ -201,6 +209,8 @@ class Log:
                     raise RunError(f"{name} is {float(metrics[name])} at step {step}")
             self.tokens += int(metrics["tokens"])
             self._count_buffers(step, metrics)
+            if "label_nats" in metrics:
+                self._by_label += np.stack([metrics["label_nats"], metrics["label_tokens"]])
             if self.is_logged(step):
                 self._write(step, metrics)
 
@@ -222,13 +232,24 @@ class Log:
         record["tokens_per_second"] = self._rate.tokens_per_second
         if self._peak_tokens_per_second:
             record["mfu"] = self._rate.tokens_per_second / self._peak_tokens_per_second
+        record["data_wait_fraction"] = self.data_wait.fraction
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
+        record |= self._labels()
         self.last = record
         self._file.write(record)
         self._events.write(step, record)
         self._mirror.changed()
         pace = self._rate.seconds_per_step
         self._progress.update(record, pace and pace * (self._config.train.steps - step))
+        if pace and (slow := self.data_wait.complaint()):
+            self.say(f"step {step}: {slow}")
+
+    def _labels(self) -> dict[str, dict[str, float]]:
+        """Loss and tokens of every label since the last record."""
+        seen = {label: (nats, tokens) for label, nats, tokens in zip(self.labels, *self._by_label.tolist()) if tokens}
+        self._by_label[:] = 0
+        return {} if not seen else {"loss_by_label": {label: nats / tokens for label, (nats, tokens) in seen.items()},
+                                    "tokens_by_label": {label: int(tokens) for label, (_, tokens) in seen.items()}}
 
     def restart_clock(self, step: int) -> None:
         """Leaves what happened since the last record (evaluation, saving) out of the next rate."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from emo_jax import model, sharding
 from emo_jax.config import Config
+from emo_jax.data.documents import MAX_LABELS
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
 from emo_jax.sharding import BATCH, reshard
@@ -57,7 +58,8 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Any:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state. Metrics are fp32: scalars `loss` (nats a
     token), `total_loss`, the auxiliary losses (unweighted), `grad_norm`, `learning_rate`, `tokens`, `loss_tokens`, and
-    arrays [L] of what the routers did (see `RouterStats`)."""
+    arrays [L] of what the routers did (see `RouterStats`). A batch that has `labels` [B, T], of each token's document, gives
+    `label_nats` and `label_tokens` [MAX_LABELS]: sums over the tokens with a loss."""
     execution = model.Execution.of(config, mesh, eos_id)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     M = config.train.microbatches
@@ -76,6 +78,8 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
         metrics = sums.metrics(config, totals) | {
             "total_loss": total, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step),
             "tokens": totals.tokens, "loss_tokens": totals.loss_tokens}
+        if "labels" in batch:
+            metrics |= {"label_nats": sums.of_labels, "label_tokens": _by_label(batch["loss_weights"], batch["labels"])}
         return TrainState(params, opt_state, state.step + 1), metrics
 
     options = compiler_options(mesh.devices.flat[0])
@@ -129,6 +133,7 @@ class Sums(NamedTuple):
     loss: Float[Array, ""]
     output_z: Float[Array, ""]
     router: RouterStats | None
+    of_labels: Float[Array, "labels"] | None  # the loss, by label
 
     def metrics(self, config: Config, totals: Totals) -> dict[str, Array]:
         out = {"loss": self.loss / totals.loss_tokens, "output_z_loss": self.output_z / totals.loss_tokens}
@@ -166,13 +171,14 @@ class Objective(NamedTuple):
         None where this is the only one, or where they are not balanced together."""
         c, totals = self.execution.config, self.totals
         x_BTD, stats = self._forward(params, batch, step_counts)
-        objective, loss, output_z = model.loss_sums(params, x_BTD, batch["targets"], batch["loss_weights"], self.execution)
+        objective, loss, output_z, nats_BT = model.loss_sums(
+            params, x_BTD, batch["targets"], batch["loss_weights"], self.execution, "labels" in batch)
         total = objective / totals.loss_tokens
         if stats is not None:
             scale = 1 / c.model.num_layers if routing.SEMANTICS[c.router.semantics].aux_per_layer else 1.0
             total += scale * c.router.load_balance_weight * jnp.sum(stats.load_balancing)
             total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
-        return total, Sums(loss, output_z, stats)
+        return total, Sums(loss, output_z, stats, None if nats_BT is None else _by_label(nats_BT, batch["labels"]))
 
     def _forward(self, params, batch: Batch, step_counts):
         c, sizes_LBN = self.execution.config, None
@@ -225,6 +231,11 @@ def segment_document_ids(batch: Batch, execution: model.Execution) -> Int[Array,
     member_BTN = segments_BT[..., None] == jnp.arange(1, execution.documents_per_row + 1)
     last_B1N = jnp.max(jnp.where(member_BTN, position_T1, -1), axis=1, keepdims=True)
     return jnp.sum(jnp.where(position_T1 == last_B1N, batch["document_ids"][..., None], 0), axis=1)
+
+
+def _by_label(x: Float[Array, "B T"], labels: Int[Array, "B T"]) -> Float[Array, "labels"]:
+    """The sum of `x` over the tokens of each label. Masked, as a scatter is slow on TPUs and a matmul rounds there."""
+    return jnp.sum(jnp.where(labels[..., None] == jnp.arange(MAX_LABELS), x[..., None], 0.0), axis=(0, 1))
 
 
 # ---- microbatches ---------------------------------------------------------------------------------------------------
