@@ -38,7 +38,7 @@ def read_rows(config: Config, source: Source, tokenizer: Tokenizer, first: int, 
     skipped = 0
     for k in range(start * batch_size, last):
         if k % batch_size in opened:
-            row, _ = next(generators[k % batch_size])
+            row, _, _ = next(generators[k % batch_size])
             if k >= first:
                 yield row
             else:
