@@ -1,9 +1,9 @@
 """What a run says about its data: losses and tokens by label, and how long it waited for which part."""
 
 import json
-from pathlib import Path
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
