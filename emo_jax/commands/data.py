@@ -168,18 +168,19 @@ def _position(run: str | None, step: int) -> tuple[int, list] | None:
 def add_bench(parser: ArgumentParser) -> None:
     _add_config(parser)
     _add_run(parser)
-    parser.add_argument("--workers", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--workers", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], metavar="N",
+                        help="processes that tokenize, or threads that read token files")
+    parser.add_argument("--grain", action="store_true", help="token files: also Grain's ArrayRecord reader and packer, on the "
+                        "same documents")
 
 
 def bench(args: Namespace) -> Result:
     from emo_jax.config import load_config
-    from emo_jax.data import tools
+    from emo_jax.data import bench as lib
 
     with _folder(args.run) as folder:
-        results = tools.bench(load_config(args.config, args.overrides), folder, args.workers)
-    return Result({"results": results}, "\n".join(
-        f"{r['workers']} workers: {r['rows_per_second']:,.1f} rows/s, {r['tokens_per_second']:,.0f} tokens/s, "
-        f"{r['padding']:.1%} padding, {r['startup_seconds']:.1f} s to start" for r in results))
+        results = lib.bench(load_config(args.config, args.overrides), folder, args.workers, against_grain=args.grain)
+    return Result({"results": results}, lib.bench_report(results))
 
 
 COMMANDS = (
@@ -194,6 +195,7 @@ COMMANDS = (
     Command("data window", "the exact documents of any stretch of a run's rows", add_window, window,
             ("emo-jax data window --run runs/emo --rows 1024:1040",
              "emo-jax data window emo_tiny --data.path='texts/*.jsonl.gz' --rows 0:16 --json"), "config"),
-    Command("data bench", "rows and tokens a second by worker processes", add_bench, bench,
-            ("emo-jax data bench emo_tiny --workers 0 2",), "config"),
+    Command("data bench", "rows and tokens a second, against the disk, the tokenizer or Grain", add_bench, bench,
+            ("emo-jax data bench emo_tiny --workers 0 2",
+             "emo-jax data bench emo_1b14b_1t --data.path=tokens --workers 1 4 --grain"), "config"),
 )

@@ -162,13 +162,15 @@ def block_table(source: TokenSource, sections: Sequence[int]) -> tuple[np.ndarra
 # ---- tokens of rows -------------------------------------------------------------------------------------------------
 
 
-def make_rows(source: TokenSource, cuts: Sequence[Cut], data: DataConfig, vocab_size: int = 1 << 31) -> Row:
+def make_rows(source: TokenSource, cuts: Sequence[Cut], tokens_read: Sequence[np.ndarray], data: DataConfig,
+              vocab_size: int = 1 << 31) -> Row:
     """Arrays [n, T]: tokens, targets, segment_ids, document_ids int32 and loss_weights float32, as `packing` makes them.
+    tokens_read: those of all `reads` of the cuts.
     Raises `InputError` for a token beyond the vocabulary."""
     shape = (len(cuts), data.sequence_length)
     row: Row = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "document_ids")}
     row["loss_weights"] = np.zeros(shape, np.float32)
-    read = iter(source.read([(cut.section, *r) for cut in cuts for r in cut.reads]))
+    read = iter(tokens_read)
     for i, cut in enumerate(cuts):
         parts = [next(read) for _ in cut.reads]
         tokens, size = parts[0] if len(parts) == 1 else np.concatenate(parts), int(cut.lengths.sum())

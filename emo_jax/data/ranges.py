@@ -96,6 +96,12 @@ class RangeReader:
         self.sizes[path] = size
         return io.BufferedReader(_Opened(self, path, size), MERGED)
 
+    def forget(self) -> None:
+        """Drops all pages that were kept."""
+        with self._lock:
+            self._pages.clear()
+            self._counts["cached_bytes"] = 0
+
     def statistics(self) -> dict[str, int]:
         """Sums so far: asked_bytes, of all files; fetched_bytes, requests and retries, of objects. cached_bytes: now."""
         with self._lock:

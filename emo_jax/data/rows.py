@@ -82,7 +82,8 @@ class Planner:
         if not self.drops:
             return count, np.zeros(0, np.int32)
         cuts = self.packer.cuts(np.full(count, block), np.arange(count))
-        rows = make_rows(self.packer.source, cuts, self.packer.data)
+        tokens = self.packer.source.read([(cut.section, *read) for cut in cuts for read in cut.reads])
+        rows = make_rows(self.packer.source, cuts, tokens, self.packer.data)
         dropped = np.flatnonzero(repetitive_rows(rows["tokens"], (rows["segment_ids"] > 0).sum(axis=1)))
         return count - len(dropped), dropped
 

@@ -6,6 +6,7 @@ stopped: at the very next row where rows are cut alike, else with the next windo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,21 +48,23 @@ class RowStream:
         self.mixture = Mixture(shares, self._bases(before), limits)
 
     def rows(self, numbers: np.ndarray) -> Row:
+        """Arrays [n, T] of rows `numbers` [n] of the stage: tokens, targets, segment_ids, document_ids, labels int32,
+        loss_weights float32; labels: index into `source.labels`. Raises `RunError` beyond the last row."""
         return self.rows_and_cuts(numbers)[0]
 
-    def rows_and_cuts(self, numbers: np.ndarray) -> tuple[Row, list[Cut]]:
-        """Arrays [n, T] of rows `numbers` [n] of the stage: tokens, targets, segment_ids, document_ids, labels int32,
-        loss_weights float32; labels: index into `source.labels`; and what they are made of. Raises `RunError` beyond the last
-        row."""
+    def rows_and_cuts(self, numbers: np.ndarray) -> tuple[Row, list[Cut], float]:
+        """`rows`, what they are made of, and the seconds that reading their tokens took."""
         config, data = self.config, self.config.data
-        cuts = self.cuts(numbers)
-        rows = make_rows(self.source, cuts, data, config.model.vocab_size)
+        cuts, began = self.cuts(numbers), time.perf_counter()
+        tokens = self.source.read([(cut.section, *read) for cut in cuts for read in cut.reads])
+        seconds = time.perf_counter() - began
+        rows = make_rows(self.source, cuts, tokens, data, config.model.vocab_size)
         if data.repetition_filter and data.repetitive_rows == "masked":
             rows["loss_weights"][repetitive_rows(rows["tokens"], (rows["segment_ids"] > 0).sum(axis=1))] = 0
         label_of = {label: number for number, label in enumerate(self.source.labels)}
         rows["labels"] = np.empty_like(rows["tokens"])
         rows["labels"][:] = np.array([label_of[self.source.sections[cut.section].label] for cut in cuts])[:, None]
-        return rows, cuts
+        return rows, cuts, seconds
 
     def cuts(self, numbers: np.ndarray, allow_end: bool = False) -> list[Cut]:
         """allow_end: without those beyond the last row, which are an error otherwise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from emo_jax.data.pipeline import FIELDS, close_iterator
+from emo_jax.data.pipeline import FIELDS, close_iterator, row_labels
+from emo_jax.data.row_clock import PARTS
 from emo_jax.data.stream import RowStream
+from emo_jax.errors import RunError
 
 ROWS_AHEAD = 4096  # of the stage, about a window of blocks
 _WITHOUT_END = 1 << 40  # batches; how many there are is decided by whoever asks for them
@@ -27,9 +30,11 @@ class TokenBatches:
     def __init__(self, stream: RowStream, first: int, batch_size: int, group: tuple[int, int] = (0, 1), threads: int = 1):
         self.stream, self.first, self.batch_size = stream, first, batch_size
         self.read = 0  # batches that were returned
+        self.labels, self.workers = row_labels(stream.source), max(1, threads)
+        self._seconds = np.zeros(len(PARTS))
         self._counts = dict.fromkeys(("rows", "padding_tokens", "filtered_rows", "rows_at_document_limit"), 0)
         batches = grain.MapDataset.source(_Batches(stream, first, batch_size, group)).to_iter_dataset(
-            grain.ReadOptions(num_threads=max(1, threads), prefetch_buffer_size=max(2, 2 * threads)))
+            grain.ReadOptions(num_threads=self.workers, prefetch_buffer_size=max(2, 2 * threads)))
         self._iterator = [iter(batches)]
         self.close = weakref.finalize(self, close_iterator, self._iterator)
 
@@ -37,8 +42,12 @@ class TokenBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch, counts = next(self._iterator[0])
+        try:
+            batch, counts, seconds = next(self._iterator[0])
+        except OSError as e:  # a file that went away
+            raise RunError(f"reading the data of {self.stream.source.name} failed: {e}") from e
         self.read += 1
+        self._seconds = self._seconds + seconds
         for name, count in counts.items():
             self._counts[name] += count
         return batch
@@ -53,6 +62,10 @@ class TokenBatches:
     def epochs(self) -> float:
         """How often the label that was read most has been read."""
         return self.stream.epochs(self.rows_read)
+
+    def timings(self) -> np.ndarray:
+        """Seconds of `row_clock.PARTS` for the rows returned so far, summed over the threads."""
+        return self._seconds
 
     def statistics(self) -> dict[str, int]:
         """Sums over the batches returned so far: rows; padding_tokens; filtered_rows (without any loss);
@@ -77,17 +90,20 @@ class _Batches(grain.sources.RandomAccessDataSource):
     def __len__(self) -> int:
         return _WITHOUT_END
 
-    def __getitem__(self, record_key: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    def __getitem__(self, record_key: Any) -> tuple[dict[str, np.ndarray], dict[str, int], np.ndarray]:
+        began = time.perf_counter()
         if self._ahead is not None:
             self._ahead.wait_for(int(record_key))
-        rows, cuts = self.stream.rows_and_cuts(self.numbers(int(record_key)))
+        waited = time.perf_counter() - began
+        rows, cuts, read = self.stream.rows_and_cuts(self.numbers(int(record_key)))
         positions = np.arange(self.stream.config.data.sequence_length, dtype=np.int32)  # absolute in the row, as published
         rows["positions"] = np.tile(positions, (self.own, 1))
-        several = len(self.stream.source.labels) > 1
         counts = {"rows": self.own, "padding_tokens": int((rows["segment_ids"] == 0).sum()),
                   "filtered_rows": int((rows["loss_weights"].max(axis=1) == 0).sum()),
                   "rows_at_document_limit": sum(cut.beyond > 0 for cut in cuts)}
-        return {name: rows[name] for name in (*FIELDS, "labels")[:None if several else -1]}, counts
+        names = (*FIELDS, "labels") if row_labels(self.stream.source) else FIELDS
+        seconds = np.array([waited + read, 0.0, time.perf_counter() - began - waited - read])
+        return {name: rows[name] for name in names}, counts, seconds
 
 
 class _Ahead:
