@@ -6,6 +6,7 @@ SLOW = (
     "test_convert.py::test_an_imported",
     "test_convert.py::test_out_of_a",
     "test_convert_stock.py",
+    "test_data_pipeline.py::test_any_batch",
     "test_data_pipeline.py::test_batches_do_not",
     "test_data_pipeline.py::test_errors",
     "test_data_pipeline.py::test_resume",
@@ -44,6 +45,7 @@ SLOW = (
     "test_train_data.py::test_tokens",
     "test_train_faults.py",
     "test_train_resume.py",
+    "test_train_stages.py",
     "test_two_processes.py",
 )
 # But not these, because each covers its room:
