@@ -129,6 +129,7 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 238_419
     batch_size: int = 1024  # rows of an optimizer step, over all hosts
+    batch_ramp: str = ""  # "STEP:ROWS,...": until that step that many rows; then batch_size
     microbatches: int = 1  # gradient accumulation: the rows of a step are split into this many passes
     output_z_weight: float = 1e-5
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
@@ -174,7 +175,9 @@ class KernelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of a run: from the end of the stage before until the step `until` (0: the last one), with overrides."""
+    """A part of a run: from the end of the stage before until the step `until` (0: the last one), with overrides that hold for
+    the later stages too. One that sets an optimizer field begins a learning-rate schedule, which runs until the next such
+    stage, or the end. See `emo_jax.phases`."""
 
     until: int = 0
     changes: tuple[str, ...] = ()  # such as "data.sequence_length=8192"
@@ -193,6 +196,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    stages: tuple[Stage, ...] = ()  # (): one stage without overrides
 
     def __post_init__(self):
         validate(self)
@@ -233,7 +237,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         node, section = tree, Config
         *parents, leaf = key.split(".")
         for parent in parents:
-            node, section = node[parent], typing.get_type_hints(section)[parent]
+            if isinstance(node, (list, tuple)):
+                node, section = node[int(parent)], Stage
+            else:
+                node, section = node[parent], typing.get_type_hints(section)[parent]
         node[leaf] = _parse(key, text, typing.get_type_hints(section)[leaf])
     return from_dict(tree)
 
@@ -263,16 +270,24 @@ def from_dict(tree: dict[str, Any]) -> Config:
             raise InputError(f"unknown config key {prefix + key!r}; {_did_you_mean(key, list(hints))}")
         if cls is Config and "name" not in node:
             raise InputError("config: the field 'name' is missing")
-        return cls(**{k: build(hints[k], v, f"{prefix}{k}.") if dataclasses.is_dataclass(hints[k])
-                      else tuple(v) if isinstance(v, list) else v for k, v in node.items()})
+        return cls(**{k: value(hints[k], v, f"{prefix}{k}.") for k, v in node.items()})
+
+    def value(hint: Any, given: Any, prefix: str) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return build(hint, given, prefix)
+        if hint == tuple[Stage, ...] and isinstance(given, (list, tuple)):
+            return tuple(build(Stage, stage, f"{prefix}{number}.") for number, stage in enumerate(given))
+        return tuple(given) if isinstance(given, list) else given
 
     return build(Config, tree, "")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """{"a": {"b": 1}, "c": ({"d": 2},)} -> {"a.b": 1, "c.0.d": 2}"""
     out = {}
     for key, value in tree.items():
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, dict) for v in value):
+            value = {str(number): v for number, v in enumerate(value)}
         out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return out
 
@@ -280,7 +295,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def difference(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
     """{"a.b": (value in base, value in config)} for every field that differs; base: the published defaults."""
     old, new = flatten(to_dict(base or Config(name=config.name))), flatten(to_dict(config))
-    return {key: (old[key], new[key]) for key in new if old[key] != new[key]}
+    return {key: (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
 
 
 def dumps(config: Config) -> str:
@@ -314,12 +329,14 @@ def _run_file(path: Path) -> Config:
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:
-    integers = tuple[int, ...]
+    integers, words = tuple[int, ...], tuple[str, ...]
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind == integers:
             return tuple(int(n) for n in text.split(",") if n)
+        if kind == words:
+            return tuple(word for word in text.split(";") if word)
         return kind(text) if kind in (int, float) else text
     except (KeyError, ValueError):
         allowed = {bool: "true or false", int: "an integer", float: "a number", integers: "integers such as 8,16,8"}[kind]

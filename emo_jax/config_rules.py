@@ -95,6 +95,10 @@ def validate(c: Config) -> None:
             f"data.tokens_field={d.tokens_field!r} needs data.tokenizer: the one that the token ids were made with")
     sizes = dataclasses.asdict(c.mesh)
     require(list(sizes.values()).count(-1) <= 1, f"at most one mesh axis may be -1, got {sizes}")
+    if c.stages or t.batch_ramp:
+        from emo_jax.phases import phases
+
+        phases(c)  # every part of the run is a config that keeps these rules
 
 
 def _check_fields(part: Any, where: str, prefix: str = "") -> None:
@@ -119,6 +123,12 @@ def _check_fields(part: Any, where: str, prefix: str = "") -> None:
             require(in_range(value), allowed)
         elif hint == tuple[int, ...]:
             require(type(value) is tuple and all(type(n) is int for n in value), "a tuple of integers")
+        elif hint == tuple[str, ...]:
+            require(type(value) is tuple and all(type(s) is str for s in value), "a tuple of strings")
+        elif name == "stages":
+            require(type(value) is tuple and all(map(dataclasses.is_dataclass, value)), "a tuple of Stage")
+            for number, stage in enumerate(value):
+                _check_fields(stage, where, f"stages.{number}.")
         else:
             require(type(value) is hint, f"{hint.__name__}, not {type(value).__name__}")
             if hint is int:

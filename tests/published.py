@@ -39,7 +39,7 @@ def save_new(config, out: Path, seed_scale: float = 10.0):
     state = init_state(config, mesh)
     state = state._replace(params=jax.tree.map(lambda a: a * seed_scale if a.ndim > 2 else a, state.params))
     writer = CheckpointWriter(out, CheckpointConfig())
-    writer.save(0, {"params": state.params, "opt_state": state.opt_state}, config, tokens=0, source={}, rows=None)
+    writer.save(0, {"params": state.params, "opt_state": state.opt_state}, config, tokens=0, source={}, position=None)
     writer.close()
     return out, jax.tree.map(np.asarray, state.params)
 

@@ -7,6 +7,7 @@ SLOW = (
     "test_convert.py::test_out_of_a",
     "test_convert_stock.py",
     "test_data_evaluation.py::test_a_run",
+    "test_data_pipeline.py::test_any_batch",
     "test_data_pipeline.py::test_batches_do_not",
     "test_data_pipeline.py::test_errors",
     "test_data_pipeline.py::test_resume",
@@ -50,6 +51,7 @@ SLOW = (
     "test_train_data.py::test_tokens",
     "test_train_faults.py",
     "test_train_resume.py",
+    "test_train_stages.py",
     "test_two_processes.py",
 )
 # But not these, because each covers its room:

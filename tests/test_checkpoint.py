@@ -48,7 +48,7 @@ def items_of(state):
 def write(config, out, state, steps=(1,), losses=None, keep=CheckpointConfig(keep_every=0)):
     writer = CheckpointWriter(out, keep)
     for step in steps:
-        writer.save(step, items_of(state), config, tokens=10 * step, source={"documents": 3}, rows=[[step, 0]],
+        writer.save(step, items_of(state), config, tokens=10 * step, source={"documents": 3}, position={"rows": [[step, 0]]},
                     loss=losses and losses[step])
     writer.close()
     return out
@@ -64,7 +64,7 @@ def test_restored_exactly_on_another_mesh(config, state, tmp_path, axes):
                                 strict=True):
         np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
         assert new.sharding == wanted.sharding
-    assert found.config == config and found.meta["tokens"] == 50 and found.rows() == [[5, 0]]
+    assert found.config == config and found.meta["tokens"] == 50 and found.position() == {"rows": [[5, 0]]}
     assert found.meta["conventions"]["eos_owner"] == "own"
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
                  found.restore_params(mesh), restored.params)
@@ -113,7 +113,7 @@ def test_a_state_that_is_not_finite_is_not_saved(config, state, tmp_path):
     bad[3, 4] = np.inf
     broken = state._replace(params=state.params | {"head": jax.device_put(bad, head.sharding)})
     with pytest.raises(RunError, match="after step 1 is not finite"):
-        writer.save(1, items_of(broken), config, tokens=0, source={}, rows=None)
+        writer.save(1, items_of(broken), config, tokens=0, source={}, position=None)
     writer.close()
     assert checkpoint.steps(tmp_path / "checkpoints") == []
 

@@ -15,7 +15,7 @@ import pytest
 from emo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from emo_jax.data.evaluation import evaluation_rows
 from emo_jax.data.order import DocumentOrder, TrainIndices, split
-from emo_jax.data.pipeline import FIELDS, array_to_states, make_train_iterator, states_to_array
+from emo_jax.data.pipeline import FIELDS, array_to_states, go_on, make_train_iterator, states_to_array, streams_of
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import InputError, RunError
@@ -96,6 +96,69 @@ def test_resume_is_exact_on_another_number_of_hosts_and_workers(setup, packing):
         assert_equal(batches(setup, 4, packing=packing, states=array_to_states(gathered), **run)[0], expected[3:])
 
 
+def read_on(setup, batch_size, count, states, first, hosts=1, **fields):
+    """(batches, states of all streams after them, the stream that is next), by hosts one after the other."""
+    config, source, tokenizer = setup
+    config = dataclasses.replace(change(config, **fields), train=TrainConfig(batch_size=batch_size))
+    parts, after = [], {}
+    for host in range(hosts):
+        iterator = make_train_iterator(config, source, tokenizer, host, hosts, states, first=first)
+        parts.append([next(iterator) for _ in range(count)])
+        after |= zip(streams_of(batch_size, len(states), first, host, hosts), iterator.state())
+        iterator.close()
+    got = [{name: np.concatenate([part[k][name] for part in parts]) for name in FIELDS} for k in range(count)]
+    return got, [after[stream] for stream in range(len(states))], (first + count * batch_size) % len(states)
+
+
+RAMP = ((4, 3), (2, 1), (8, 1), (16, 1), (32, 1), (1, 4), (8, 1))  # (batch size, batches); the first batch had 8 rows
+
+
+def test_any_batch_size_that_fits_reads_the_same_rows_on_any_number_of_hosts(setup):
+    constant, _ = batches(setup, 11)
+    rows, at = {name: np.concatenate([b[name] for b in constant]) for name in FIELDS}, 0
+    states, first, elsewhere = [[0, 0]] * BATCH, 0, ([[0, 0]] * BATCH, 0)
+    for size, count in RAMP:
+        hosts = 1 if size == 1 else 2
+        got, *after = read_on(setup, size, count, states, first)
+        assert_equal(read_on(setup, size, count, *elsewhere, hosts, workers=2 * (size == 16))[0], got)
+        for batch in got:
+            expected = {name: a[at:at + size] for name, a in rows.items()}
+            by_stream = np.argsort(np.arange(size) % min(size, BATCH), kind="stable")  # of several turns, streams go together
+            assert_equal([batch], [{name: a[by_stream] for name, a in expected.items()}])
+            at += size
+        (states, first), elsewhere = after, after
+    assert at % BATCH == first
+    assert at == 82 and states == batches(setup, 11)[1][:2] + batches(setup, 10)[1][2:]
+
+
+@pytest.mark.parametrize("before, after, left_out", [
+    (dict(packing="concat_and_split"), dict(packing="concat_and_split", sequence_length=160), False),
+    (dict(packing="concat_and_split"), dict(packing="first_fit", sequence_length=40), False),
+    (dict(packing="first_fit"), dict(packing="first_fit", sequence_length=128), False),
+    (dict(packing="first_fit"), dict(packing="concat_and_split"), True),
+])
+def test_other_rows_go_on_with_the_next_unread_token_of_every_stream(setup, before, after, left_out):
+    config, source, tokenizer = setup
+    head, states, _ = read_on(setup, BATCH, 2, [[0, 0]] * BATCH, 0, **before)
+    on = [go_on(state, change(config, **before).data, change(config, **after).data) for state in states]
+    assert (on != states) == left_out
+    tail, end, _ = read_on(setup, BATCH, 2, on, 0, **after)
+    seen = np.zeros(len(source), np.int64)
+    for batch in head + tail:
+        np.add.at(seen, batch["document_ids"][batch["segment_ids"] > 0], 1)
+    order = DocumentOrder(split(source, config.data, 0)[0], BATCH, 0, True)
+    for stream, (count, offset, *open_rows) in enumerate(end):
+        for i in range(count):
+            document = order.document(stream, i)
+            whole = len(tokenizer.encode_document(source[document].text))
+            assert seen[document] == whole or ((open_rows or left_out) and seen[document] < whole)
+            seen[document] = 0
+        if offset:
+            assert seen[order.document(stream, count)] == offset
+            seen[order.document(stream, count)] = 0
+    assert not seen.any()
+
+
 def test_the_state_is_that_of_the_batch_returned_last(setup):
     config, source, tokenizer = setup
     iterator = make_train_iterator(config, source, tokenizer)
@@ -153,10 +216,12 @@ def test_repetitive_rows_carry_no_loss_and_are_counted(setup, tmp_path):
         iterator.close()
 
 
-def test_changed_batch_size_and_bad_process_count_are_refused(setup):
+def test_a_batch_size_that_does_not_fit_the_streams_and_a_bad_process_count_are_refused(setup):
     config, source, tokenizer = setup
-    with pytest.raises(InputError, match="train.batch_size=8: the checkpoint's data position is for a batch of 4 rows"):
-        make_train_iterator(config, source, tokenizer, states=[[0, 0]] * 4)
+    with pytest.raises(InputError, match="train.batch_size=8: the run reads its documents in 12 streams.*a multiple of 12"):
+        make_train_iterator(config, source, tokenizer, states=[[0, 0]] * 12)
+    with pytest.raises(InputError, match="the 2 streams of documents.*cannot be shared evenly by the 4 processes"):
+        make_train_iterator(config, source, tokenizer, 0, 4, states=[[0, 0]] * 2)
     with pytest.raises(InputError, match="must be a multiple of the 3 processes"):
         make_train_iterator(config, source, tokenizer, 0, 3)
 

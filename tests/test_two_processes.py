@@ -79,7 +79,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_bit_identically(
     assert (result["resumed_from"], result["step"]) == (3, steps)
     assert series(cut) == series(out)
     ends = [checkpoint.open_checkpoint(run) for run in (out, cut)]
-    assert ends[0].meta["checksums"] == ends[1].meta["checksums"] and ends[0].rows() == ends[1].rows()
+    assert ends[0].meta["checksums"] == ends[1].meta["checksums"] and ends[0].position() == ends[1].position()
 
 
 def test_one_process_goes_on_with_the_same_documents(config, whole, cut):
@@ -87,4 +87,4 @@ def test_one_process_goes_on_with_the_same_documents(config, whole, cut):
     result = finish(start(config, cut, 1, f"--train.steps={steps}", "--train.log_every=3"))
     assert (result["resumed_from"], result["step"]) == (3, steps)
     np.testing.assert_allclose([v for _, v in series(cut)], [v for _, v in series(out)], rtol=1e-5)
-    assert checkpoint.open_checkpoint(cut).rows() == checkpoint.open_checkpoint(out).rows()
+    assert checkpoint.open_checkpoint(cut).position() == checkpoint.open_checkpoint(out).position()

@@ -26,6 +26,7 @@ from emo_jax.checkpoints.orbax_s3 import COMMITTED, for_orbax
 from emo_jax.config import Config
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, absolute_path, copy_tree, make_folder, remove_tree, write_text
+from emo_jax.phases import trained_config
 
 FOLDER = "checkpoints"
 
@@ -36,8 +37,9 @@ class Checkpoint:
 
     path: AnyPath
     step: int
-    config: Config
+    config: Config  # what it was trained with last: without stages
     meta: dict[str, Any]
+    run_config: Config  # of the whole run
 
     @property
     def run(self) -> AnyPath:
@@ -55,9 +57,9 @@ class Checkpoint:
         """What a subset file, or a checkpoint made of this one, says about it."""
         return {"name": self.config.name, "step": self.step, "hash": self.hash}
 
-    def rows(self) -> list | None:
-        """The state of every row's stream of documents, see `emo_jax.data.pipeline`."""
-        return description.read(self.path, "data")["rows"]
+    def position(self) -> dict[str, Any]:
+        """Where the run stands in its data, see `emo_jax.train.batches`."""
+        return description.read(self.path, "data")
 
     def restore_params(self, mesh: Mesh, config: Config | None = None) -> model.Params:
         """The parameters on `mesh`. Raises `DamagedCheckpoint`."""
@@ -93,7 +95,8 @@ def read_step(path: AnyPath) -> Checkpoint:
     """The checkpoint of one step folder. Raises `DamagedCheckpoint` if its description cannot be read."""
     meta = description.read(path, "meta")
     try:
-        return Checkpoint(path, int(meta["step"]), config_lib.from_dict(meta["config"]), meta)
+        step, config = int(meta["step"]), config_lib.from_dict(meta["config"])
+        return Checkpoint(path, step, trained_config(config, step), meta, config)
     except KeyError as e:
         raise DamagedCheckpoint(f"checkpoint {path}: meta lacks {e}") from None
 

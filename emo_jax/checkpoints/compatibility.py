@@ -6,11 +6,15 @@ from typing import Any
 
 from emo_jax.config import Config, flatten, to_dict
 from emo_jax.errors import InputError
+from emo_jax.phases import phases
 
-# Fields below these may change from one start of a run to the next; everything else under `data`, `seed` and
-# `train.batch_size` fixes which tokens step k sees, and `model` and `router` fix what the parameters mean.
+# Fields of `data` that may change from one start of a run to the next; with `seed`, everything else there fixes which tokens a
+# run sees, and `model` and `router` fix what the parameters mean.
 FREE_DATA_FIELDS = tuple(f"data.{name}" for name in (
     "path", "format", "tokenizer", "workers", "text_field", "tokens_field", "eval_path", "max_skipped", "cache_gb", "mix_root"))
+# Fields that change what is made of the documents, not which of them are next.
+ROW_FIELDS = tuple(f"data.{name}" for name in (
+    "sequence_length", "packing", "max_documents_per_row", "document_end_target", "repetition_filter", "repetitive_rows"))
 
 
 def _differences(saved: Config, given: Config, prefixes: tuple[str, ...], free: tuple[str, ...] = ()) -> list[str]:
@@ -37,14 +41,24 @@ def require_same_model(saved: Config, given: Config, where: str, anneal: bool = 
                          + "\nGive another --out, or the values of the checkpoint.")
 
 
-def require_same_data(saved: Config, given: Config, where: str) -> None:
-    """Raises `InputError` if the run would not see the documents in the order it started with."""
-    wrong = _differences(saved, given, ("data.", "seed", "train.batch_size"), free=FREE_DATA_FIELDS)
+def require_same_data(saved: Config, given: Config, step: int, where: str) -> None:
+    """Raises `InputError` if `given`, a run's config, has read other documents until `step`, or in another order, than `saved`.
+    Stages that begin later, and the batch size, are free."""
+    old, new = ([phase for phase in phases(c) if phase.starts_stage and phase.first_step < max(step, 1)]
+                for c in (saved, given))
+    wrong = _differences(saved, given, ("seed",))
+    if (begun := [p.first_step for p in old]) != (begins := [p.first_step for p in new]):
+        wrong.append(f"stages that begin before step {step}: at {begun} in the checkpoint, at {begins} given")
+    else:
+        for a, b in zip(old, new):
+            found = _differences(a.config, b.config, ("data.",), FREE_DATA_FIELDS)
+            wrong += [f"stage {a.stage}: {line}" for line in found] if len(old) > 1 else found
     if wrong:
         raise InputError(f"{where} stands in another stream of rows than config {given.name} describes:\n  "
-                         + "\n  ".join(wrong) + "\nGive the values of the checkpoint, or another --out (with "
-                         "train.init_from to keep the parameters).")
+                         + "\n  ".join(wrong) + "\nGive the values of the checkpoint (a change from here on is a stage), or "
+                         "another --out (with train.init_from to keep the parameters).")
 
 
-def same_stream(saved: Config, given: Config) -> bool:
-    return not _differences(saved, given, ("data.", "seed", "train.batch_size"), free=FREE_DATA_FIELDS)
+def same_documents(saved: Config, given: Config) -> bool:
+    """Whether two configs without stages, of the same source, read its documents in the same order."""
+    return not _differences(saved, given, ("data.", "seed"), FREE_DATA_FIELDS + ROW_FIELDS)

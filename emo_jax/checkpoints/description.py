@@ -1,5 +1,5 @@
 """The description of a checkpoint: its items `meta` (config, conventions, tokens, versions, checksums) and `data` (where
-each row of the global batch stands in its documents)."""
+the run stands in its data)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from emo_jax.checkpoints.orbax_s3 import for_orbax
 from emo_jax.config import Config
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
+from emo_jax.phases import trained_config
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 Checksums = dict[str, dict[str, Any]]  # {item: {"sum", "finite"}}
@@ -29,14 +30,15 @@ class Description(NamedTuple):
     data: dict[str, Any]
 
 
-def describe(config: Config, step: int, tokens: int, source: dict[str, Any], checksums: Checksums, rows: list | None = None,
-             **more: Any) -> Description:
-    """`source` identifies the documents, see `emo_jax.train.start.fingerprint`; `rows`: the state of every row's stream
-    (None: at its first document); `more` goes into `meta`, such as the evaluation loss, or what a checkpoint was made of."""
+def describe(config: Config, step: int, tokens: int, source: dict[str, Any], checksums: Checksums,
+             position: dict[str, Any] | None = None, **more: Any) -> Description:
+    """`source` identifies the documents, see `emo_jax.train.start.fingerprint`; `position`: where the run stands in its data,
+    see `emo_jax.train.batches` (None: at the first document); `more` goes into `meta`, such as the evaluation loss, or what a
+    checkpoint was made of."""
     versions = {"emo_jax": emo_jax.__version__} | {name: importlib.metadata.version(name) for name in VERSIONED}
-    meta = {"config": config_lib.to_dict(config), "conventions": conventions(config), "tokens": tokens, "source": source,
-            "versions": versions, "step": step, "checksums": checksums}
-    return Description(meta | more, {"rows": rows})
+    meta = {"config": config_lib.to_dict(config), "conventions": conventions(trained_config(config, step)), "tokens": tokens,
+            "source": source, "versions": versions, "step": step, "checksums": checksums}
+    return Description(meta | more, position or {"rows": None})
 
 
 def conventions(config: Config) -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
 
 from emo_jax.commands import Command, Result, arguments
+
+if TYPE_CHECKING:
+    from emo_jax.config import Config
 
 
 def add(parser: ArgumentParser) -> None:
@@ -19,10 +24,29 @@ def run(args: Namespace) -> Result:
         return Result({"configs": names}, "\n".join(names))
     resolved = lib.load_config(args.config, args.overrides)
     changed = lib.difference(resolved)
+    parts = _parts(resolved)
     text = lib.dumps(resolved) + "\ndiffers from the default in:\n" + "\n".join(
         f"  {key} = {new!r} (default {old!r})" for key, (old, new) in changed.items())
-    return Result({"config": lib.to_dict(resolved), "difference": {key: {"default": old, "value": new}
-                                                                   for key, (old, new) in changed.items()}}, text)
+    if len(parts) > 1:
+        text += "\n\nparts of the run:\n" + "\n".join(
+            f"  steps {p['first_step']:,} to {p['until']:,} (stage {p['stage']}), learning rate by the schedule of steps "
+            f"{p['schedule'][0]:,} to {p['schedule'][1]:,}" + ", fresh moments" * p["reset_optimizer"]
+            + "".join(f"\n    {key} = {value!r}" for key, value in p["changes"].items()) for p in parts)
+    return Result({"config": lib.to_dict(resolved), "parts": parts, "difference": {
+        key: {"default": old, "value": new} for key, (old, new) in changed.items()}}, text)
+
+
+def _parts(config: Config) -> list[dict[str, Any]]:
+    """What the phases of a run differ in from its config."""
+    from emo_jax.config import difference
+    from emo_jax.phases import phases
+
+    plain = dataclasses.replace(config, stages=(), train=dataclasses.replace(config.train, batch_ramp=""))
+    of_schedule = ("train.steps", "optimizer.start_step")
+    return [{"first_step": p.first_step, "until": p.until, "stage": p.stage, "reset_optimizer": p.resets_optimizer,
+             "schedule": [max(p.config.optimizer.start_step, 0), p.config.train.steps],
+             "changes": {key: new for key, (_, new) in difference(p.config, plain).items() if key not in of_schedule}}
+            for p in phases(config)]
 
 
 COMMAND = Command("config", "the resolved config, and what differs from the default", add, run, (

@@ -1,13 +1,16 @@
 """The batches of one host, in worker processes, resumable at any batch on any number of hosts and workers.
 
-A global batch has B rows. Row b of every batch comes from its own stream b, which reads every B-th document of the
-shuffled documents (`order.DocumentOrder`), tokenizes and packs them. So batch k does not depend on who computes the
-streams: host h of H has the B/H streams from h*B/H on, and deals them out to its workers. The position of a stream is
-the packer's state after the row, and it travels with each row; the data part of a checkpoint is the B states.
+A run has S streams, as many as its first batch had rows. Stream s reads every S-th document of the shuffled documents
+(`order.DocumentOrder`), tokenizes and packs them. The streams give one row each in turn, and batches are cut from that
+sequence: so they do not depend on who computes the streams, and batches of any size that divides S, or is a multiple of it,
+hold the same rows one after the other. Each host has an equal share of the streams and deals it out to its workers. The
+position of a stream is the packer's state after the row, and it travels with each row; the data part of a checkpoint is the S
+states, and which stream is next.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -93,23 +96,24 @@ class TrainIterator:
     `row_labels`) if there are any. Prefetches in the background. `state()` belongs to the batch returned last, whatever has
     been prefetched; close it after use."""
 
-    def __init__(self, streams: RowStreams, numbers: list[int], states: list[State], workers: int):
-        self._streams, self._states = streams, states
+    def __init__(self, streams: RowStreams, numbers: list[int], states: list[State], rows: int, workers: int):
+        self._streams, self._states, self._taken = streams, list(states), 0
         self.labels = row_labels(streams.source)
         self._seconds = np.zeros(len(PARTS))
         self._counts = dict.fromkeys(("rows", "padding_tokens", "filtered_rows", "rows_at_document_limit", *COUNTS), 0)
         self.workers = _usable_workers(workers, len(numbers))
-        rows = _RowDataset(streams, numbers, states)
+        made = _RowDataset(streams, numbers, states)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, which only an absl app would parse
             options = grain.MultiprocessingOptions(
-                num_workers=self.workers, per_worker_buffer_size=min(256, max(2, 2 * len(numbers) // self.workers)))
+                num_workers=self.workers, per_worker_buffer_size=min(256, max(2, 2 * rows // self.workers)))
             # Rows are small: sent through a pipe, they need no shared memory (which containers have little of).
-            rows = grain.experimental.WithOptionsIterDataset(
-                rows, grain.experimental.DatasetOptions(min_shm_size=1 << 40))
-            rows = rows.mp_prefetch(options, worker_init_fn=_start_worker)
-        batches = rows.batch(len(numbers), drop_remainder=True, batch_fn=_stack)
+            made = grain.experimental.WithOptionsIterDataset(
+                made, grain.experimental.DatasetOptions(min_shm_size=1 << 40))
+            made = made.mp_prefetch(options, worker_init_fn=_start_worker)
+        stack = functools.partial(_stack, turns=max(rows // len(numbers), 1))
+        batches = made.batch(rows, drop_remainder=True, batch_fn=stack)
         self._iterator = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))]
         self.close = weakref.finalize(self, close_iterator, self._iterator)  # also called when the process ends
 
@@ -118,17 +122,20 @@ class TrainIterator:
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            batch, self._states, seconds = next(self._iterator[0])
+            batch, states, seconds = next(self._iterator[0])
         except InputError:
             raise
         except (RuntimeError, OSError, EOFError) as e:  # a worker that died, a file that went away
             raise RunError(f"reading the data of {self._streams.source.name} failed: {e}") from e
+        for state in states:  # of the streams in turn
+            self._states[self._taken % len(self._states)] = state
+            self._taken += 1
         self._count(batch)
         self._seconds = self._seconds + seconds
         return {name: batch[name] for name in (*FIELDS, "labels") if name in batch}
 
     def state(self) -> list[State]:
-        """The state of each stream of this host after the batch returned last: a list of lists of ints."""
+        """The state of each stream of this host, in the order of `streams_of`, after the batch returned last."""
         return [list(state) for state in self._states]
 
     @property
@@ -159,24 +166,43 @@ class TrainIterator:
 
 def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, process_index: int = 0,
                         process_count: int = 1, states: list[State] | None = None,
-                        train_indices: DocumentNumbers | None = None) -> TrainIterator:
-    """The training batches of host `process_index` of `process_count`, from the start or after `states` (of all
-    B = train.batch_size streams in order). train_indices: those of `split`, to save computing them again."""
+                        train_indices: DocumentNumbers | None = None, first: int = 0) -> TrainIterator:
+    """The training batches of host `process_index` of `process_count`, from the start or after `states` (of all streams in
+    order), of which stream `first` is next. train_indices: those of `split`, to save computing them again."""
     batch_size = config.train.batch_size
-    if batch_size % process_count:
-        raise InputError(f"train.batch_size={batch_size} must be a multiple of the {process_count} processes")
     if states is None:
         states = [initial_state() for _ in range(batch_size)]
-    if len(states) != batch_size:
-        raise InputError(f"train.batch_size={batch_size}: the checkpoint's data position is for a batch of "
-                         f"{len(states)} rows; keep the batch size, or start from the parameters only")
+    numbers = streams_of(batch_size, len(states), first, process_index, process_count)
     if train_indices is None:
         train_indices, _ = split(source, config.data, config.seed)
-    order = DocumentOrder(train_indices, batch_size, config.seed, config.data.shuffle)
-    per_host = batch_size // process_count
-    numbers = list(range(process_index * per_host, (process_index + 1) * per_host))
-    states = [[int(x) for x in states[number]] for number in numbers]
-    return TrainIterator(RowStreams(config.data, source, tokenizer, order), numbers, states, config.data.workers)
+    order = DocumentOrder(train_indices, len(states), config.seed, config.data.shuffle)
+    mine = [[int(x) for x in states[number]] for number in numbers]
+    return TrainIterator(RowStreams(config.data, source, tokenizer, order), numbers, mine, batch_size // process_count,
+                         config.data.workers)
+
+
+def streams_of(batch_size: int, streams: int, first: int, process_index: int, process_count: int) -> list[int]:
+    """The streams that a process computes, in the order of its rows. Raises `InputError` for sizes that do not fit."""
+    if batch_size % process_count:
+        raise InputError(f"train.batch_size={batch_size} must be a multiple of the {process_count} processes")
+    if streams % batch_size and batch_size % streams:
+        raise InputError(f"train.batch_size={batch_size}: the run reads its documents in {streams} streams, as many as its "
+                         f"first batch had rows; give a divisor or a multiple of {streams}, or tokenize the documents first "
+                         f"(emo-jax data tokenize), which allows any batch size")
+    turn = min(batch_size, streams)  # streams that give a row to a batch
+    if turn % process_count:
+        raise InputError(f"train.batch_size={batch_size}: the {streams} streams of documents, as many as the run's first batch "
+                         f"had rows, cannot be shared evenly by the {process_count} processes")
+    share = turn // process_count
+    return [(first + batch + process_index * share + i) % streams for batch in range(0, streams, turn) for i in range(share)]
+
+
+def go_on(state: State, before: DataConfig, after: DataConfig) -> State:
+    """Where a stream goes on whose rows are made otherwise from now on: no document is read twice, none is left out but those
+    in rows that first_fit had begun, where these do not fit."""
+    fits = before.packing == after.packing and all(getattr(before, name) <= getattr(after, name)
+                                                   for name in ("sequence_length", "max_documents_per_row"))
+    return state if fits else state[:2]
 
 
 def states_to_array(states: list[State], data: DataConfig) -> np.ndarray:
@@ -203,11 +229,13 @@ def _usable_workers(wanted: int, streams: int) -> int:
     return next((n for n in range(min(wanted, streams), 0, -1) if streams % n == 0), 0)
 
 
-def _stack(rows: Sequence[MadeRow]) -> tuple[dict[str, np.ndarray], list[State], np.ndarray]:
+def _stack(made: Sequence[MadeRow], turns: int) -> tuple[dict[str, np.ndarray], list[State], np.ndarray]:
+    """(fields, states in the order of the rows, seconds). Of several turns, rows of the same stream go together."""
+    rows = [row for first in range(len(made) // turns) for row in made[first::len(made) // turns]]
     batch = {name: np.stack([row[name] for row, _, _ in rows]) for name in rows[0][0]}
     positions = np.arange(batch["tokens"].shape[1], dtype=np.int32)  # absolute in the row, as published
     batch["positions"] = np.tile(positions, (len(rows), 1))
-    return batch, [state for _, state, _ in rows], np.sum([seconds for _, _, seconds in rows], axis=0)
+    return batch, [state for _, state, _ in made], np.sum([seconds for _, _, seconds in made], axis=0)
 
 
 # ---- the Grain side --------------------------------------------------------------------------------------------------

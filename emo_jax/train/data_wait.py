@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from emo_jax import sharding
 from emo_jax.data.row_clock import PARTS
 
-TOO_MUCH = 0.05  # a share of the time that is worth a line in the log
+TOO_MUCH = 0.05  # a share of the time that is worth a line in the log,
+TOO_LONG_S = 0.2  # if it is more than that, too
 SAY_EVERY_S = 300.0
 ADVICE = {
     "read": "more data.workers, or files nearer to this machine, make it faster",
@@ -38,7 +39,7 @@ class DataWait:
 
     def __init__(self):
         self.fraction = 0.0  # of the time between the last two records
-        self._said = -SAY_EVERY_S
+        self._said, self._waited = -SAY_EVERY_S, 0.0
         self._parts: dict[str, float] = {}
         self._made = self._made_before = np.zeros(len(PARTS))
         self._workers = 1
@@ -60,14 +61,15 @@ class DataWait:
 
     def mark(self, seconds: float) -> None:
         """`seconds` have passed between two records."""
-        self.fraction = min((self._rows + self._transfer) / seconds, 1.0)
+        self._waited = self._rows + self._transfer
+        self.fraction = min(self._waited / seconds, 1.0)
         made = (self._made - self._made_before) / self._workers
         self._parts = dict(zip(PARTS, made.tolist())) | {"transfer": self._transfer}
 
     def complaint(self) -> str | None:
         """What is slow, if the wait is too long, once in SAY_EVERY_S."""
         now = time.monotonic()
-        if self.fraction <= TOO_MUCH or now < self._said + SAY_EVERY_S:
+        if self.fraction <= TOO_MUCH or self._waited <= TOO_LONG_S or now < self._said + SAY_EVERY_S:
             return None
         self._said = now
         slow = max(self._parts, key=self._parts.__getitem__)

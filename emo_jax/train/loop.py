@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,15 @@ from jax.sharding import Mesh
 from emo_jax import compat, processes, sharding
 from emo_jax.checkpoints.checkpoint import FOLDER
 from emo_jax.checkpoints.writer import CheckpointWriter
-from emo_jax.config import Config
-from emo_jax.data.pipeline import array_to_states, make_train_iterator, states_to_array
+from emo_jax.config import Config, mesh_shape
 from emo_jax.errors import RunError
 from emo_jax.files import AnyPath
+from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import start
+from emo_jax.train.batches import DocumentsOfPhases, TextBatches
 from emo_jax.train.metrics import Log
+from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
 
@@ -44,19 +46,23 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
     folder = start.open_folder(config, out)
     start.cache_compilation(folder)
     config, origin = start.find_start(config, folder)
-    documents = start.open_documents(config, folder)
-    evaluate = start.evaluation_of(config, mesh, documents)
-    others = [e for e in (make(config, mesh, documents) for make in evaluations) if e is not None]
+    plan = phases(config)
+    for phase in plan:
+        mesh_shape(phase.config, mesh.size)
+    documents = DocumentsOfPhases(folder)
     with compat.set_mesh(mesh):
-        position = start.resume(config, mesh, folder, documents)
-        position = position or start.initial_position(config, mesh, origin, documents)
+        position = start.resume(config, mesh, folder, documents.of)
+        position = position or start.initial_position(config, mesh, origin, documents.of)
+        left = [phase for phase in plan if phase.until > position.step]
+        for phase in left:  # what is wrong with the documents of the last one is said now
+            documents.of(phase.config)
         start.write_config(config, folder)
-        _describe(config, mesh, documents, position)
-        return TrainingLoop(config, mesh, folder, documents, evaluate, position, others).run()
+        _describe(phase_at(config, position.step).config, mesh, documents, position)
+        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations).run()
 
 
-def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: start.Position) -> None:
-    count = sum(x.size for x in jax.tree.leaves(position.state.params))
+def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, position: start.Position) -> None:
+    count, documents = sum(x.size for x in jax.tree.leaves(position.state.params)), all_documents.of(config)
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
     say(f"{config.name}: {count:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); "
               f"{len(documents.train):,} documents to train on, {len(documents.held_out):,} held out; "
@@ -64,34 +70,34 @@ def _describe(config: Config, mesh: Mesh, documents: start.Documents, position: 
 
 
 class TrainingLoop:
-    """One start of a run, from its position to its last step, a stop, or a failure."""
+    """One start of a run, from its position through the phases that are left to its last step, a stop, or a failure."""
 
-    def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: start.Documents, evaluate,
-                 position: start.Position, other_evaluations: Sequence = ()):
-        self.config, self.mesh, self.out, self.evaluate = config, mesh, out, evaluate
-        self.other_evaluations = other_evaluations
+    phase: Phase
+    documents: start.Documents
+    batches: TextBatches | None = None
+    evaluate: Any = None  # an `Evaluation`, if documents are held out
+    other_evaluations: Sequence = ()
+    train_step: Callable[..., Any]
+
+    def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
+                 left: Sequence[Phase], evaluations: Iterable = ()):
+        self.config, self.mesh, self.out, self.documents_of, self.left = config, mesh, out, documents.of, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
-        self.fingerprint = documents.fingerprint
-        self.train_step = make_train_step(config, mesh, documents.tokenizer.eos_id)
-        self.group = processes.row_group(mesh, config.train.batch_size)
+        self.place, self.make_evaluations = position.place, tuple(evaluations)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
-        self.batches = make_train_iterator(config, documents.source, documents.tokenizer, *self.group,
-                                           states=position.rows, train_indices=documents.train)
-        self.log.labels = self.batches.labels
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
         try:
             with StopSignals() as stop:
-                while self.step < self.config.train.steps:
-                    self._one_step()
-                    if self._agreed_to_stop(stop):
-                        stopped = stop.requested or "a signal to another process"
+                for phase in self.left:
+                    self._begin(phase)
+                    stopped = self._steps_of_phase(stop)
+                    if stopped:
                         break
-                    self._between_steps()
                 self._finish(stopped)
         except BaseException as e:
             kept = self._last_good()
@@ -99,11 +105,47 @@ class TrainingLoop:
                 raise RunError(f"{e}; {kept}") from e
             raise
         finally:
-            self.batches.close()
+            if self.batches is not None:
+                self.batches.close()
             self.log.close()
         return self._result(stopped, time.monotonic() - began)
 
+    def _begin(self, phase: Phase) -> None:
+        """Everything that the steps of a phase need; the step itself compiles when it is first taken."""
+        before = None
+        if self.batches is not None:
+            before = self.phase.config
+            self.place = start.Place(self.batches.position(), before, self.documents.fingerprint)
+            self.batches.close()
+        self.phase, c, self.documents = phase, phase.config, self.documents_of(phase.config)
+        if len(self.left) > 1:
+            self._say_phase(phase)
+        if phase.resets_optimizer and self.step == phase.first_step:
+            self.state = self.state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(self.state.opt_state))
+        self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
+        self.batches = TextBatches(c, self.documents, processes.row_group(self.mesh, c.train.batch_size), self.place)
+        if before is None or (before.model, before.router, before.data) != (c.model, c.router, c.data):
+            self.evaluate = start.evaluation_of(c, self.mesh, self.documents)
+            made = (make(c, self.mesh, self.documents) for make in self.make_evaluations)
+            self.other_evaluations = [evaluation for evaluation in made if evaluation is not None]
+        self.log.begin(self.step, c, self.batches.labels)
+
+    def _say_phase(self, phase: Phase) -> None:
+        stage = f"stage {phase.stage}, " if self.config.stages else ""
+        self.log.say(f"step {self.step}: {stage}until step {phase.until}: {phase.config.train.batch_size} rows of "
+                     f"{phase.config.data.sequence_length} tokens; compiling its step")
+
+    def _steps_of_phase(self, stop: StopSignals) -> str | None:
+        """The signal that stopped it."""
+        while self.step < self.phase.until:
+            self._one_step()
+            if self._agreed_to_stop(stop):
+                return stop.requested or "a signal to another process"
+            self._between_steps()
+        return None
+
     def _one_step(self) -> None:
+        assert self.batches is not None
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
@@ -142,11 +184,10 @@ class TrainingLoop:
     def _save(self) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
         self.log.flush()
-        local = states_to_array(self.batches.state(), self.config.data)
-        rows = array_to_states(processes.gather_groups(local, self.group))
+        assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
-                         tokens=self.log.tokens, source=self.fingerprint, rows=rows,
+                         tokens=self.log.tokens, source=self.documents.fingerprint, position=self.batches.position(),
                          loss=evaluation["loss"] if evaluation else None)
         self.saved_step = self.step
         self.log.save()

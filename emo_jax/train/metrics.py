@@ -133,8 +133,11 @@ class Rate:
         self.tokens_per_second = 0.0
         self.seconds_per_step: float | None = None
         self.dispatched = step
-        self._marks = 0
         self.data_wait = DataWait()
+        self.begin(step, tokens)
+
+    def begin(self, step: int, tokens: int) -> None:
+        self._marks = 0
         self.restart(step, tokens)
 
     def restart(self, step: int, tokens: int) -> None:
@@ -172,7 +175,7 @@ class Log:
         self._config, self._pending = config, deque()
         self._buffers: dict[str, float] = {}
         self._fell_back = False
-        self.labels: list[str] = []  # what `label_nats` and `label_tokens` of the steps are about
+        self._labels: list[str] = []  # what `label_nats` and `label_tokens` of the steps are about
         self._by_label = np.zeros((2, MAX_LABELS))  # nats and tokens since the last record
         self._rate = Rate(step, tokens)
         self.data_wait = self._rate.data_wait
@@ -181,9 +184,17 @@ class Log:
         self._file = MetricsFile(folder / METRICS, step) if primary else NoLog()
         self._events = TensorBoard(folder / "tensorboard", step) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
+        self._peak_tokens_per_second: float | None = None
+        self.say = self._progress.say
+
+    def begin(self, step: int, config: Config, labels: list[str]) -> None:
+        """The next steps are those of a phase. `labels`: of its documents."""
+        self.flush()
+        self._labels = labels
+        self._by_label[:] = 0
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_tokens_per_second = peak * jax.device_count() / flops_per_token(config) if peak else None
-        self.say = self._progress.say
+        self._rate.begin(step, self.tokens)
 
     def is_logged(self, step: int) -> bool:
         return step % self._config.train.log_every == 0 or step == self._config.train.steps
@@ -234,7 +245,7 @@ class Log:
             record["mfu"] = self._rate.tokens_per_second / self._peak_tokens_per_second
         record["data_wait_fraction"] = self.data_wait.fraction
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
-        record |= self._labels()
+        record |= self._label_means()
         self.last = record
         self._file.write(record)
         self._events.write(step, record)
@@ -244,9 +255,9 @@ class Log:
         if pace and (slow := self.data_wait.complaint()):
             self.say(f"step {step}: {slow}")
 
-    def _labels(self) -> dict[str, dict[str, float]]:
+    def _label_means(self) -> dict[str, dict[str, float]]:
         """Loss and tokens of every label since the last record."""
-        seen = {label: (nats, tokens) for label, nats, tokens in zip(self.labels, *self._by_label.tolist()) if tokens}
+        seen = {label: (nats, tokens) for label, nats, tokens in zip(self._labels, *self._by_label.tolist()) if tokens}
         self._by_label[:] = 0
         return {} if not seen else {"loss_by_label": {label: nats / tokens for label, (nats, tokens) in seen.items()},
                                     "tokens_by_label": {label: int(tokens) for label, (_, tokens) in seen.items()}}

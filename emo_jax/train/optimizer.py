@@ -75,6 +75,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
+def reset_moments(opt_state: Any) -> Any:
+    """The state as of a new optimizer, but for the steps that the schedule counts."""
+    adam = lambda part: isinstance(part, optax.ScaleByAdamState)
+    return jax.tree.map(lambda part: jax.tree.map(jnp.zeros_like, part) if adam(part) else part, opt_state, is_leaf=adam)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     o = config.optimizer
     steps = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from emo_jax import config as config_lib
 from emo_jax import processes
 from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_checkpoint, read_step, steps
-from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_stream
+from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_documents
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.data.evaluation import evaluation_rows, evaluation_set
@@ -23,6 +24,7 @@ from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, make_folder, write_text
+from emo_jax.phases import phase_at, trained_config
 from emo_jax.progress import is_primary, say
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.step import TrainState, abstract_state, init_state
@@ -110,14 +112,26 @@ def evaluation_of(config: Config, mesh: Mesh, documents: Documents) -> Evaluatio
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where a run stands in its data."""
+
+    position: dict[str, Any]  # as the `position` of `batches.TextBatches`
+    config: Config  # of the phase that it was left by
+    source: dict[str, Any]  # the fingerprint of its documents
+
+    def goes_on(self, config: Config, documents: Documents) -> bool:
+        """Whether a phase reads on, rather than begin with the first document of others."""
+        return self.source == documents.fingerprint and same_documents(self.config, config)
+
+
 @dataclasses.dataclass
 class Position:
-    """Where a run goes on: its state, the tokens it has seen, and every batch row's place in its documents."""
+    """Where a run goes on: its state, the tokens it has seen, and its place in the data."""
 
     state: TrainState
     step: int
     tokens: int
-    rows: list | None  # None: at the first document
+    place: Place | None  # None: at the first document
 
 
 def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]:
@@ -151,15 +165,18 @@ def _with_start(config: Config, start: int) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, start_step=start))
 
 
-def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None, documents: Documents) -> Position:
+def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None,
+                     documents_of: Callable[[Config], Documents]) -> Position:
     """A new run's: fresh parameters, or those of `origin`, with its place in the documents if they are the same."""
     if origin is None:
         return Position(_initial_state(config, mesh), 0, 0, None)
     state = restore_state(origin, abstract_state(config, mesh))
-    same = same_stream(origin.config, config) and origin.meta["source"] == documents.fingerprint
+    place = Place(origin.position(), origin.config, origin.meta["source"])
+    phase = phase_at(config, origin.step).config
+    same = place.goes_on(phase, documents_of(phase))
     say(f"starting from step {origin.step} of {origin.path}: parameters and optimizer, and "
         + ("its place in the documents" if same else "the first document, as the documents are others"))
-    return Position(state, origin.step, origin.meta["tokens"], origin.rows() if same else None)
+    return Position(state, origin.step, origin.meta["tokens"], place if same else None)
 
 
 def _initial_state(config: Config, mesh: Mesh) -> TrainState:
@@ -172,31 +189,32 @@ def _initial_state(config: Config, mesh: Mesh) -> TrainState:
     return state._replace(params=found.restore_params(mesh, config))
 
 
-def resume(config: Config, mesh: Mesh, out: AnyPath, documents: Documents) -> Position | None:
+def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Config], Documents]) -> Position | None:
     """The position of the newest checkpoint that can be read; damaged ones are moved to `damaged/`, not deleted.
 
-    None if there is no checkpoint. Raises `InputError` if there are but none can be read, or if they are of another
-    model or other documents.
+    None if there is no checkpoint. documents_of: those of a phase. Raises `InputError` if there are checkpoints but none can
+    be read, or if they are of another model or other documents.
     """
     folder, damaged = out / FOLDER, []
     target = abstract_state(config, mesh)
     for step in reversed(steps(folder)):
         try:
             found = read_step(folder / str(step))
-            require_same_model(found.config, config, str(found.path))
-            require_same_data(found.config, config, str(found.path))
+            require_same_model(found.run_config, config, str(found.path))
+            require_same_data(found.run_config, config, step, str(found.path))
+            documents = documents_of(trained_config(config, step))
             if found.meta["source"] != documents.fingerprint:
                 raise InputError(f"{found.path} was trained on other documents or another tokenizer than config "
                                  f"{config.name} names: {found.meta['source']} there, {documents.fingerprint} given; "
                                  f"give the same data.path and data.tokenizer, or another --out")
-            rows, state = found.rows(), restore_state(found, target)
+            position, state = found.position(), restore_state(found, target)
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
             damaged.append(step)
             continue
         _set_aside(out, damaged)
         say(f"resuming from step {step} of {folder}")
-        return Position(state, step, found.meta["tokens"], rows)
+        return Position(state, step, found.meta["tokens"], Place(position, found.config, found.meta["source"]))
     if damaged:
         raise InputError(f"none of the checkpoints in {folder} can be read (steps {', '.join(map(str, damaged))}, "
                          f"messages above); nothing was changed. To start anew, give another --out")
