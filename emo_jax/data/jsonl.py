@@ -179,16 +179,17 @@ def _excerpt(raw: bytes) -> str:
 
 
 def _decompress(path: Path, target: Path) -> None:
-    progress, total = Progress(f"decompressing {path} into {target.parent.parent}", path.stat().st_size), 0
+    progress, total, line = Progress(f"decompressing {path} into {target.parent.parent}", path.stat().st_size), 0, 1
     blocks = _gzip_blocks if path.suffix == ".gz" else _zstd_blocks
     try:
         with open(path, "rb") as source, open(target, "wb") as out:
             for block in blocks(source):
                 out.write(block)
-                total += len(block)
+                total, line = total + len(block), line + block.count(b"\n")
                 progress.update(source.tell())
     except (EOFError, zlib.error, gzip.BadGzipFile, _Damaged) as e:
-        raise InputError(f"{path}: damaged {path.suffix} file after {total:,} bytes of text ({e})") from None
+        raise InputError(f"{path}: damaged {path.suffix} file after {total:,} bytes of text, in or after line {line:,} "
+                         f"({e})") from None
 
 
 class _Damaged(Exception):

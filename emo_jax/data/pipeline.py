@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grain
 import numpy as np
@@ -31,6 +31,7 @@ from emo_jax.errors import InputError, RunError
 
 COUNTS = ("skipped_documents", "dropped_rows")  # before a row, in its stream
 FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "document_ids")
+LONG = 1 << 20  # tokens: what takes seconds to tokenize is kept until the next such document
 MAX_DROPPED = 1000  # rows in turn: a stream of nothing else never ends
 _SIGTERM_GRACE_S = 60
 
@@ -43,6 +44,7 @@ class RowStreams:
     source: Source
     tokenizer: Tokenizer
     order: DocumentOrder
+    long: dict[int, np.ndarray] = field(default_factory=dict)  # tokens of the last long document, which all streams may read
 
     def rows(self, stream: int, state: State | None) -> Iterator[tuple[Row, State]]:
         """Rows, each with COUNTS, and the state after it."""
@@ -50,7 +52,10 @@ class RowStreams:
 
         def read(count: int) -> tuple[np.ndarray, int]:
             document = self.order.document(stream, count)
-            tokens = self.source.encoded(document, self.tokenizer)
+            tokens = self.long[document] if document in self.long else self.source.encoded(document, self.tokenizer)
+            if len(tokens) >= LONG and document not in self.long:
+                self.long.clear()
+                self.long[document] = tokens
             counts["skipped_documents"] += not len(tokens)
             return tokens, document
 
@@ -134,7 +139,7 @@ def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, pr
                         process_count: int = 1, states: list[State] | None = None,
                         train_indices: TrainIndices | None = None) -> TrainIterator:
     """The training batches of host `process_index` of `process_count`, from the start or after `states` (of all
-    B = train.batch_size streams in order). train_indices: those of `split`, to save computing them again."""
+    B = train.batch_size streams in order). train_indices: as of `row_streams`."""
     batch_size = config.train.batch_size
     if batch_size % process_count:
         raise InputError(f"train.batch_size={batch_size} must be a multiple of the {process_count} processes")
@@ -143,13 +148,18 @@ def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, pr
     if len(states) != batch_size:
         raise InputError(f"train.batch_size={batch_size}: the checkpoint's data position is for a batch of "
                          f"{len(states)} rows; keep the batch size, or start from the parameters only")
-    if train_indices is None:
-        train_indices, _ = split(source, config.data, config.seed)
-    order = DocumentOrder(train_indices, batch_size, config.seed, config.data.shuffle)
     per_host = batch_size // process_count
     numbers = list(range(process_index * per_host, (process_index + 1) * per_host))
     states = [[int(x) for x in states[number]] for number in numbers]
-    return TrainIterator(RowStreams(config.data, source, tokenizer, order), numbers, states, config.data.workers)
+    return TrainIterator(row_streams(config, source, tokenizer, train_indices), numbers, states, config.data.workers)
+
+
+def row_streams(config: Config, source: Source, tokenizer: Tokenizer, train_indices: TrainIndices | None = None) -> RowStreams:
+    """The streams of all rows of a batch. train_indices: those of `split`, to save computing them again."""
+    if train_indices is None:
+        train_indices, _ = split(source, config.data, config.seed)
+    order = DocumentOrder(train_indices, config.train.batch_size, config.seed, config.data.shuffle)
+    return RowStreams(config.data, source, tokenizer, order)
 
 
 def states_to_array(states: list[State], data: DataConfig) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from emo_jax.config import Config
 from emo_jax.data.documents import Source
 from emo_jax.data.order import split
-from emo_jax.data.pipeline import make_train_iterator
+from emo_jax.data.pipeline import make_train_iterator, row_streams
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
@@ -72,7 +72,7 @@ def inspect(config: Config, folder: str | Path, documents: int = 3) -> dict:
         document = source[int(i)]
         labels[document.label] += 1
         num_bytes += len(document.text.encode())
-        num_tokens += len(tokenizer.encode_document(document.text))
+        num_tokens += len(source.encoded(int(i), tokenizer))
     scale = len(source) / len(sample)
     first = [source[i] for i in range(min(documents, len(source)))]
     return {
@@ -88,10 +88,7 @@ def inspect(config: Config, folder: str | Path, documents: int = 3) -> dict:
 
 
 def _example_row(config: Config, source: Source, tokenizer: Tokenizer) -> list[dict]:
-    in_process = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
-    iterator = make_train_iterator(in_process, source, tokenizer)
-    row = {name: array[0] for name, array in next(iterator).items()}
-    iterator.close()
+    row, _ = next(row_streams(config, source, tokenizer).rows(0, None))
     pieces = []
     for segment in np.unique(row["segment_ids"]):
         at = np.flatnonzero(row["segment_ids"] == segment)
