@@ -181,7 +181,7 @@ def _excerpt(raw: bytes) -> str:
 
 
 def _decompress(listed: Listed, target: Path) -> Listed:
-    path, total = listed.path, 0
+    path, total, line = listed.path, 0, 1
     progress = Progress(f"decompressing {path} into {target.parent.parent}", listed.size)
     if not isinstance(path, Path):
         say(f"{path} is compressed, so that its text is kept in {target.parent.parent}; an uncompressed one is read from the "
@@ -191,10 +191,11 @@ def _decompress(listed: Listed, target: Path) -> Listed:
         with RangeReader(budget=0).open(str(path), listed.size) as source, open(target, "wb") as out:
             for block in blocks(source):
                 out.write(block)
-                total += len(block)
+                total, line = total + len(block), line + block.count(b"\n")
                 progress.update(source.tell())
     except (EOFError, zlib.error, gzip.BadGzipFile, _Damaged) as e:
-        raise InputError(f"{path}: damaged {path.suffix} file after {total:,} bytes of text ({e})") from None
+        raise InputError(f"{path}: damaged {path.suffix} file after {total:,} bytes of text, in or after line {line:,} "
+                         f"({e})") from None
     return Listed(target, total, "")
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grain
 import numpy as np
@@ -35,6 +35,7 @@ from emo_jax.errors import InputError, RunError
 
 COUNTS = ("skipped_documents", "dropped_rows")  # before a row, in its stream
 FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "document_ids")
+LONG = 1 << 20  # tokens: what takes seconds to tokenize is kept until the next such document
 MAX_DROPPED = 1000  # rows in turn: a stream of nothing else never ends
 _SIGTERM_GRACE_S = 60
 
@@ -54,6 +55,7 @@ class RowStreams:
     source: Source
     tokenizer: Tokenizer
     order: DocumentOrder
+    long: dict[int, np.ndarray] = field(default_factory=dict)  # tokens of the last long document, which all streams may read
 
     def rows(self, stream: int, state: State | None) -> Iterator[MadeRow]:
         """Rows, each with COUNTS."""
@@ -62,7 +64,10 @@ class RowStreams:
 
         def read(count: int) -> tuple[np.ndarray, int]:
             document = self.order.document(stream, count)
-            tokens = clock.encoded(self.source, document)
+            tokens = self.long[document] if document in self.long else clock.encoded(self.source, document)
+            if len(tokens) >= LONG and document not in self.long:
+                self.long.clear()
+                self.long[document] = tokens
             counts["skipped_documents"] += not len(tokens)
             return tokens, document
 

@@ -17,8 +17,10 @@ from emo_jax.data.documents import Source
 from emo_jax.data.order import DocumentNumbers, mix
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, absolute_path, given_path, make_folder, reason, replacing
+from emo_jax.progress import say
 
 TRAINING_BYTES = 10_000_000  # a new BPE is trained on that much text
+LONG_TEXT = 3_000_000  # characters: seconds
 
 
 class Tokenizer:
@@ -59,6 +61,8 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> np.ndarray:
         """[n + 1] int32: the text and the end-of-document token."""
+        if len(text) > LONG_TEXT:
+            say(f"tokenizing a document of {len(text):,} characters")
         ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         ids.append(self.eos_id)
         return np.array(ids, np.int32)
