@@ -25,7 +25,8 @@ STAGES = (
 
 
 def staged(folder, *overrides, stages=STAGES, steps=6):
-    config = tiny_config(folder, "mesh.data=2", "mesh.fsdp=2", "mesh.sequence=2", "checkpoint.every=1", "checkpoint.keep_last=9", *overrides)
+    config = tiny_config(folder, "mesh.data=2", "mesh.fsdp=2", "mesh.sequence=2", "checkpoint.every=1",
+                         "checkpoint.keep_last=9", *overrides)
     return lib.from_dict(lib.to_dict(config) | {"stages": stages and [vars(stage) for stage in stages],
                                                 "train": vars(config.train) | {"steps": steps}})
 

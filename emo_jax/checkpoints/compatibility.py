@@ -62,3 +62,8 @@ def require_same_data(saved: Config, given: Config, step: int, where: str) -> No
 def same_documents(saved: Config, given: Config) -> bool:
     """Whether two configs without stages, of the same source, read its documents in the same order."""
     return not _differences(saved, given, ("data.", "seed"), FREE_DATA_FIELDS + ROW_FIELDS)
+
+
+def same_rows(saved: Config, given: Config) -> bool:
+    """Whether they also make the same rows of them."""
+    return not _differences(saved, given, ROW_FIELDS)

@@ -29,7 +29,8 @@ class RowClock:
 
     def encoded(self, source: Source, document: int) -> np.ndarray:
         began = time.perf_counter()
-        tokens = source.encoded(document, self)
+        encoder: Any = self
+        tokens = source.encoded(document, encoder)
         self._source += time.perf_counter() - began
         return tokens
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from emo_jax.config import Config, DataConfig
 from emo_jax.data.cuts import Cut, make_rows
-from emo_jax.data.documents import hash_text
+from emo_jax.data.documents import Source, hash_text
 from emo_jax.data.filters import repetitive_rows
 from emo_jax.data.mixture import Mixture, parse_mixture
 from emo_jax.data.packing import Row
@@ -104,6 +104,17 @@ class RowStream:
             else:
                 bases.append(0)
         return bases
+
+
+def stream_of_stages(stages: Sequence[tuple[Config, Source]], rows: Sequence[int]) -> RowStream:
+    """The stream of the last of the stages of a run, each a config and its documents. rows: that were read of each stage
+    before. The last one's documents must be token files."""
+    stream = None
+    for number, (config, source) in enumerate(stages):
+        before = None if stream is None else (stream, rows[number - 1])
+        stream = RowStream(config, source, before) if isinstance(source, TokenSource) else None
+    assert stream is not None
+    return stream
 
 
 def _sections_of_labels(source: TokenSource, data: DataConfig) -> dict[str, list[int]]:

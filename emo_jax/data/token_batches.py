@@ -14,7 +14,7 @@ import numpy as np
 from emo_jax.data.pipeline import FIELDS, close_iterator, row_labels
 from emo_jax.data.row_clock import PARTS
 from emo_jax.data.stream import RowStream
-from emo_jax.errors import RunError
+from emo_jax.errors import InputError, RunError
 
 ROWS_AHEAD = 4096  # of the stage, about a window of blocks
 _WITHOUT_END = 1 << 40  # batches; how many there are is decided by whoever asks for them
@@ -28,6 +28,8 @@ class TokenBatches:
     """
 
     def __init__(self, stream: RowStream, first: int, batch_size: int, group: tuple[int, int] = (0, 1), threads: int = 1):
+        if batch_size % group[1]:
+            raise InputError(f"train.batch_size={batch_size} must be a multiple of the {group[1]} processes")
         self.stream, self.first, self.batch_size = stream, first, batch_size
         self.read = 0  # batches that were returned
         self.labels, self.workers = row_labels(stream.source), max(1, threads)

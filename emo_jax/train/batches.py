@@ -11,7 +11,11 @@ from emo_jax import processes
 from emo_jax.checkpoints.compatibility import ROW_FIELDS
 from emo_jax.config import Config, flatten, to_dict
 from emo_jax.data.pipeline import array_to_states, go_on, make_train_iterator, states_to_array, streams_of
+from emo_jax.data.stream import stream_of_stages
+from emo_jax.data.token_batches import TokenBatches
+from emo_jax.data.tokens import TokenSource
 from emo_jax.files import AnyPath
+from emo_jax.phases import Phase, phases
 from emo_jax.progress import say
 from emo_jax.train import start
 
@@ -35,13 +39,38 @@ class DocumentsOfPhases:
         return self._opened[key]
 
 
+def batches_of(run: Config, phase: Phase, documents: DocumentsOfPhases, group: tuple[int, int],
+               place: start.Place | None) -> TextBatches | TokenBatchesOfPhase:
+    """The batches of this process in a phase of a run. group: (index, count) of its rows. place: where the run stands."""
+    found = documents.of(phase.config)
+    if isinstance(found.source, TokenSource):
+        return TokenBatchesOfPhase(run, phase, documents, group, place)
+    return TextBatches(phase.config, found, group, place)
+
+
+class TokenBatchesOfPhase(TokenBatches):
+    """Batches of this process from token files."""
+
+    def __init__(self, run: Config, phase: Phase, documents: DocumentsOfPhases, group: tuple[int, int],
+                 place: start.Place | None):
+        rows = [*(place.position.get("stages", []) if place else []), *[0] * (phase.stage + 1)][:phase.stage + 1]
+        configs = [p.config for p in phases(run) if p.starts_stage][:phase.stage + 1]
+        stream = stream_of_stages([(config, documents.of(config).source) for config in configs], rows)
+        self._before = rows[:-1]
+        super().__init__(stream, rows[-1], phase.config.train.batch_size, group, phase.config.data.workers)
+
+    def position(self) -> dict[str, Any]:
+        """After the batch returned last, the same on every process: {"stages": rows that were read of each stage so far}."""
+        return {"stages": [*self._before, self.rows_read]}
+
+
 class TextBatches:
     """Batches of this process from documents of text."""
 
     def __init__(self, config: Config, documents: start.Documents, group: tuple[int, int], place: start.Place | None):
         states, self._first = None, 0
         if place is not None and place.goes_on(config, documents):
-            states, self._first = place.position["rows"], place.position.get("next", 0)
+            states, self._first = place.position.get("rows"), place.position.get("next", 0)
         if states is not None and place is not None:
             before, states = states, [go_on(state, place.config.data, config.data) for state in states]
             if states != before:

@@ -23,7 +23,7 @@ from emo_jax.files import AnyPath
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import start
-from emo_jax.train.batches import DocumentsOfPhases, TextBatches
+from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of
 from emo_jax.train.metrics import Log
 from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
@@ -74,14 +74,14 @@ class TrainingLoop:
 
     phase: Phase
     documents: start.Documents
-    batches: TextBatches | None = None
+    batches: TextBatches | TokenBatchesOfPhase | None = None
     evaluate: Any = None  # an `Evaluation`, if documents are held out
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
                  left: Sequence[Phase], evaluations: Iterable = ()):
-        self.config, self.mesh, self.out, self.documents_of, self.left = config, mesh, out, documents.of, left
+        self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.place, self.make_evaluations = position.place, tuple(evaluations)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
@@ -117,13 +117,14 @@ class TrainingLoop:
             before = self.phase.config
             self.place = start.Place(self.batches.position(), before, self.documents.fingerprint)
             self.batches.close()
-        self.phase, c, self.documents = phase, phase.config, self.documents_of(phase.config)
+        self.phase, c, self.documents = phase, phase.config, self.all_documents.of(phase.config)
         if len(self.left) > 1:
             self._say_phase(phase)
         if phase.resets_optimizer and self.step == phase.first_step:
             self.state = self.state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(self.state.opt_state))
         self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
-        self.batches = TextBatches(c, self.documents, processes.row_group(self.mesh, c.train.batch_size), self.place)
+        group = processes.row_group(self.mesh, c.train.batch_size)
+        self.batches = batches_of(self.config, phase, self.all_documents, group, self.place)
         if before is None or (before.model, before.router, before.data) != (c.model, c.router, c.data):
             self.evaluate = start.evaluation_of(c, self.mesh, self.documents)
             made = (make(c, self.mesh, self.documents) for make in self.make_evaluations)

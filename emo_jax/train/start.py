@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from emo_jax import config as config_lib
 from emo_jax import processes
 from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_checkpoint, read_step, steps
-from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_documents
+from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_documents, same_rows
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.data.evaluation import evaluation_rows, evaluation_set
@@ -174,8 +174,10 @@ def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None,
     place = Place(origin.position(), origin.config, origin.meta["source"])
     phase = phase_at(config, origin.step).config
     same = place.goes_on(phase, documents_of(phase))
+    if "stages" in place.position:  # rows are counted, and have to be the same ones
+        same &= len(place.position["stages"]) == 1 and same_rows(place.config, phase)
     say(f"starting from step {origin.step} of {origin.path}: parameters and optimizer, and "
-        + ("its place in the documents" if same else "the first document, as the documents are others"))
+        + ("its place in the documents" if same else "the first document, as the documents or the rows are others"))
     return Position(state, origin.step, origin.meta["tokens"], place if same else None)
 
 
