@@ -79,9 +79,9 @@ class _Batches(grain.sources.RandomAccessDataSource):
     """Batch k of a host, for Grain."""
 
     def __init__(self, stream: RowStream, first: int, batch_size: int, group: tuple[int, int]):
-        index, count = group
+        host, count = group
         self.stream, self.batch_size = stream, batch_size
-        self.first, self.own = first + index * (batch_size // count), batch_size // count
+        self.first, self.own = first + host * (batch_size // count), batch_size // count
         self._ahead = _Ahead(self) if stream.source.is_remote else None
 
     def numbers(self, batch: int) -> np.ndarray:
@@ -92,12 +92,12 @@ class _Batches(grain.sources.RandomAccessDataSource):
     def __len__(self) -> int:
         return _WITHOUT_END
 
-    def __getitem__(self, record_key: Any) -> tuple[dict[str, np.ndarray], dict[str, int], np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, int], np.ndarray]:
         began = time.perf_counter()
         if self._ahead is not None:
-            self._ahead.wait_for(int(record_key))
+            self._ahead.wait_for(index)
         waited = time.perf_counter() - began
-        rows, cuts, read = self.stream.rows_and_cuts(self.numbers(int(record_key)))
+        rows, cuts, read = self.stream.rows_and_cuts(self.numbers(index))
         positions = np.arange(self.stream.config.data.sequence_length, dtype=np.int32)  # absolute in the row, as published
         rows["positions"] = np.tile(positions, (self.own, 1))
         counts = {"rows": self.own, "padding_tokens": int((rows["segment_ids"] == 0).sum()),
