@@ -49,8 +49,11 @@ SLOW = (
     "test_tokenize.py::test_ten_kills",
     "test_tokenize.py::test_two_processes",
     "test_train_data.py::test_tokens",
+    "test_token_rows.py::test_a_trillion",
+    "test_token_rows.py::test_every_batch",
     "test_train_faults.py",
     "test_train_resume.py",
+    "test_train_tokens.py",
     "test_train_stages.py",
     "test_two_processes.py",
 )

@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import grain
 import numpy as np

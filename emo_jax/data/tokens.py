@@ -18,6 +18,7 @@ from emo_jax.data.order import DocumentRanges
 from emo_jax.data.ranges import RangeReader
 from emo_jax.data.shards import MANIFEST, STRIDE, parse_manifest
 from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.data.verify import verify
 from emo_jax.errors import InputError
 from emo_jax.files import given_path
 
@@ -101,6 +102,10 @@ class TokenSource(Source):
         start = max(int(ends[0]), s.first_token) if first else 0
         return start - s.first_token, int(ends[-1]) - s.first_token
 
+    def where(self, i: int) -> str:
+        file = self.files[self.sections[self.section_of(i)].file]
+        return f"{file.path}: document {self.source_number(i)} of the source that it was tokenized from"
+
     def source_number(self, i: int) -> int:
         """The number that document `i` had in the source that it was tokenized from."""
         number = self.section_of(i)
@@ -179,6 +184,7 @@ def open_shards(data: DataConfig) -> TokenSource:
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"data.path={data.path!r}: {MANIFEST} cannot be read ({e}); expected a folder that "
                          f"`emo-jax data tokenize` has finished") from None
+    verify(folder, manifest)
     tokenizer = Tokenizer(data.tokenizer or folder / "tokenizer.json", data.eos_token)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise InputError(f"data.tokenizer={str(tokenizer.path)!r}: {data.path} was tokenized with another one, which lies in "

@@ -15,8 +15,12 @@ from emo_jax.data.documents import Source
 from emo_jax.data.order import DocumentOrder, split
 from emo_jax.data.packing import Row, State
 from emo_jax.data.pipeline import RowStreams
+from emo_jax.data.sources import open_source
+from emo_jax.data.stream import stream_of_stages
 from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.data.tokens import TokenSource
 from emo_jax.errors import InputError
+from emo_jax.phases import phases
 from emo_jax.progress import Progress
 
 Position = tuple[int, Sequence[State]]  # a step, and the states of the B streams before it, as a checkpoint keeps them
@@ -26,6 +30,9 @@ def read_rows(config: Config, source: Source, tokenizer: Tokenizer, first: int, 
               position: Position | None = None) -> Iterator[Row]:
     """Rows first..last - 1, fields [T]. A stream of text documents has to be read from `position` (default: the start) up to
     there, which takes as long as tokenizing it; only streams that the rows come from are read."""
+    if isinstance(source, TokenSource):
+        yield from _token_rows(config, source, first, last)
+        return
     batch_size = config.train.batch_size
     start, states = position or (0, [None] * batch_size)
     if len(states) != batch_size:
@@ -44,6 +51,22 @@ def read_rows(config: Config, source: Source, tokenizer: Tokenizer, first: int, 
             else:
                 skipped += 1
                 progress.update(skipped)
+
+
+def _token_rows(config: Config, source: Source, first: int, last: int) -> Iterator[Row]:
+    """Those of a run on token files, through all its stages."""
+    read = [0] * (1 + len(config.stages))
+    found, done = phases(config), 0
+    configs = [phase.config for phase in found if phase.starts_stage]
+    sources = [source if c.data == config.data else open_source(c.data) for c in configs]
+    for phase in found:
+        rows = (phase.until - phase.first_step) * phase.config.train.batch_size
+        numbers = np.arange(max(first, done), min(last, done + rows)) - done + read[phase.stage]
+        if len(numbers):
+            stream = stream_of_stages(list(zip(configs, sources))[:phase.stage + 1], read)
+            made = stream.rows(numbers)
+            yield from ({name: array[i] for name, array in made.items()} for i in range(len(numbers)))
+        read[phase.stage], done = read[phase.stage] + rows, done + rows
 
 
 def describe_row(row: Row, source: Source, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -65,8 +88,18 @@ def window(config: Config, source: Source, tokenizer: Tokenizer, first: int, las
            position: Position | None = None) -> list[dict[str, Any]]:
     """Rows first..last - 1: {"row", "step", "row_of_batch", "pieces"}."""
     rows = read_rows(config, source, tokenizer, first, last, position)
-    return [{"row": k, "step": k // config.train.batch_size, "row_of_batch": k % config.train.batch_size,
-             "pieces": describe_row(row, source, tokenizer)} for k, row in zip(range(first, last), rows)]
+    return [{"row": k} | _step_of(config, k) | {"pieces": describe_row(row, source, tokenizer)}
+            for k, row in zip(range(first, last), rows)]
+
+
+def _step_of(config: Config, row: int) -> dict[str, int]:
+    """The step that reads a row, counted from 0, and the row's number in its batch."""
+    for phase in phases(config):
+        size = phase.config.train.batch_size
+        if row < (phase.until - phase.first_step) * size:
+            return {"step": phase.first_step + row // size, "row_of_batch": row % size}
+        row -= (phase.until - phase.first_step) * size
+    raise InputError(f"the run's {config.train.steps:,} steps end before row {row:,}")
 
 
 def window_report(rows: list[dict[str, Any]]) -> str:
