@@ -98,7 +98,7 @@ class Proxy:
         for name, value in answer.getheaders():
             if name.lower() not in dropped:
                 client.send_header(name, value)
-        if client.command != "HEAD" and answer.status != 204:
+        if client.command != "HEAD" and answer.status not in (204, 304):
             client.send_header("Content-Length", str(len(data)))
         client.end_headers()
         self._wait_for_bandwidth(len(data))
@@ -166,10 +166,13 @@ def _serve() -> None:
     """Prints the ports as JSON and serves until the input is closed."""
     import logging
 
-    from gcp_storage_emulator.server import create_server
+    from gcp_storage_emulator.handlers import objects
     from moto.server import ThreadedMotoServer
 
     logging.disable()
+    objects.download = _with_generation(objects.download)
+    from gcp_storage_emulator.server import create_server  # which looks up the handlers as they are now
+
     s3 = ThreadedMotoServer(port=0, verbose=False)
     s3.start()
     gs = create_server("localhost", 0, in_memory=True)
@@ -177,6 +180,27 @@ def _serve() -> None:
     print(json.dumps({"s3": s3.get_host_and_port()[1], "gs": gs._api._httpd.server_port}), flush=True)
     sys.stdin.read()
     os._exit(0)
+
+
+def _with_generation(download):
+    """What Google's server does and the emulator does not: it names the generation of an object, answers 304 where the client
+    has that, and 416 to a range behind the end. TensorStore relies on it."""
+
+    def complete(request, response, storage, *args, **kwargs):
+        try:
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        except Exception:  # no such object, as the handler says
+            return download(request, response, storage, *args, **kwargs)
+        response["X-Goog-Generation"] = found["generation"]
+        start = (request.get_header("range", None) or "bytes=0-").removeprefix("bytes=").split("-")[0]
+        if request.query.get("ifGenerationNotMatch") == [found["generation"]]:
+            response.status = http.HTTPStatus.NOT_MODIFIED
+        elif int(start) and int(start) >= int(found["size"]):
+            response.status = http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+        else:
+            download(request, response, storage, *args, **kwargs)
+
+    return complete
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 SLOW = (
     "test_aot.py::test_golden_summary",
+    "test_bucket_runs.py",
+    "test_buckets.py::test_a_listing",
+    "test_buckets.py::test_a_read_takes",
+    "test_buckets.py::test_batches",
     "test_cli.py::test_sigterm",
     "test_convert.py::test_an_imported",
     "test_convert.py::test_out_of_a",

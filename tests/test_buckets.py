@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import servers
 import zstandard
 from servers import BUCKET, SCHEMES, Fault
-from tiny_run import write_documents
+from tiny_run import tiny_config, write_documents
 
 from emo_jax.config import DataConfig
+from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.ranges import MERGED, PAGE, RangeReader, Retries
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer, train_bpe
@@ -183,6 +185,20 @@ def test_documents_of_a_bucket_are_those_of_a_folder(scheme, buckets, tmp_path, 
     assert len(open_source(DataConfig(path=f"{url}/*/{pattern}"))) == len(local)
     copy = pickle.loads(pickle.dumps(there))
     assert copy[3] == local[3]
+
+
+def test_batches_of_a_bucket_are_those_of_a_folder(scheme, tmp_path):
+    config = tiny_config(tmp_path)
+    source = open_source(config.data)
+    tokenizer = train_bpe(source, range(len(source)), 320, tmp_path, "<|endoftext|>")
+    there = open_source(DataConfig(path=put(scheme, "batches.jsonl", (tmp_path / "documents.jsonl").read_bytes())))
+    workers = 1 if scheme == "gs" else 0  # a worker gets a copy of the source and opens it anew
+    config_there = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
+    batches, batches_there = make_train_iterator(config, source, tokenizer), make_train_iterator(config_there, there, tokenizer)
+    for _ in range(6):
+        one, other = next(batches), next(batches_there)
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    batches.close(), batches_there.close()
 
 
 def test_a_bucket_is_listed_once_however_many_files(scheme, buckets, tmp_path):

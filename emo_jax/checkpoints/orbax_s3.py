@@ -7,13 +7,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from orbax.checkpoint._src.path import atomicity
+from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from emo_jax import buckets
 from emo_jax.files import AnyPath
 
-COMMITTED = atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step folder in a bucket that is complete
+COMMITTED = orbax_path.atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step folder in a bucket that is complete
 
 
 def for_orbax(path: AnyPath) -> Any:
@@ -23,9 +23,9 @@ def for_orbax(path: AnyPath) -> Any:
     return path
 
 
-def commit_class(path: AnyPath) -> type[atomicity.CommitFileTemporaryPath] | None:
+def commit_class(path: AnyPath) -> type[orbax_path.atomicity.CommitFileTemporaryPath] | None:
     """How Orbax marks folders below `path` as complete, where its own choice, a rename, is none; else None."""
-    return atomicity.CommitFileTemporaryPath if str(path).startswith("s3://") else None
+    return orbax_path.atomicity.CommitFileTemporaryPath if str(path).startswith("s3://") else None
 
 
 @functools.cache
