@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from emo_jax import processes
 from emo_jax.checkpoints.compatibility import ROW_FIELDS
 from emo_jax.config import Config, flatten, to_dict
 from emo_jax.data.pipeline import array_to_states, go_on, make_train_iterator, states_to_array, streams_of
+from emo_jax.phases import Phase
 from emo_jax.progress import say
 from emo_jax.train import start
 
@@ -33,6 +36,17 @@ class DocumentsOfPhases:
         if key not in self._opened:
             self._opened[key] = start.open_documents(config, self._out)
         return self._opened[key]
+
+
+def check_phases(left: Sequence[Phase], documents_of: Callable[[Config], start.Documents], mesh: Mesh,
+                 place: start.Place | None) -> None:
+    """Opens the documents of the phases that are left. Raises `InputError` for a batch size that their streams cannot serve."""
+    streams = place and len(place.position["rows"] or ())
+    for phase in left:
+        documents, size = documents_of(phase.config), phase.config.train.batch_size
+        streams = streams if streams and place and place.goes_on(phase.config, documents) else size
+        streams_of(size, streams, 0, *processes.row_group(mesh, size))
+        place = start.Place({}, phase.config, documents.fingerprint)
 
 
 class TextBatches:
