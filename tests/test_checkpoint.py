@@ -77,7 +77,7 @@ def test_what_is_saved_is_the_state_at_save_time(config, state, tmp_path):
         mine = jax.tree.map(jnp.copy, state)
         expected = checkpoint.checksums(items_of(mine))
         writer = CheckpointWriter(tmp_path, CheckpointConfig())
-        writer.save(0, items_of(mine), config, tokens=0, source={}, rows=[])
+        writer.save(0, items_of(mine), config, tokens=0, source={}, position={"rows": []})
         step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
         for _ in range(3):
             mine = step(mine)
@@ -182,6 +182,6 @@ def test_another_model_or_stream_is_named_field_by_field(config, tmp_path):
     with pytest.raises(InputError) as e:
         require_same_model(config, other, "run", anneal=True)
     assert "d_ff" in str(e.value) and "eos_owner" not in str(e.value) and "attention_scope" not in str(e.value)
-    with pytest.raises(InputError, match="train.batch_size: 8 in the checkpoint, 16 given"):
-        require_same_data(config, given("train.batch_size=16"), "run")
-    require_same_data(config, given("train.steps=99", "data.workers=3", "data.path=/moved"), "run")
+    with pytest.raises(InputError, match="data.packing: 'concat_and_split' in the checkpoint, 'first_fit' given"):
+        require_same_data(config, given("data.packing=first_fit"), 1, "run")
+    require_same_data(config, given("train.steps=99", "train.batch_size=16", "data.workers=3", "data.path=/moved"), 1, "run")

@@ -116,7 +116,7 @@ def test_refuses_what_does_not_belong_to_the_run(folder, done, tmp_path):
     before = sorted(p for p in done.rglob("*"))
     refused(r"config.json holds another model.*\n.*model.d_ff: 16 in the checkpoint, 32 given", "model.d_ff=32")
     refused("router.pool_min: 2 in the checkpoint, 3 given", "router.pool_min=3")
-    refused("train.batch_size: 8 in the checkpoint, 16 given", "train.batch_size=16")
+    refused("data.sequence_length: 32 in the checkpoint, 64 given", "data.sequence_length=64")
     refused("seed: 0 in the checkpoint, 1 given", "seed=1")
     other = write_documents(tmp_path / "other.jsonl", seed=1)
     refused("trained on other documents", f"data.path={other}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from emo_jax import processes
 from emo_jax.checkpoints.compatibility import ROW_FIELDS
@@ -62,6 +64,19 @@ class TokenBatchesOfPhase(TokenBatches):
     def position(self) -> dict[str, Any]:
         """After the batch returned last, the same on every process: {"stages": rows that were read of each stage so far}."""
         return {"stages": [*self._before, self.rows_read]}
+
+
+def check_phases(left: Sequence[Phase], documents_of: Callable[[Config], start.Documents], mesh: Mesh,
+                 place: start.Place | None) -> None:
+    """Opens the documents of the phases that are left. Raises `InputError` for a batch size that their streams cannot serve."""
+    streams = place and len(place.position.get("rows") or ())
+    for phase in left:
+        documents, size = documents_of(phase.config), phase.config.train.batch_size
+        if isinstance(documents.source, TokenSource):
+            continue
+        streams = streams if streams and place and place.goes_on(phase.config, documents) else size
+        streams_of(size, streams, 0, *processes.row_group(mesh, size))
+        place = start.Place({}, phase.config, documents.fingerprint)
 
 
 class TextBatches:

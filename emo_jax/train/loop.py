@@ -23,7 +23,7 @@ from emo_jax.files import AnyPath
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import start
-from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of
+from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
 from emo_jax.train.metrics import Log
 from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
@@ -54,8 +54,7 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
         position = start.resume(config, mesh, folder, documents.of)
         position = position or start.initial_position(config, mesh, origin, documents.of)
         left = [phase for phase in plan if phase.until > position.step]
-        for phase in left:  # what is wrong with the documents of the last one is said now
-            documents.of(phase.config)
+        check_phases(left, documents.of, mesh, position.place)
         start.write_config(config, folder)
         _describe(phase_at(config, position.step).config, mesh, documents, position)
         return TrainingLoop(config, mesh, folder, documents, position, left, evaluations).run()
