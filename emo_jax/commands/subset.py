@@ -124,14 +124,16 @@ def add_suggest(parser: ArgumentParser) -> None:
 
 def suggest(args: Namespace) -> Result:
     from emo_jax.loaded import load
-    from emo_jax.subsets.calibration import halves_to_choose_and_score
+    from emo_jax.subsets.calibration import MAX_DOCUMENTS, halves, of_label
     from emo_jax.subsets.compose import suggest as find
 
     if not args.calibration:
         raise InputError("subset suggest needs --calibration with two documents or more: one part chooses, the other "
                          "is scored")
     loaded = load(args.checkpoint, args.overrides, data=args.calibration)
-    text, source, scored = halves_to_choose_and_score(loaded, args.label, args.documents)
+    source, numbers = loaded.documents_to_score()
+    text, scored = halves(loaded.config, source, loaded.tokenizer, {"": of_label(source, numbers, args.label)},
+                          args.documents or MAX_DOCUMENTS)
     best, tried = find(loaded, text, loaded.evaluation(source, scored), args.tolerance, args.method,
                        **arguments.method_options(args))
     best.save(args.out)

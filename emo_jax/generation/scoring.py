@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +16,8 @@ from emo_jax import model
 from emo_jax.config import Config
 from emo_jax.generation.placement import bucket, for_inference, power_of_two, round_rows
 from emo_jax.processes import gather_global
+from emo_jax.progress import Progress
+from emo_jax.rounding import ceil_div, equal_parts
 from emo_jax.sharding import BATCH, TOKENS, batch_shards, place
 
 Ids = Sequence[int]
@@ -47,7 +48,7 @@ class Scorer:
         out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         rows = [([*context, *new][-self.max_length - 1:], len(new)) for context, new in pairs]
         order = [i for i in sorted(range(len(pairs)), key=lambda i: (-len(rows[i][0]), rows[i][1])) if rows[i][1]]
-        done = 0
+        done, shown = 0, Progress("scoring", len(order), "continuations")
         while done < len(order):
             T = min(bucket(len(rows[order[done]][0]) - 1), self.max_length)
             size = batch_shards(self.mesh) * max(1, power_of_two(BATCH_TOKENS // T + 1) // 2)
@@ -57,7 +58,7 @@ class Scorer:
                 out[i] = (total, bool(match))
             done += len(chosen)
             if progress:
-                print(f"scored {done:,} of {len(order):,} continuations", file=sys.stderr, flush=True)
+                shown.update(done)
         return out
 
     def _batch(self, rows: list[tuple[list[int], int]], T: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +85,8 @@ class Scorer:
         pick = (at[..., None] == jnp.arange(x_BTD.shape[1])).astype(x_BTD.dtype)
         x_BCD = jnp.einsum("bct,btd->bcd", pick, x_BTD, precision=jax.lax.Precision.HIGHEST,
                            out_sharding=P(BATCH, None, None))
-        part = next(n for n in range(1, C + 1) if (C % n == 0 and
-                    (B // batch_shards(self.mesh)) * (C // n) * self.config.model.vocab_size <= LOGITS) or n == C)
+        values = B // batch_shards(self.mesh) * C * self.config.model.vocab_size
+        part = equal_parts(C, min(C, ceil_div(values, LOGITS)))
 
         def scores(inputs):
             x, targets = inputs

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from emo_jax.compat import vary_like
-from emo_jax.rounding import ceil_div
+from emo_jax.rounding import ceil_div, equal_parts
 
 BLOCK = 128  # rows
 CHUNK_BYTES = 2**29  # the copies that exist at a time
@@ -42,7 +42,7 @@ def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group
 def _num_chunks(num_rows: int, weights) -> int:
     blocks = num_rows // BLOCK
     at_once = max(1, CHUNK_BYTES // (weights[0].size * 4))
-    return next(n for n in range(ceil_div(blocks, at_once), blocks + 1) if blocks % n == 0)
+    return equal_parts(blocks, ceil_div(blocks, at_once))
 
 
 def _chunks(rows, weights):

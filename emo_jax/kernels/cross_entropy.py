@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
-from emo_jax.rounding import ceil_div
+from emo_jax.rounding import ceil_div, equal_parts
 from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, parameter_spec
 
 
@@ -126,9 +126,8 @@ def _is_target(logits, targets):
 
 def _chunks(a, chunk_tokens):
     """[T, ...] -> [n, T / n, ...] with the smallest n that keeps a chunk at or below `chunk_tokens`."""
-    T = a.shape[0]
-    n = next(n for n in range(max(1, ceil_div(T, chunk_tokens)), T + 1) if T % n == 0)
-    return a.reshape(n, T // n, *a.shape[1:])
+    n = equal_parts(len(a), ceil_div(len(a), chunk_tokens))
+    return a.reshape(n, -1, *a.shape[1:])
 
 
 def _whole_head(head, x):

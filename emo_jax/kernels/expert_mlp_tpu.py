@@ -99,7 +99,7 @@ def plan_visits(group_sizes: Int[Array, "E"], num_rows: int, empty_groups: bool 
 
 
 def row_tile(num_rows: int) -> int:
-    return next(t for t in (TILE, 256, 128, 64, 32, 16, 8) if num_rows % t == 0)
+    return math.gcd(num_rows, TILE)
 
 
 def _for_each_part(visits, tile, axis, body):

@@ -6,6 +6,8 @@ reads them. Off TPU the kernels run in interpret mode, for the parity tests.
 
 from __future__ import annotations
 
+import math
+
 import jax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
@@ -28,5 +30,4 @@ def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group
 
 def tiles(rows: int, contract: int, width: int) -> tuple[int, int, int]:
     """(rows, contracted, output) sizes of a tile. The kernel needs a row tile that divides the rows."""
-    row_tile = next(t for t in (TILE_ROWS, 256, 128, 64, 32, 16, 8, 1) if rows % t == 0)
-    return row_tile, min(contract, TILE_WIDTH), min(width, TILE_WIDTH)
+    return math.gcd(rows, TILE_ROWS), min(contract, TILE_WIDTH), min(width, TILE_WIDTH)

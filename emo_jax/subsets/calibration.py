@@ -21,7 +21,6 @@ from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
 from emo_jax.files import given_path
-from emo_jax.loaded import LoadedModel
 from emo_jax.rounding import round_up
 
 MAX_DOCUMENTS = 1000  # a group has at most so many, unless asked for more
@@ -88,11 +87,7 @@ def open_calibration(config: Config, tokenizer: Tokenizer, path: str, label: str
     """One group of the documents of a file or folder, or of those with a label: the first `documents` of a fixed random
     order (0: at most MAX_DOCUMENTS). Raises `InputError`."""
     source = open_source(calibration_data(config, path))
-    numbers = np.arange(len(source))
-    if label:
-        numbers = np.array([i for i in numbers if source.label(int(i)) == label], int)
-        if not len(numbers):
-            raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(labels_of(source))}")
+    numbers = of_label(source, np.arange(len(source)), label)
     return from_source(config, source, tokenizer, {label: sample(numbers, documents or MAX_DOCUMENTS, config.seed)})
 
 
@@ -117,33 +112,28 @@ def by_label(source: Source, numbers: Numbers) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def labels_of(source: Source) -> list[str]:
-    return source.labels or list(by_label(source, range(min(len(source), 10_000))))
+def of_label(source: Source, numbers: Numbers, label: str) -> np.ndarray:
+    """The documents of a label ("": all of them). Raises `InputError` if there are none."""
+    found = np.array([i for i in numbers if not label or source.label(int(i)) == label], int)
+    if label and not len(found):
+        known = source.labels or by_label(source, range(min(len(source), 10_000)))
+        raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(known)}")
+    return found
 
 
-def halves(groups: dict[str, list[int]], seed: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """(documents to choose by, documents to score on) of every label that has two or more."""
-    chosen, scored = {}, {}
-    for label, numbers in groups.items():
+def halves(config: Config, source: Source, tokenizer: Tokenizer, groups: Mapping[str, Numbers],
+           most: int) -> tuple[Calibration, np.ndarray]:
+    """(text to choose by: half of the documents of every group, `most` of it; the other halves of all groups, to score).
+    Groups of one document are left out; `InputError` if there are no others."""
+    choosing, scored = {}, []
+    for name, numbers in groups.items():
         if len(numbers) > 1:
-            chosen[label] = sample(np.array(numbers), (len(numbers) + 1) // 2, seed).tolist()
-            scored[label] = sorted(set(numbers) - set(chosen[label]))
-    return chosen, scored
-
-
-def halves_to_choose_and_score(loaded: LoadedModel, label: str = "",
-                               documents: int = 0) -> tuple[Calibration, Source, np.ndarray]:
-    """(half of the documents of a source, of which at most `documents` choose; the source; the other half), all labels
-    together or one of them. Raises `InputError`."""
-    source, numbers = loaded.documents_to_score()
-    groups = by_label(source, numbers)
-    if label and label not in groups:
-        raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(groups)}")
-    chosen, scored = halves({"": groups[label] if label else [int(i) for i in numbers]}, loaded.config.seed)
+            half = sample(numbers, (len(numbers) + 1) // 2, config.seed)
+            choosing[name] = sample(half, most, config.seed)
+            scored.append(np.setdiff1d(numbers, half))
     if not scored:
-        raise InputError(f"{source.name}: two documents or more are needed, one to choose and one to score")
-    choosing = {"": sample(chosen[""], documents or MAX_DOCUMENTS, 0)}
-    return from_source(loaded.config, source, loaded.tokenizer, choosing), source, np.array(scored[""])
+        raise InputError(f"{source.name}: two documents of a label are needed, one to choose experts by and one to score")
+    return from_source(config, source, tokenizer, choosing), np.sort(np.concatenate(scored))
 
 
 def document_hash(document: Document) -> str:

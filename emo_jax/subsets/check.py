@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,14 +43,10 @@ def check_own_labels(loaded: LoadedModel, keeps: Sequence[int], method: str, doc
     """A subset for every label and number of kept experts, each scored on the text of its own label only: half of the
     label's documents (at most `documents` of it) choose, the other half is scored."""
     source, numbers = loaded.documents_to_score()
-    seed = loaded.config.seed
-    chosen_by, scored = calibration_lib.halves(calibration_lib.by_label(source, numbers[:MAX_DOCUMENTS]), seed)
-    if not scored:
-        raise InputError(f"{source.name}: no label has two documents, one to choose experts by and one to score")
-    limit = documents or DOCUMENTS_OF_LABEL
-    groups = {label: calibration_lib.sample(np.array(ids), limit, seed) for label, ids in chosen_by.items()}
-    calibration = calibration_lib.from_source(loaded.config, source, loaded.tokenizer, groups)
-    evaluation = loaded.evaluation(source, np.array(sorted(itertools.chain(*scored.values()))))
+    groups = calibration_lib.by_label(source, numbers[:MAX_DOCUMENTS])
+    calibration, scored = calibration_lib.halves(loaded.config, source, loaded.tokenizer, groups,
+                                                 documents or DOCUMENTS_OF_LABEL)
+    evaluation = loaded.evaluation(source, scored)
     return {"data": source.name, "method": method} | curve(loaded, calibration, evaluation, keeps, method, **options)
 
 

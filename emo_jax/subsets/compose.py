@@ -12,7 +12,7 @@ from emo_jax.errors import InputError
 from emo_jax.loaded import LoadedModel
 from emo_jax.subsets.budget import Budget, pick
 from emo_jax.subsets.calibration import Calibration
-from emo_jax.subsets.choose import choose, choose_one
+from emo_jax.subsets.choose import choose_one
 from emo_jax.train.evaluate import Evaluation
 
 
@@ -102,7 +102,7 @@ def suggest(loaded: LoadedModel, calibration: Calibration, evaluation: Evaluatio
         return subset, loss <= full + tolerance
 
     low, high = m.num_shared_experts + 1, m.num_experts  # high is always good enough
-    best = choose(loaded, calibration, method, [Budget(keep=high)], **options)[0][0]
+    best = choose_one(loaded, calibration, method, Budget(keep=high), **options)
     while low < high:
         middle = (low + high) // 2
         subset, good = attempt(middle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,10 @@ class Modularity:
 
     name = "subsets"
 
-    def __init__(self, config: Config, mesh: Mesh, documents, scored: dict[str, list[int]],
-                 chosen_by: dict[str, list[int]]):
+    def __init__(self, config: Config, mesh: Mesh, documents: Any, groups: dict[str, list[int]]):
         self._config, self._mesh, self._tokenizer = config, mesh, documents.tokenizer
-        groups = {k: calibration_lib.sample(np.array(v), DOCUMENTS, config.seed) for k, v in chosen_by.items()}
-        self._calibration = calibration_lib.from_source(config, documents.evaluated, documents.tokenizer, groups)
-        numbers = np.array(sorted(itertools.chain(*scored.values())))
-        rows = evaluation_rows(config, documents.evaluated, documents.tokenizer, numbers)
+        self._calibration, scored = calibration_lib.halves(config, documents.evaluated, documents.tokenizer, groups, DOCUMENTS)
+        rows = evaluation_rows(config, documents.evaluated, documents.tokenizer, scored)
         self._evaluation = Evaluation(config, mesh, rows, documents.tokenizer)
         self._tokens = np.array([about["tokens"] for about in self._calibration.about], float)
         m = config.model
@@ -47,9 +43,8 @@ class Modularity:
     def make(cls, config: Config, mesh: Mesh, documents: Any) -> Modularity | None:
         """`documents`: the `train.start.Documents` of the run."""
         require_experts(config)
-        by_label = calibration_lib.by_label(documents.evaluated, documents.held_out[:MAX_DOCUMENTS])
-        chosen_by, scored = calibration_lib.halves(by_label, config.seed)
-        return cls(config, mesh, documents, scored, chosen_by) if scored else None
+        groups = calibration_lib.by_label(documents.evaluated, documents.held_out[:MAX_DOCUMENTS])
+        return cls(config, mesh, documents, groups) if max(map(len, groups.values()), default=0) > 1 else None
 
     def __call__(self, params: Params) -> dict[str, Any]:
         """{"loss" (of the full model), "loss_at": {"25%": ..}, "mutual_information" (nats, mean of the layers),
