@@ -10,6 +10,7 @@ import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING
 
+from emo_jax import buckets
 from emo_jax.commands import Command, Result, arguments
 from emo_jax.errors import InputError
 
@@ -150,7 +151,7 @@ def _config_of(run: str) -> Config:
     path = given_path(run, "--run") / "config.json"
     try:
         return from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, *buckets.errors(path)) as e:
         raise InputError(f"{path}: not the config of a run ({e})") from None
 
 

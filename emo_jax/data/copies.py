@@ -8,13 +8,15 @@ documents about three are taken for copies by mistake.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from emo_jax.data.documents import Document
-from emo_jax.data.tokenization import Report, Tokenization, put
+from emo_jax.data.ranges import RangeReader
+from emo_jax.data.tokenization import THREADS, Report, Tokenization, put
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath
 
 PARTS = 16  # hashes are compared in so many parts, one after the other
 
@@ -29,11 +31,11 @@ def is_held_out(document: Document, fraction: float, seed: int) -> bool:
     return int.from_bytes(content_hash(document, seed), "little") < int(fraction * 2.0**64)
 
 
-def hashes_path(job: Tokenization, number: int) -> Path:
+def hashes_path(job: Tokenization, number: int) -> AnyPath:
     return job.unfinished / f"{job.name(number)}.hashes"
 
 
-def copies_path(job: Tokenization) -> Path:
+def copies_path(job: Tokenization) -> AnyPath:
     return job.unfinished / "copies"
 
 
@@ -52,23 +54,29 @@ def write_hashes(job: Tokenization, number: int, report: Report) -> None:
 
 
 def find_copies(job: Tokenization) -> None:
-    """The file of the numbers of all documents that are copies of one before; all hashes are there."""
+    """The file of the numbers of all documents that are copies of one before, in front of them where those of each shard begin
+    and the last ones end; all hashes are there."""
     if copies_path(job).is_file():
         return
     hashes = np.empty(len(job.source), "<u8")
-    for number in range(job.shards):
-        documents = job.documents(number)
-        hashes[documents.start:documents.stop] = np.fromfile(hashes_path(job, number), "<u8")
+    with ThreadPoolExecutor(THREADS) as pool:
+        def read(number: int) -> None:
+            documents = job.documents(number)
+            hashes[documents.start:documents.stop] = np.frombuffer(hashes_path(job, number).read_bytes(), "<u8")
+
+        list(pool.map(read, range(job.shards)))
     part, found = hashes.view(np.uint8)[7::8] % PARTS, []
     for i in range(PARTS):
         numbers = np.flatnonzero(part == i)
         numbers = numbers[np.argsort(hashes[numbers], kind="stable")]
         found.append(numbers[1:][hashes[numbers[1:]] == hashes[numbers[:-1]]])
-    put(job, f"unfinished/{copies_path(job).name}", [np.sort(np.concatenate(found)).astype("<i8").tobytes()])
+    copies = np.sort(np.concatenate(found)).astype("<i8")
+    starts = copies.searchsorted([job.documents(number).start for number in range(job.shards)] + [len(job.source)])
+    put(job, f"unfinished/{copies_path(job).name}", [starts.astype("<i8").tobytes(), copies.tobytes()])
 
 
 def copies_within(job: Tokenization, number: int) -> np.ndarray:
     """[n] int64: those among the documents of a shard."""
-    path, documents = copies_path(job), job.documents(number)
-    copies = np.memmap(path, "<i8", mode="r") if path.stat().st_size else np.zeros(0, "<i8")
-    return np.array(copies[np.searchsorted(copies, documents.start):np.searchsorted(copies, documents.stop)])
+    path, reader = str(copies_path(job)), RangeReader()
+    start, end = np.frombuffer(reader.read(path, 8 * number, 16), "<i8") + job.shards + 1
+    return np.frombuffer(reader.read(path, 8 * int(start), 8 * int(end - start)), "<i8")

@@ -22,6 +22,7 @@ from emo_jax.data.shards import MANIFEST, parse_manifest
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.data.tools import open_data
 from emo_jax.data.window import describe_row
+from emo_jax.files import AnyPath, given_path
 from emo_jax.progress import say, track
 
 LOOK_AT = 2_000  # documents that are read
@@ -31,7 +32,7 @@ LONG = 2_000_000  # characters: tokenizing more takes seconds
 STRIP = 96  # characters that stand for a row
 
 
-def inspect(config: Config, folder: str | Path) -> dict[str, Any]:
+def inspect(config: Config, folder: str | AnyPath) -> dict[str, Any]:
     """Counts (of text: from a sample of up to LOOK_AT documents spread over the source; of token shards: exact), the lengths of
     the documents, the first ones, and rows packed from one stream of documents."""
     source, tokenizer = open_data(config, folder)
@@ -71,7 +72,7 @@ def _split(config: Config, source: Source) -> dict[str, Any]:
 
 def _exact(config: Config) -> dict[str, Any] | None:
     """What the manifest of token shards says."""
-    path = Path(config.data.path).expanduser() / MANIFEST
+    path = given_path(config.data.path, "data.path") / MANIFEST
     if not config.data.path or not path.is_file():
         return None
     manifest = parse_manifest(path.read_text(), str(path))
@@ -156,7 +157,7 @@ def _append_row(text: Text, row: list[dict[str, Any]], length: int) -> None:
                      "padding") + "\n", color)
 
 
-def save_picture(result: dict[str, Any], path: Path) -> Path | None:
+def save_picture(result: dict[str, Any], path: AnyPath) -> AnyPath | None:
     """The lengths of the documents as a figure. None without matplotlib."""
     bars = result["histogram"]
 

@@ -7,7 +7,8 @@ of `Tokenization`, so any process on any machine may write it, twice too. What i
     shard-00000-of-00016.json    the shard is complete, and what the manifest will say of it
     *.hashes, copies             see `copies`
 
-Whoever finds all shards complete writes the manifest and removes that folder.
+Whoever finds all shards complete writes the manifest and removes that folder. OUT may be in a bucket: every file of it is one
+object, which is there when all of it is.
 """
 
 from __future__ import annotations
@@ -18,24 +19,29 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
+from emo_jax import buckets
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Document, Source
-from emo_jax.data.shards import MANIFEST, Manifest, Shard, index_bytes, parse_manifest, parse_shard, sha256
+from emo_jax.data.shards import MANIFEST, Manifest, Shard, index_bytes, parse_manifest, parse_shard
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError, RunError
-from emo_jax.files import make_folder
+from emo_jax.files import AnyPath, list_files, make_folder, reason, remove_tree
 
 Report = Callable[[int, int], None]  # told of the documents and tokens that were worked on since the last call
 Work = Callable[["Tokenization", int, Report], object]  # what is done for the shard of a number
 OverShards = Callable[[Work, Sequence[int], str], None]  # does it for many; what: the work, for a person
+
+THREADS = 32  # small objects that are read at the same time
+BLOCK = 16 << 20  # bytes that are sent to a bucket at a time; it takes 10,000 of them
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Tokenization:
 
     source: Source
     tokenizer: Tokenizer
-    out: Path
+    out: AnyPath
     shards: int
     data: DataConfig
     seed: int
@@ -67,7 +73,7 @@ class Tokenization:
             raise RunError(f"{self.source.name}: document {i} cannot be read: {e}") from e
 
     @property
-    def unfinished(self) -> Path:
+    def unfinished(self) -> AnyPath:
         return self.out / "unfinished"
 
     @property
@@ -80,7 +86,7 @@ class Tokenization:
             "documents": len(self.source), "fingerprint": self.source.fingerprint, "shards": self.shards, "seed": self.seed,
             "min_tokens": self.min_tokens, "max_tokens": self.max_tokens, "no_duplicates": self.no_duplicates}
         return Manifest(self.dtype.name, self.tokenizer.eos_id, self.tokenizer.vocab_size,
-                        sha256(self.tokenizer.path.read_bytes()), self.source.name, settings, shards)
+                        self.tokenizer.sha256, self.source.name, settings, shards)
 
 
 def begin(job: Tokenization) -> Manifest | None:
@@ -96,7 +102,7 @@ def begin(job: Tokenization) -> Manifest | None:
         put(job, "unfinished/settings.json", [mine.dumps().encode()])
     _compare(job, parse_manifest(settings.read_text(), str(settings)), mine)
     if job.tokenizer.path != job.out / "tokenizer.json":
-        put(job, "tokenizer.json", [job.tokenizer.path.read_bytes()])
+        put(job, "tokenizer.json", [job.tokenizer.content])
     return None
 
 
@@ -111,12 +117,37 @@ def _compare(job: Tokenization, there: Manifest, mine: Manifest) -> None:
 
 def finish(job: Tokenization) -> Manifest | None:
     """Writes the manifest if all shards are complete. None where some are not."""
-    shards = [shard for number in range(job.shards) if (shard := finished(job, number))]
+    shards = finished(job, range(job.shards))
     if len(shards) == job.shards:
-        put(job, MANIFEST, [job.manifest(tuple(shards)).dumps().encode()])
-        shutil.rmtree(job.unfinished, ignore_errors=True)
+        put(job, MANIFEST, [job.manifest(tuple(shards.values())).dumps().encode()])
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it too
+            remove_tree(job.unfinished)
     path = job.out / MANIFEST  # another process may have been first
     return parse_manifest(path.read_text(), str(path)) if path.is_file() else None
+
+
+def finished(job: Tokenization, numbers: Sequence[int]) -> dict[int, Shard]:
+    """What is known of those of the shards that are complete, by one listing of the folder."""
+    root, files = list_files(str(job.out))
+    sizes = {str(file.path.relative_to(root)): file.size for file in files}
+
+    def read(number: int) -> Shard | None:
+        path = job.unfinished / f"{job.name(number)}.json"
+        try:
+            shard = parse_shard(json.loads(path.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # another process may have removed it
+            return None
+        except buckets.errors(path) as e:
+            raise RunError(f"{path}: cannot be read ({reason(e)})") from e
+        expected = [shard.tokens * job.dtype.itemsize, index_bytes(shard.documents)]
+        return shard if [sizes.get(shard.file), sizes.get(shard.index)] == expected else None
+
+    listed = [number for number in numbers if f"unfinished/{job.name(number)}.json" in sizes]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {number: shard for number, shard in zip(listed, pool.map(read, listed)) if shard}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -132,14 +163,21 @@ def room_for(job: Tokenization, name: str) -> Generator[None]:
 
 
 def put(job: Tokenization, name: str, blocks: Iterable[bytes]) -> str:
-    """Writes the file `name`: on the disk when it gets its name. Returns its hash."""
-    digest = hashlib.sha256()
+    """Writes the file `name`: on the disk, or an object in the bucket, when it gets its name. Returns its hash."""
+    digest, write = hashlib.sha256(), _write_file if isinstance(job.out, Path) else _write_object
+    with room_for(job, name), write(job, name) as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _write_file(job: Tokenization, name: str) -> Generator[IO[bytes]]:
     descriptor, temporary = tempfile.mkstemp(dir=job.unfinished)
     try:
-        with room_for(job, name), open(descriptor, "wb", 1 << 20) as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
+        with open(descriptor, "wb", 1 << 20) as file:
+            yield file
             file.flush()
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
@@ -147,14 +185,20 @@ def put(job: Tokenization, name: str, blocks: Iterable[bytes]) -> str:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return digest.hexdigest()
 
 
-def finished(job: Tokenization, number: int) -> Shard | None:
-    """What is known of a shard that is complete."""
+@contextlib.contextmanager
+def _write_object(job: Tokenization, name: str) -> Generator[IO[bytes]]:
+    url = str(job.out / name)
+    # Closing alone would make an object of what was written before an error.
+    file: Any = buckets.filesystem(url).open(url, "wb", block_size=BLOCK, autocommit=False)
     try:
-        shard = parse_shard(json.loads((job.unfinished / f"{job.name(number)}.json").read_bytes()))
-        sizes = [(job.out / name).stat().st_size for name in (shard.file, shard.index)]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return shard if sizes == [shard.tokens * job.dtype.itemsize, index_bytes(shard.documents)] else None
+        with file:
+            yield file
+        file.commit()
+    except BaseException as e:
+        with contextlib.suppress(Exception):
+            file.discard()
+        if not isinstance(e, Exception):
+            raise
+        raise RunError(f"{url}: cannot be written ({reason(e)}). Finished shards stay; the same command goes on") from e

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 from emo_jax.config import Config
@@ -23,17 +22,17 @@ from emo_jax.data.copies import copies_path, find_copies, write_hashes
 from emo_jax.data.order import split
 from emo_jax.data.shards import MANIFEST, Manifest
 from emo_jax.data.sources import open_source
-from emo_jax.data.tokenization import OverShards, Tokenization, Work, begin, finish
+from emo_jax.data.tokenization import OverShards, Tokenization, Work, begin, finish, finished
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.data.write_shard import write_shard
 from emo_jax.errors import InputError, RunError
-from emo_jax.files import given_path, make_folder
+from emo_jax.files import AnyPath, given_path, make_folder
 from emo_jax.progress import Progress
 
 SHARDS = 16
 
 
-def open_tokenization(config: Config, out: str | Path, shards: int = 0, min_tokens: int = 1, max_tokens: int = 0,
+def open_tokenization(config: Config, out: str | AnyPath, shards: int = 0, min_tokens: int = 1, max_tokens: int = 0,
                       no_duplicates: bool = False) -> Tokenization:
     """shards: 0 for SHARDS, or one a document where there are fewer."""
     data = config.data
@@ -67,7 +66,8 @@ def tokenize(job: Tokenization, processes: int = 0, part: tuple[int, int] = (0, 
                 # Those of the other jobs too, last, where they are not there yet: no job waits for one that may not run now.
                 over_shards(write_hashes, sorted(range(job.shards), key=lambda n: (n - index) % count), "hashing")
                 find_copies(job)
-            over_shards(write_shard, mine, "tokenizing")
+            done = finished(job, mine)
+            over_shards(write_shard, [number for number in mine if number not in done], "tokenizing")
         manifest = finish(job)
     return _result(job, manifest, mine)
 

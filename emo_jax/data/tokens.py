@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emo_jax.buckets import errors, is_url
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Document, Encoder, Source, hash_text
 from emo_jax.data.order import DocumentRanges
 from emo_jax.data.ranges import RangeReader
-from emo_jax.data.shards import MANIFEST, STRIDE, parse_manifest
+from emo_jax.data.shards import MANIFEST, STRIDE, index_bytes, parse_manifest
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.data.verify import verify
 from emo_jax.errors import InputError
-from emo_jax.files import given_path
+from emo_jax.files import given_path, reason
 
 MAX_HELD_OUT = 2_000  # held-out documents of a section that are looked at
 
@@ -180,22 +181,26 @@ def open_shards(data: DataConfig) -> TokenSource:
     """The folder of a manifest, see `shards`. Raises `InputError`."""
     folder = given_path(data.path, "data.path")
     try:
-        manifest = parse_manifest((folder / MANIFEST).read_text(), str(folder / MANIFEST))
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"data.path={data.path!r}: {MANIFEST} cannot be read ({e}); expected a folder that "
+        text = (folder / MANIFEST).read_text()
+    except (OSError, UnicodeDecodeError, *errors(folder)) as e:
+        raise InputError(f"data.path={data.path!r}: {MANIFEST} cannot be read ({reason(e)}); expected a folder that "
                          f"`emo-jax data tokenize` has finished") from None
+    manifest = parse_manifest(text, str(folder / MANIFEST))
     verify(folder, manifest)
     tokenizer = Tokenizer(data.tokenizer or folder / "tokenizer.json", data.eos_token)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise InputError(f"data.tokenizer={str(tokenizer.path)!r}: {data.path} was tokenized with another one, which lies in "
                          f"that folder; leave data.tokenizer empty")
     dtype = {"uint16": "<u2", "uint32": "<u4"}[manifest.dtype]
-    files, sections = [], []
+    files, sections, sizes = [], [], {}
     for number, shard in enumerate(manifest.shards):
-        files.append(TokenFile(str(folder / shard.file), dtype, 0, str(folder / shard.index), shard.documents))
+        file = TokenFile(str(folder / shard.file), dtype, 0, str(folder / shard.index), shard.documents)
+        files.append(file)
+        sizes |= {file.path: shard.tokens * np.dtype(dtype).itemsize, file.index: index_bytes(shard.documents)}
         token = document = 0
         for s in shard.sections:
             sections.append(TokenSection(number, s.label, s.held_out, token, s.tokens, document, s.documents))
             token, document = token + s.tokens, document + s.documents
     fingerprint = hash_text(*(shard.sha256 for shard in manifest.shards))
-    return TokenSource(data.path, files, sections, RangeReader(int(data.cache_gb * 1e9)), tokenizer, fingerprint)
+    reader = RangeReader(int(data.cache_gb * 1e9), sizes=sizes if is_url(folder) else {})
+    return TokenSource(data.path, files, sections, reader, tokenizer, fingerprint)

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from emo_jax.data.copies import copies_within, is_held_out
 from emo_jax.data.documents import Document
 from emo_jax.data.shards import Section, Shard, pack_index
-from emo_jax.data.tokenization import Report, Tokenization, finished, put, room_for
+from emo_jax.data.tokenization import Report, Tokenization, put, room_for
 from emo_jax.errors import InputError
 
 BATCH_CHARACTERS = 1 << 18  # that much text is given to the tokenizer at once
@@ -28,14 +29,13 @@ def silent(documents: int, tokens: int) -> None:
 
 
 def write_shard(job: Tokenization, number: int, report: Report = silent) -> Shard:
-    """Writes shard `number` and its index, unless they are there. Complete, or not at all. Memory: 100 bytes a document and
-    some MB of text. Raises `InputError` for documents that cannot be read, `RunError` where the disk is full."""
-    if shard := finished(job, number):
-        return shard
+    """Writes shard `number` and its index. Complete, or not at all. Memory: 100 bytes a document and some MB of text; disk: the
+    tokens of the shard, in the temporary directory where `job.out` is in a bucket. Raises `InputError` for documents that
+    cannot be read, `RunError` where the disk is full."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what runs at the same time
     name = job.name(number)
     # In the order of the source at first: a file without a name, which ends with this process.
-    with tempfile.TemporaryFile(dir=job.unfinished) as spool:
+    with tempfile.TemporaryFile(dir=job.unfinished if isinstance(job.out, Path) else None) as spool:
         with room_for(job, f"{name}.npy"):
             spooled = _spool(job, number, spool, report)
             spool.flush()
