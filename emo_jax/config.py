@@ -72,20 +72,20 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = ""  # file, folder, glob or TFDS directory; "": the text of the Python installation
+    path: str = ""  # file, folder or glob, local or in a bucket; "": the text of the Python installation
     # tokens: what `emo-jax data tokenize` wrote; olmo: flat token files, or a mix file of `label,path` lines.
     format: Literal["auto", "embedded", "jsonl", "text", "tfds", "arrayrecord", "parquet", "arrow", "tokens", "olmo"] = "auto"
     text_field: str = "text"
-    mix_root: str = ""  # where the relative paths of a mix file begin; "": the folder of the file
-    mix_tokenizer: str = "allenai/dolma2-tokenizer"  # what {TOKENIZER} in the paths of a mix file stands for
     tokens_field: str = ""  # of records that hold token ids instead of text
     label_field: str = "source"  # label of a document, for evaluation by label
     leave_out_labels: str = ""  # "a,b": documents of these labels are neither trained on nor held out
     tfds_split: str = "train"  # split of a TFDS dataset (slices such as train[:10%] too), or of a saved Hugging Face one
+    mix_root: str = ""  # where the relative paths of a mix file begin; "": the folder of the file
+    mix_tokenizer: str = "allenai/dolma2-tokenizer"  # what {TOKENIZER} in the paths of a mix file stands for
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
     sequence_length: int = 4096
-    packing: Literal["concat_and_split", "first_fit", "best_fit"] = "concat_and_split"  # best_fit: token files only
+    packing: Literal["concat_and_split", "first_fit", "best_fit"] = "concat_and_split"  # first_fit of text, best_fit of tokens
     order: Literal["blocks", "olmo"] = "blocks"  # of rows of token files; olmo: exactly the published order
     mixture: str = ""  # "label:weight,..." of token files, weights of tokens; "": all rows alike
     mixture_unit: Literal["tokens", "documents"] = "tokens"
@@ -99,7 +99,7 @@ class DataConfig:
     max_skipped: float = 0.0  # share of documents that may be skipped as unreadable; beyond it reading stops
     cache_gb: float = 1.0  # GB of memory for what was read from buckets, in each process that reads
     shuffle: bool = True
-    workers: int = 2  # tokenizing processes of each host; 0: in the training process
+    workers: int = 2  # of each host: tokenizing processes (0: in the training process), or threads that read token files
 
     @property
     def held_out_fraction(self) -> float:

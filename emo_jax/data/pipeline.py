@@ -177,6 +177,11 @@ def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, pr
     batch_size = config.train.batch_size
     if states is None:
         states = [initial_state() for _ in range(batch_size)]
+    d, default = config.data, DataConfig()
+    for name in ("mixture", "max_epochs", "order") if d.packing != "best_fit" else ("packing",):
+        if getattr(d, name) != getattr(default, name):
+            raise InputError(f"data.{name}={getattr(d, name)!r} is for token files, not for text; write them with "
+                             f"`emo-jax data tokenize`")
     numbers = streams_of(batch_size, len(states), first, process_index, process_count)
     if train_indices is None:
         train_indices, _ = split(source, config.data, config.seed)

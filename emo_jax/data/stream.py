@@ -30,6 +30,8 @@ class RowStream:
     def __init__(self, config: Config, source: TokenSource, before: tuple[RowStream, int] | None = None):
         self.config, self.source = config, source
         data = config.data
+        if data.packing == "first_fit":
+            raise InputError("data.packing='first_fit' is for text; give best_fit or concat_and_split for token files")
         sections = _sections_of_labels(source, data)
         if not sections:
             raise InputError(f"{source.name}: no documents to train on")

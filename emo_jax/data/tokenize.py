@@ -20,13 +20,13 @@ from emo_jax.config import Config
 from emo_jax.data.beam import workers as beam_workers
 from emo_jax.data.copies import copies_path, find_copies, write_hashes
 from emo_jax.data.order import split
-from emo_jax.data.shards import MANIFEST, Manifest
+from emo_jax.data.shards import Manifest
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenization import OverShards, Tokenization, Work, begin, finish, finished
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.data.write_shard import write_shard
 from emo_jax.errors import InputError, RunError
-from emo_jax.files import AnyPath, given_path, make_folder
+from emo_jax.files import AnyPath, make_folder
 from emo_jax.progress import Progress
 
 SHARDS = 16
@@ -36,11 +36,12 @@ def open_tokenization(config: Config, out: str | AnyPath, shards: int = 0, min_t
                       no_duplicates: bool = False) -> Tokenization:
     """shards: 0 for SHARDS, or one a document where there are fewer."""
     data = config.data
-    if data.format in ("tokens", "olmo") or (data.path and (given_path(data.path, "data.path") / MANIFEST).is_file()):
-        raise InputError(f"data.path={data.path!r} is tokenized already; expected documents")
     if 0 < max_tokens < min_tokens:
         raise InputError(f"--max-tokens {max_tokens} is less than --min-tokens {min_tokens}")
-    source, folder = open_source(data), make_folder(out)
+    source = open_source(data)
+    if source.tokenizer is not None:
+        raise InputError(f"data.path={data.path!r} is tokenized already; expected documents")
+    folder = make_folder(out)
     if shards > len(source):
         raise InputError(f"--shards {shards}: {source.name} has {len(source)} documents; expected at most one shard for each")
     for label in data.left_out if source.labels else ():
