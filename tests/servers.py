@@ -8,6 +8,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import socketserver
 import subprocess
 import sys
@@ -91,14 +92,18 @@ class Proxy:
         headers = {k: v for k, v in client.headers.items() if k.lower() not in ("connection", "transfer-encoding")}
         server.request(client.command, client.path, body, headers | {"Content-Length": str(len(body))})
         answer = server.getresponse()
-        data = answer.read()
+        data, status = answer.read(), answer.status
         server.close()
-        client.send_response_only(answer.status)
+        last = re.fullmatch(r"bytes=-(\d+)", client.headers.get("Range", "")) if status == 200 else None
+        size, data = len(data), data[-int(last[1]):] if last else data
+        client.send_response_only(206 if last else status)
+        if last:  # which the emulator of GCS does not know
+            client.send_header("Content-Range", f"bytes {size - len(data)}-{size - 1}/{size}")
         dropped = ("transfer-encoding", "connection") + (() if client.command == "HEAD" else ("content-length",))
         for name, value in answer.getheaders():
             if name.lower() not in dropped:
                 client.send_header(name, value)
-        if client.command != "HEAD" and answer.status not in (204, 304):
+        if client.command != "HEAD" and status not in (204, 304):
             client.send_header("Content-Length", str(len(data)))
         client.end_headers()
         self._wait_for_bandwidth(len(data))

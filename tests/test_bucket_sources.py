@@ -2,14 +2,19 @@
 
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import servers
+import test_data_columns as table_files
 from servers import BUCKET, SCHEMES, Fault
 from tiny_run import write_documents
 
@@ -17,11 +22,12 @@ from emo_jax import files
 from emo_jax.cli import main
 from emo_jax.config import Config, DataConfig, ModelConfig
 from emo_jax.data import tokenization
+from emo_jax.data.ranges import PAGE
 from emo_jax.data.shards import sha256
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenize import open_tokenization, tokenize
 from emo_jax.data.tokenizer import train_bpe
-from emo_jax.errors import RunError
+from emo_jax.errors import InputError, RunError
 
 METHOD = {"s3": "PUT", "gs": "POST"}  # that writes
 
@@ -59,6 +65,77 @@ def content(out) -> dict[str, bytes]:
     """By name, whatever is below a folder or URL."""
     root, found = files.list_files(str(out))
     return {str(f.path.relative_to(root)): f.path.read_bytes() for f in found}
+
+
+# ---- what is read ----
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file", "saved", "dict", "json"])
+def test_documents_of_a_bucket_are_those_of_a_folder(scheme, buckets, key, tmp_path, kind):
+    folder = table_files.write(kind, tmp_path)
+    url = put_folder(scheme, tmp_path, f"{key}-{kind}") + str(folder).removeprefix(str(tmp_path))
+    if kind == "json" and scheme == "s3":
+        with pytest.raises(InputError, match=f"{url}/c4.*: ArrayRecord files are read from local disks and gs:// only"):
+            open_source(DataConfig(path=url))
+        return
+    local, there = (open_source(DataConfig(path=str(path))) for path in (folder, url))
+    assert [local[i] for i in range(len(local))] == [there[i] for i in range(len(there))]
+    assert (local.labels, local.fingerprint) == (there.labels, there.fingerprint)
+    assert pickle.loads(pickle.dumps(there))[63] == local[63]
+
+
+def tall(kind: str, path: Path, rows: int = 400) -> Path:
+    """A file of 4 MB: long texts in ten blocks, beside a column that nobody asks for."""
+    rng = np.random.default_rng(0)
+    made = pa.table({"text": [rng.bytes(2_500).hex() for _ in range(rows)], "source": ["a"] * rows,
+                     "other": [rng.bytes(5_000) for _ in range(rows)]})
+    if kind == "parquet":
+        pq.write_table(made, path, row_group_size=rows // 10, use_dictionary=False)
+    else:
+        open_writer = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as out, open_writer(out, made.schema) as writer:
+            writer.write_table(made, max_chunksize=rows // 10)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_only_what_is_asked_for_is_read(scheme, buckets, key, tmp_path, kind):
+    path = tall(kind, tmp_path / ("d.parquet" if kind == "parquet" else "d.arrow"))
+    url = put_folder(scheme, tmp_path, f"{key}-{kind}")
+    buckets.reset()
+    local, there = open_source(DataConfig(path=str(path))), open_source(DataConfig(path=url))
+    opened, reader = there._reader.statistics(), there._reader
+    assert opened["fetched_bytes"] < (0.1 if kind == "parquet" else 0.4) * path.stat().st_size
+    assert there[105] == local[105] and there[101] == local[101]
+    more = reader.statistics()["fetched_bytes"] - opened["fetched_bytes"]
+    assert more < (2 if kind == "parquet" else 4) * 40 * 5_000 + 4 * PAGE
+    requests = buckets.proxies[scheme].requests
+    assert ("HEAD", True) not in [(method, path.name in asked) for method, asked, _ in requests]
+    if kind == "stream":  # where the batches lie is known from now on
+        again = open_source(DataConfig(path=url))
+        assert again._reader.statistics()["fetched_bytes"] <= 3 * PAGE and again[399] == local[399]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_a_shorter_object_is_named_when_it_is_opened_and_when_it_is_read(scheme, key, tmp_path, kind):
+    path = tall(kind, tmp_path / ("d.parquet" if kind == "parquet" else "d.arrow"))
+    url, data = put_folder(scheme, tmp_path, f"{key}-{kind}") + f"/{path.name}", path.read_bytes()
+    there = open_source(DataConfig(path=url))
+    fsspec.filesystem(scheme).pipe_file(url, data[:len(data) // 2])
+    with pytest.raises(InputError, match=f"{url}: not a complete (Parquet|Arrow) file"):
+        open_source(DataConfig(path=url))
+    with pytest.raises(InputError, match=f"{url}: the object ends at byte .* it was cut off, or changed while in use"):
+        pickle.loads(pickle.dumps(there))[399]
+
+
+def test_a_saved_dataset_that_lacks_a_file_is_named(scheme, key, tmp_path):
+    folder = table_files.write("dict", tmp_path)
+    (folder / "train" / "data-00001-of-00002.arrow").unlink()
+    url = put_folder(scheme, folder, key)
+    with pytest.raises(InputError, match=f"{url}/train/data-00001-of-00002.arrow: no such file, though the dataset names it"):
+        open_source(DataConfig(path=url))
+    with pytest.raises(InputError, match=r"has the splits \['train', 'test'\]"):
+        open_source(DataConfig(path=url, tfds_split="validation"))
 
 
 # ---- what is written ----

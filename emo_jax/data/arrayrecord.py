@@ -1,19 +1,24 @@
-"""ArrayRecord files. A record is a tf.train.Example (as TFDS and MaxText write it), a JSON object, or text."""
+"""ArrayRecord files. A record is a tf.train.Example (as TFDS and MaxText write it), a JSON object, or text.
+
+Their library reads local files, and those in gs:// by a request a record; it cannot be given what somebody else has read.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from emo_jax import buckets
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Document, Recent, Source, UnreadableDocument, hash_text, require_unchanged
 from emo_jax.data.records import label_of, label_of_file, text_of, tokens_of
 from emo_jax.errors import InputError
+from emo_jax.files import Listed
 from emo_jax.progress import track
 
 MAX_OPEN = 64  # readers: each keeps its file's index, 8 bytes a record
@@ -23,18 +28,18 @@ FIRST = 100  # records among which one must be whole
 class ArrayRecordSource(Source):
     """What the records are is told from the first one. Records are not checked in advance."""
 
-    def __init__(self, data: DataConfig, paths: Sequence[Path]):
+    def __init__(self, data: DataConfig, files: Sequence[Listed]):
         self.name, self._data = data.path, data
-        self._paths, self._sizes = [str(p) for p in paths], [p.stat().st_size for p in paths]
-        self._default_labels = [label_of_file(p) for p in paths]
+        self._paths, self._sizes = [str(f.path) for f in files], [f.size for f in files]
+        self._default_labels = [label_of_file(f.path) for f in files]
         self._readers = Recent(_open, MAX_OPEN)
         with ThreadPoolExecutor(16) as pool:
-            counts = list(track(pool.map(_count, self._paths), f"opening {self.name}", "files", total=len(paths)))
+            counts = list(track(pool.map(_count, self._paths), f"opening {self.name}", "files", total=len(files)))
         self._starts = np.cumsum([0, *counts])
         if not len(self):
-            raise InputError(f"data.path={self.name!r}: no records in its {len(paths)} files; expected documents")
+            raise InputError(f"data.path={self.name!r}: no records in its {len(files)} files; expected documents")
         self.labels = []
-        self.fingerprint = hash_text(*(x for p, size, n in zip(paths, self._sizes, counts) for x in (p.name, size, n)))
+        self.fingerprint = hash_text(*(x for f, n in zip(files, counts) for x in (f.path.name, f.size, n)))
         self._kind = self._find_kind()
 
     def __len__(self) -> int:
@@ -152,9 +157,19 @@ _PARSERS = {"Example": _example, "JSON": _json}
 
 
 def _open(path: str) -> Any:
+    require_readable(path)
     from array_record.python.array_record_module import ArrayRecordReader  # ty: ignore[import-not-found]
 
     return ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=1 << 15)
+
+
+def require_readable(path: object) -> None:
+    """Raises `InputError` for files that the library does not read, in which it would see no records."""
+    if buckets.is_url(path) and not str(path).startswith("gs://"):
+        raise InputError(f"{path}: ArrayRecord files are read from local disks and gs:// only; write the documents as Parquet "
+                         f"or .jsonl, or tokenize them where they can be read")
+    if buckets.is_url(path) and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+        os.environ.setdefault("CLOUD_STORAGE_EMULATOR_ENDPOINT", emulator)
 
 
 def _count(path: str) -> int:

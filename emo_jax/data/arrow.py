@@ -1,84 +1,107 @@
-"""Hugging Face datasets saved to disk, and other Arrow files (IPC streams and files), mapped into memory."""
+"""Hugging Face datasets saved to disk, and other Arrow files (IPC streams and files). Local ones are mapped into memory; of an
+object in a bucket, a record batch is one read of a range."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emo_jax.buckets import errors, is_url
 from emo_jax.config import DataConfig
+from emo_jax.data.arrow_messages import BATCH, DICTIONARY, SCHEMA, messages
 from emo_jax.data.columns import ColumnSource
-from emo_jax.data.documents import Recent
+from emo_jax.data.documents import Recent, cache_folder, hash_text
 from emo_jax.errors import InputError
+from emo_jax.files import AnyPath, Listed, list_files, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_OPEN = 64  # files
 _MAGIC = b"ARROW1"  # an IPC file begins with it, a stream does not
+_FIRST = 8  # byte of the first message in such a file
 
 
 class ArrowSource(ColumnSource):
-    """A stream, as `datasets` writes it, has no table of contents: where its batches begin is found when it is opened."""
+    """Where the batches of a file begin is found when it is opened; of an object, it is kept in the cache folder."""
 
-    def __init__(self, data: DataConfig, paths: Sequence[Path]):
-        self._positions: list[np.ndarray | None] = []  # of the batches of each file, in bytes; None: an IPC file
-        self._maps, self._schemas = Recent(_map, MAX_OPEN), Recent(_schema, MAX_OPEN)
-        super().__init__(data, paths)
+    def __init__(self, data: DataConfig, files: Sequence[Listed]):
+        self._positions: dict[str, np.ndarray] = {}  # see `_scan`; not of IPC files, which have a table of contents
+        self._maps, self._ipc_files = Recent(_map, MAX_OPEN), Recent(self._ipc_file, MAX_OPEN)
+        self._schemas = Recent(self._schema, MAX_OPEN)
+        super().__init__(data, files)
 
-    def _open(self, path: str) -> tuple[pa.Schema, list[int]]:
+    def _open(self, file: Listed) -> tuple[pa.Schema, list[int]]:
         import pyarrow as pa
 
+        path = str(file.path)
         try:
-            content, schema = _map(path), _schema(path)
-            if _is_file(content):
-                reader, positions = pa.ipc.open_file(content), None
-                rows = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
-            else:
-                rows, positions = _scan(path, content, schema)
+            is_file = self._reader.read(path, 0, min(len(_MAGIC), file.size)) == _MAGIC
+            schema = self._ipc_file(path).schema if is_file else None
+            positions = self._scan(file, _FIRST if is_file else 0)
+            if schema is None:
+                self._positions[path] = positions
+                schema = self._schema(path)
         except (pa.ArrowException, OSError, EOFError) as e:
             raise InputError(f"{path}: not a complete Arrow file ({e})") from None
-        self._positions.append(positions)
-        return schema, rows
+        return schema, positions[1:, 2].tolist()
+
+    def _scan(self, file: Listed, start: int) -> np.ndarray:
+        """[1 + n, 3] int64: first byte, end and rows of the schema's message and of the n batches'."""
+        path = str(file.path)
+        kept = cache_folder() / "arrow" / f"{hash_text(path, file.size, file.version)}.npy"
+        if is_url(path) and kept.is_file():
+            return np.load(kept)
+        found = list(messages(self._reader, path, start, file.size))
+        if [m.kind for m in found[:1]] != [SCHEMA]:
+            raise EOFError("no schema at its beginning")
+        if not start and any(m.kind == DICTIONARY for m in found):
+            raise InputError(f"{path}: an Arrow stream with dictionary columns, which cannot be read from the middle; "
+                             f"write it as an Arrow file or as Parquet")
+        positions = np.array([(m.start, m.end, m.rows) for m in found if m.kind in (SCHEMA, BATCH)], np.int64)
+        if is_url(path):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept, f".{hash_text(id(positions))}.tmp") as temporary, open(temporary, "wb") as out:
+                np.save(out, positions)
+        return positions
 
     def _read(self, file: int, block: int, field: str) -> pa.Array:
         import pyarrow as pa
 
-        path, positions = self._paths[file], self._positions[file]
-        content = self._maps.get(path)
-        if positions is None:
-            batch = pa.ipc.open_file(content).get_batch(block)
-        else:
-            message = pa.ipc.read_message(content.slice(int(positions[block])))
+        path = self._paths[file]
+        if path in self._positions:
+            message = pa.ipc.read_message(self._message(path, block + 1))
             batch = pa.ipc.read_record_batch(message, self._schemas.get(path))
-        return batch.column(field)
+        else:
+            batch = self._ipc_files.get(path).get_batch(block)
+        column = batch.column(field)
+        # A copy: else the other columns, which came with it, would stay in memory too.
+        return pa.concat_arrays([column, column.slice(0, 0)]) if is_url(path) else column
+
+    def _message(self, path: str, number: int) -> pa.Buffer:
+        import pyarrow as pa
+
+        start, end, _ = self._positions[path][number].tolist()
+        return (pa.py_buffer(self._reader.read(path, start, end - start)) if is_url(path) else
+                self._maps.get(path).slice(start, end - start))
+
+    def _schema(self, path: str) -> pa.Schema:
+        import pyarrow as pa
+
+        return pa.ipc.read_schema(self._message(path, 0))
+
+    def _ipc_file(self, path: str) -> Any:
+        import pyarrow as pa
+
+        return pa.ipc.open_file(self._reader.open_raw(path, self._reader.sizes[path]) if is_url(path) else _map(path))
 
 
-def _scan(path: str, content: pa.Buffer, schema: pa.Schema) -> tuple[list[int], np.ndarray]:
-    """(rows, position in bytes) of the batches of a stream."""
-    import pyarrow as pa
-
-    stream, rows, positions = pa.BufferReader(content), [], []
-    pa.ipc.read_message(stream)  # the schema
-    while True:
-        position = stream.tell()
-        try:
-            message = pa.ipc.read_message(stream)
-        except EOFError:  # the end of the stream; an end within a message is another error
-            return rows, np.array(positions, np.int64)
-        if message.type == "dictionary":
-            raise InputError(f"{path}: an Arrow stream with dictionary columns, which cannot be read from the middle; "
-                             f"write it as an Arrow file or as Parquet")
-        rows.append(pa.ipc.read_record_batch(message, schema).num_rows)
-        positions.append(position)
-
-
-def saved_files(folder: Path, split: str) -> list[Path]:
+def saved_files(folder: AnyPath, split: str) -> list[Listed]:
     """The files of a dataset that was saved to `folder` with `save_to_disk`: of its only part, or of the split of a dict.
-    [] if nothing was. Raises `InputError` naming the splits."""
+    [] if nothing was. Raises `InputError` naming the splits, or the file that is not there."""
     if (described := folder / "dataset_dict.json").is_file():
         splits = _json(described, "splits")
         if split not in splits:
@@ -86,13 +109,18 @@ def saved_files(folder: Path, split: str) -> list[Path]:
         folder /= split
     if not (state := folder / "state.json").is_file():
         return []
-    return [folder / f["filename"] for f in _json(state, "_data_files")]
+    there = {file.path: file for file in list_files(str(folder))[1]}
+    named = [folder / f["filename"] for f in _json(state, "_data_files")]
+    for path in named:
+        if path not in there:
+            raise InputError(f"{path}: no such file, though the dataset names it")
+    return [there[path] for path in named]
 
 
-def _json(path: Path, field: str) -> list:
+def _json(path: AnyPath, field: str) -> list:
     try:
         return list(json.loads(path.read_text())[field])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, *errors(path)) as e:
         raise InputError(f"{path}: not the description of a saved dataset ({type(e).__name__}: {e})") from None
 
 
@@ -101,14 +129,3 @@ def _map(path: str) -> pa.Buffer:
     import pyarrow as pa
 
     return pa.memory_map(path).read_buffer()
-
-
-def _is_file(content: pa.Buffer) -> bool:
-    return content.slice(0, min(len(_MAGIC), content.size)).to_pybytes() == _MAGIC
-
-
-def _schema(path: str) -> pa.Schema:
-    import pyarrow as pa
-
-    content = _map(path)
-    return (pa.ipc.open_file(content) if _is_file(content) else pa.ipc.open_stream(content)).schema

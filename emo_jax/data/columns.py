@@ -4,52 +4,57 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Document, Recent, Source, UnreadableDocument, hash_text, require_unchanged
+from emo_jax.data.ranges import RangeReader
 from emo_jax.data.records import label_of, label_of_file, text_of, tokens_of
 from emo_jax.errors import InputError
+from emo_jax.files import Listed
 from emo_jax.progress import track
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+THREADS = 16  # files that are opened at the same time
 CACHE_BYTES = 1 << 28  # of columns that were read last, in each process
 
 
 class ColumnSource(Source):
     """The rows of files, each a sequence of blocks (row groups, record batches) of columns, of which only those that are
-    needed are read. Rows are not checked in advance."""
+    needed are read. Rows are not checked in advance. Objects of a bucket are read by ranges."""
 
-    def __init__(self, data: DataConfig, paths: Sequence[Path]):
+    def __init__(self, data: DataConfig, files: Sequence[Listed]):
         _require_pyarrow(data.path)
         name = self.name = data.path
         self._tokens_field, self._text_field = data.tokens_field, data.text_field
         self._label_field = data.label_field
-        self._paths, self._sizes = [str(p) for p in paths], [p.stat().st_size for p in paths]
-        self._default_labels = [label_of_file(p) for p in paths]
+        self._paths, self._sizes = [str(f.path) for f in files], [f.size for f in files]
+        self._default_labels = [label_of_file(f.path) for f in files]
+        self._reader = RangeReader(int(data.cache_gb * 1e9), sizes=dict(zip(self._paths, self._sizes)))
         rows, blocks, names = [], [], []
-        for path in track(self._paths, f"opening {name}", "files"):
-            schema, rows_of_blocks = self._open(path)
-            names.append(self._check_schema(path, schema))
-            rows += rows_of_blocks
-            blocks.append(len(rows_of_blocks))
+        with ThreadPoolExecutor(THREADS) as pool:
+            opened = track(pool.map(self._open, files), f"opening {name}", "files", total=len(files))
+            for path, (schema, rows_of_blocks) in zip(self._paths, opened):
+                names.append(self._check_schema(path, schema))
+                rows += rows_of_blocks
+                blocks.append(len(rows_of_blocks))
         self._label_names: list[tuple[str, ...] | None] = names  # of each file; None: it has no labels
         self._starts = np.cumsum([0, *rows])  # the first document of each block
         self._blocks = np.cumsum([0, *blocks])  # the first block of each file
         self._columns = Recent(self._read, CACHE_BYTES, _bytes)
         if not len(self):
-            raise InputError(f"data.path={name!r}: no rows in its {len(paths)} files; expected documents")
+            raise InputError(f"data.path={name!r}: no rows in its {len(files)} files; expected documents")
         unlabelled = [label for label, names in zip(self._default_labels, self._label_names) if names is None]
-        self.labels = sorted(set(unlabelled)) if len(unlabelled) == len(paths) else []
-        self.fingerprint = hash_text(*(x for p, size in zip(paths, self._sizes) for x in (p.name, size)), len(self))
+        self.labels = sorted(set(unlabelled)) if len(unlabelled) == len(files) else []
+        self.fingerprint = hash_text(*(x for f in files for x in (f.path.name, f.size)), len(self))
 
-    def _open(self, path: str) -> tuple[pa.Schema, list[int]]:
-        """(schema, rows of each block). Raises `InputError` for what is no such file."""
+    def _open(self, file: Listed) -> tuple[pa.Schema, list[int]]:
+        """(schema, rows of each block), in a thread of several. Raises `InputError` for what is no such file."""
         raise NotImplementedError
 
     def _read(self, file: int, block: int, field: str) -> pa.Array | pa.ChunkedArray:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from emo_jax.buckets import is_url
 from emo_jax.errors import InputError, RunError
 
 MAX_LABELS = 64  # of a source, for labels to go with its rows
@@ -131,7 +132,10 @@ class Recent:
 
 
 def require_unchanged(path: str, size: int) -> None:
-    """Raises `RunError` if the file is not there any more or has not `size` bytes as when it was opened."""
+    """Raises `RunError` if the file is not there any more or has not `size` bytes as when it was opened. Who reads a range of
+    an object is told."""
+    if is_url(path):
+        return
     try:
         now = os.stat(path).st_size
     except OSError as e:

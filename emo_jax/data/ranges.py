@@ -93,8 +93,12 @@ class RangeReader:
 
     def open(self, path: str, size: int) -> io.BufferedReader:
         """A file of that size, to be read from its beginning or anywhere."""
+        return io.BufferedReader(self.open_raw(path, size), MERGED)
+
+    def open_raw(self, path: str, size: int) -> io.RawIOBase:
+        """Likewise, for who reads no more and no less than it needs at a time."""
         self.sizes[path] = size
-        return io.BufferedReader(_Opened(self, path, size), MERGED)
+        return _Opened(self, path, size)
 
     def forget(self) -> None:
         """Drops all pages that were kept."""

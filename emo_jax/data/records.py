@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from emo_jax.files import AnyPath
+
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -62,11 +64,12 @@ def label_of(value: Any, field: str, default: str, names: tuple[str, ...] = ()) 
     return str(value)
 
 
-def label_of_file(path: Path) -> str:
+def label_of_file(path: AnyPath) -> str:
     """The label of documents that have none: the file's name without its endings and shard number, or the folder's where
     that says nothing."""
     stem = _SHARD.sub("", path.name.split(".")[0])
-    return path.resolve().parent.name if stem in ("", "data", "part") or stem.isdigit() else stem
+    whole = path.resolve() if isinstance(path, Path) else path
+    return whole.parent.name if stem in ("", "data", "part") or stem.isdigit() else stem
 
 
 def _kind(value: Any) -> str:

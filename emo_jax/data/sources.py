@@ -71,18 +71,8 @@ def _is_tokenized(folder: AnyPath) -> bool:
 
 
 def _open_arrow(data: DataConfig, listing: Listing | None) -> Source:
-    saved = saved_files(_local(given_path(data.path, "data.path")), data.tfds_split)
-    if not saved:
-        return ArrowSource(data, _paths(data, "arrow", listing))
-    for path in saved:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file, though the dataset names it")
-    return ArrowSource(data, saved)
-
-
-def _open_tfds(data: DataConfig, listing: Listing | None) -> Source:
-    _local(given_path(data.path, "data.path"))
-    return TfdsSource(data)
+    saved = saved_files(given_path(data.path, "data.path"), data.tfds_split)
+    return ArrowSource(data, saved or _find(data.path, "arrow", listing)[1])
 
 
 def _open_olmo(data: DataConfig, listing: Listing | None) -> Source:
@@ -94,13 +84,15 @@ def _open_olmo(data: DataConfig, listing: Listing | None) -> Source:
 FORMATS = {  # folders are looked at in this order
     "tokens": Format("a folder of emo-jax data tokenize", lambda data, _: open_shards(data), is_folder=_is_tokenized),
     "arrow": Format(".arrow (and Hugging Face datasets saved to disk)", _open_arrow, r"\.arrow$", _is_saved_dataset),
-    "tfds": Format("a TFDS dataset's version folder", _open_tfds, is_folder=_is_tfds),
+    "tfds": Format("a TFDS dataset's version folder", lambda data, _: TfdsSource(data), is_folder=_is_tfds),
     "jsonl": Format(".jsonl[.gz|.zst]", lambda data, files: JsonlSource(data, _find(data.path, "jsonl", files)[1]),
                     r"\.jsonl?(\.gz|\.zst)?$"),
     "text": Format(".txt", lambda data, files: TextSource(data, *_find(data.path, "text", files)), r"\.txt$"),
-    "arrayrecord": Format(".array_record", lambda data, files: ArrayRecordSource(data, _paths(data, "arrayrecord", files)),
-                          r"\.array_?record(-\d+-of-\d+)?$"),
-    "parquet": Format(".parquet", lambda data, files: ParquetSource(data, _paths(data, "parquet", files)), r"\.parquet$"),
+    "arrayrecord": Format(
+        ".array_record", lambda data, files: ArrayRecordSource(data, _find(data.path, "arrayrecord", files)[1]),
+        r"\.array_?record(-\d+-of-\d+)?$"),
+    "parquet": Format(".parquet", lambda data, files: ParquetSource(data, _find(data.path, "parquet", files)[1]),
+                      r"\.parquet$"),
     "olmo": Format(".npy of token ids", _open_olmo, r"\.npy$"),
     "embedded": Format("", lambda data, _: EmbeddedSource()),
 }
@@ -147,16 +139,6 @@ def _find(given: str, kind: str, listing: Listing | None) -> Listing:
         if isinstance(path, Path) and not os.access(path, os.R_OK):
             raise InputError(f"{path}: cannot be read (permission denied)")
     return root, files
-
-
-def _paths(data: DataConfig, kind: str, listing: Listing | None) -> list[Path]:
-    return [_local(f.path) for f in _find(data.path, kind, listing)[1]]
-
-
-def _local(path: AnyPath) -> Path:
-    if not isinstance(path, Path):
-        raise InputError(f"{path}: files of this format are read from local disks only; tokenize them, or write them as .jsonl")
-    return path
 
 
 def _existing(given: str) -> Listing:

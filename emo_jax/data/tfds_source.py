@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from emo_jax.config import DataConfig
+from emo_jax.data.arrayrecord import require_readable
 from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
 from emo_jax.data.records import label_of, text_of, tokens_of
 from emo_jax.errors import InputError
+from emo_jax.files import given_path
 
 
 class TfdsSource(Source):
@@ -25,9 +26,10 @@ class TfdsSource(Source):
         path, split = data.path, data.tfds_split
         self.name, self.labels, self._tokens = f"{path}:{split}", [], bool(data.tokens_field)
         self._field, setting = (data.tokens_field, "tokens_field") if self._tokens else (data.text_field, "text_field")
+        folder = given_path(path, "data.path")
+        require_readable(folder)
         try:
-            is_folder = Path(path).expanduser().is_dir()
-            builder: Any = tfds.builder_from_directory(str(Path(path).expanduser())) if is_folder else tfds.builder(path)
+            builder: Any = tfds.builder_from_directory(str(folder)) if folder.is_dir() else tfds.builder(path)
         except Exception as e:  # the many ways of tfds to say that there is no such dataset
             raise InputError(f"data.path={path!r}: no TFDS dataset there: {_first_line(e)}") from None
         splits = list(builder.info.splits)
