@@ -24,7 +24,7 @@ DOCUMENTS = [{"text": f"document {i} é " * (1 + i % 7), "source": "abc"[i % 3],
 class Tokens:
     """As much of a tokenizer as a source of token ids needs."""
 
-    eos_id, vocab_size = 99, 100
+    eos_id, vocab_size, sha256 = 99, 100, ""
 
     def encode_document(self, text):
         raise AssertionError("token ids are not tokenized")

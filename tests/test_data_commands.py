@@ -13,12 +13,13 @@ from emo_jax import progress
 from emo_jax.checkpoints import description
 from emo_jax.cli import main
 from emo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from emo_jax.data.bench import bench, bench_report
 from emo_jax.data.inspect import _exact, inspect, inspect_report, save_picture
 from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenize import open_tokenization, tokenize
 from emo_jax.data.tokenizer import Tokenizer
-from emo_jax.data.tools import bench, open_data
+from emo_jax.data.tools import open_data
 from emo_jax.data.window import window, window_report
 
 
@@ -99,7 +100,7 @@ def test_window_shows_the_rows_that_training_reads(config, tmp_path, packing):
                     document = source[piece["document"]]
                     assert piece["label"] == document.label and piece["loss_tokens"] == row["loss_weights"][at].sum()
                     assert piece["text"].removesuffix("<|endoftext|>") in document.text
-                    assert piece["where"] == f"{config.data.path}: record {piece['document']}"
+                    assert piece["where"] == f"{config.data.path}: document {piece['document'] + 1}"
 
 
 def test_window_of_a_run_starts_at_its_checkpoint(tmp_path, capsys, monkeypatch):
@@ -130,11 +131,31 @@ def test_window_of_a_run_starts_at_its_checkpoint(tmp_path, capsys, monkeypatch)
 
 
 def test_bench_measures_each_number_of_workers(config, tmp_path):
-    results = bench(config, tmp_path, workers=[0, 1], seconds=0.2)
-    assert [r["workers"] for r in results] == [0, 1]
+    alone, *results = bench(config, tmp_path, workers=[0, 1], seconds=0.2)
+    assert [r["what"] for r in results] == ["0 workers", "1 workers"]
     for r in results:
         assert r["tokens_per_second"] == pytest.approx(32 * r["rows_per_second"]) and r["rows_per_second"] > 0
-        assert 0 <= r["padding"] < 1
+        assert 0 <= r["padding"] < 1 and sum(r["parts"].values()) == pytest.approx(1)
+    ratio = results[0]["tokens_per_cpu_second"] / alone["tokens_per_cpu_second"]
+    assert results[0]["of_tokenizer"] == pytest.approx(ratio)
+
+
+def test_bench_compares_token_files_with_a_plain_read_and_with_grain(config, tmp_path):
+    tokenize(open_tokenization(config, tmp_path / "tokens", shards=2), 1)
+    on_tokens = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path / "tokens")))
+    first, rows, plain, grain = bench(on_tokens, tmp_path, workers=[0, 2], seconds=0.2, against_grain=True)
+    assert first["what"] == "first batch" and rows["what"] == "2 threads" and "Grain" in grain["what"]
+    assert rows["of_plain_read"] == pytest.approx(rows["tokens_per_second"] / plain["tokens_per_second"])
+    assert grain["tokens_per_second"] > 0 and "of a plain read" in bench_report([first, rows, plain, grain])
+
+
+def test_inspect_shows_token_files(config, tmp_path):
+    tokenize(open_tokenization(config, tmp_path / "tokens", shards=2), 1)
+    on_tokens = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path / "tokens")))
+    result = inspect(on_tokens, tmp_path)
+    assert result["exact"] and result["documents"] == 60 and result["train_documents"] + result["eval_documents"] == 60
+    assert {p["label"] for row in result["rows"] for p in row if p["segment"]} <= {"even", "odd"}
+    assert "tokens a document" in inspect_report(result)
 
 
 def test_reading_many_documents_shows_progress(config, tmp_path, capfd, monkeypatch):

@@ -19,16 +19,17 @@ from emo_jax.data.documents import Source
 from emo_jax.data.order import split
 from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.shards import MANIFEST, parse_manifest
+from emo_jax.data.stream import RowStream
 from emo_jax.data.tokenizer import Tokenizer
+from emo_jax.data.tokens import TokenSource
 from emo_jax.data.tools import open_data
 from emo_jax.data.window import describe_row
 from emo_jax.files import AnyPath, given_path
-from emo_jax.progress import say, track
+from emo_jax.progress import track
 
 LOOK_AT = 2_000  # documents that are read
 ROWS = 16  # rows that are packed
 SHOWN = 3  # of each
-LONG = 2_000_000  # characters: tokenizing more takes seconds
 STRIP = 96  # characters that stand for a row
 
 
@@ -41,8 +42,6 @@ def inspect(config: Config, folder: str | AnyPath) -> dict[str, Any]:
     bytes_of_token = tokenizer.token_bytes()
     for i in track(sample, f"reading a sample of {source.name}", "documents"):
         document = source[int(i)]
-        if len(document.text) > LONG:
-            say(f"document {i} has {len(document.text):,} characters")
         tokens = tokenizer.encode_document(document.text) if document.tokens is None else document.tokens
         labels[document.label] += 1
         num_bytes += len(document.text.encode()) if document.tokens is None else int(bytes_of_token[tokens].sum())
@@ -88,7 +87,10 @@ def _exact(config: Config) -> dict[str, Any] | None:
 
 
 def _rows(config: Config, source: Source, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
-    """ROWS rows of one stream. A batch has many streams, whose first rows would need as many times the reading."""
+    """ROWS rows; of text, of one stream. A batch has many streams, whose first rows would need as many times the reading."""
+    if isinstance(source, TokenSource):
+        made = RowStream(config, source).rows(np.arange(ROWS))
+        return [describe_row({name: array[i] for name, array in made.items()}, source, tokenizer) for i in range(ROWS)]
     one = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0),
                               train=dataclasses.replace(config.train, batch_size=1, microbatches=1))
     iterator = make_train_iterator(one, source, tokenizer)
