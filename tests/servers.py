@@ -175,6 +175,7 @@ def _serve() -> None:
     from moto.server import ThreadedMotoServer
 
     logging.disable()
+    http.server.HTTPServer.request_queue_size = 256  # else, of many connections at once, most wait for seconds
     objects.download = _with_generation(objects.download)
     from gcp_storage_emulator.server import create_server  # which looks up the handlers as they are now
 

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import os
 import pickle
+import random
 import re
 import threading
 import time
@@ -80,13 +81,19 @@ def test_near_pages_are_one_request_and_kept_ones_none(buckets):
 
 
 def test_pages_stay_within_the_budget(buckets):
-    data = os.urandom(64 * PAGE)
-    url, reader = put("gs", "budget.bin", data), RangeReader(budget=4 * PAGE)
+    data = os.urandom(4 * MERGED)
+    url, reader = put("gs", "budget.bin", data), RangeReader(budget=2 * MERGED + PAGE)
     assert reader.read(url, 0, len(data)) == data
-    assert reader.statistics()["cached_bytes"] == 4 * PAGE
+    assert reader.statistics()["cached_bytes"] == 2 * MERGED
     before = reader.statistics()["requests"]
-    assert reader.read(url, 60 * PAGE, 4 * PAGE) == data[60 * PAGE:] and reader.statistics()["requests"] == before
+    assert reader.read(url, 2 * MERGED, MERGED) == data[2 * MERGED:3 * MERGED] and reader.statistics()["requests"] == before
     assert reader.read(url, 0, 1) == data[:1] and reader.statistics()["requests"] == before + 1
+    assert reader.read(url, MERGED, MERGED) == data[MERGED:2 * MERGED]  # now the last block goes, not the one used since
+    assert reader.read(url, 2 * MERGED, 1) == data[2 * MERGED:][:1] and reader.statistics()["requests"] == before + 2
+    assert reader.statistics()["cached_bytes"] <= 2 * MERGED + PAGE
+    for start in random.Random(0).choices(range(len(data) - 3 * PAGE), k=200):  # blocks that overlap
+        assert reader.read(url, start, 3 * PAGE) == data[start:start + 3 * PAGE]
+    assert 0 < reader.statistics()["cached_bytes"] <= 2 * MERGED + PAGE
 
 
 def test_threads_share_what_one_of_them_is_reading(buckets):

@@ -52,8 +52,8 @@ RETRIES = Retries()
 class RangeReader:
     """Thread-safe. A pickled copy starts with no file open and nothing kept.
 
-    budget: bytes of memory for pages of objects. max_open: local files that stay open. sizes: of objects, where they are known
-    from a listing, which saves a request at the end of each.
+    budget: bytes of memory for what was read of objects; what one request read is let go together. max_open: local files that
+    stay open. sizes: of objects, where they are known from a listing, which saves a request at the end of each.
     """
 
     def __init__(self, budget: int = 1 << 30, max_open: int = 64, retries: Retries = RETRIES,
@@ -61,9 +61,11 @@ class RangeReader:
         self.budget, self.max_open, self.retries, self.sizes = budget, max_open, retries, dict(sizes or {})
         self._lock = threading.Lock()
         self._open: OrderedDict[str, Any] = OrderedDict()
-        self._pages: OrderedDict[Page, bytes] = OrderedDict()  # the most recent is last
+        self._pages: dict[Page, tuple[memoryview, int]] = {}  # and the number of the block that it is part of
+        self._blocks: OrderedDict[int, tuple[int, list[Page]]] = OrderedDict()  # bytes and pages; the most recent is last
         self._coming: dict[Page, Future] = {}
         self._stores: dict[str, Any] = {}
+        self._last_block = 0
         self._counts = dict.fromkeys(("asked_bytes", "fetched_bytes", "requests", "cached_bytes", "retries"), 0)
 
     def read(self, path: str, start: int, length: int) -> bytes:
@@ -132,14 +134,14 @@ class RangeReader:
 
     # ---- objects ----
 
-    def _get(self, wanted: list[Page]) -> dict[Page, bytes]:
+    def _get(self, wanted: list[Page]) -> dict[Page, memoryview]:
         """The pages: kept ones, those that another thread is fetching, and the others, fetched here."""
         found, awaited, mine = {}, {}, {}
         with self._lock:
             for page in wanted:
                 if page in self._pages:
-                    self._pages.move_to_end(page)
-                    found[page] = self._pages[page]
+                    found[page], block = self._pages[page]
+                    self._blocks.move_to_end(block)
                 elif page in self._coming:
                     awaited[page] = self._coming[page]
                 else:
@@ -157,7 +159,7 @@ class RangeReader:
                     del self._coming[page]
         return found | {page: future.result() for page, future in awaited.items()}
 
-    def _fetch(self, runs: list[Run], mine: dict[Page, Future], found: dict[Page, bytes]) -> None:
+    def _fetch(self, runs: list[Run], mine: dict[Page, Future], found: dict[Page, memoryview]) -> None:
         """Reads all runs at once, then again those that failed, after ever longer pauses."""
         r, failed = self.retries, []
         for attempt in range(1, r.tries + 1):
@@ -165,15 +167,11 @@ class RangeReader:
             failed = []
             for run, future in reads:
                 try:
-                    data = self._answer(run, future)
+                    self._keep(run, self._answer(run, future), mine, found)
                 except InputError:
                     raise
                 except (ValueError, TimeoutError) as e:
                     failed.append((run, str(e) or f"no answer in {r.timeout:g} s"))
-                    continue
-                for i in range(run.count):
-                    page = data[i * PAGE:(i + 1) * PAGE]
-                    self._keep((run.url, run.first + i), page, mine, found)
             if not failed:
                 return
             pause = min(r.seconds * 2 ** (attempt - 1), r.longest) * random.uniform(0.75, 1.25)
@@ -187,16 +185,24 @@ class RangeReader:
         run, error = failed[0]
         raise RunError(f"{run}: cannot be read after {r.tries} tries; the last error: {error}")
 
-    def _keep(self, page: Page, data: bytes, mine: dict[Page, Future], found: dict[Page, bytes]) -> None:
-        if page in mine:
-            found[page] = data
-            mine[page].set_result(data)
+    def _keep(self, run: Run, data: bytes, mine: dict[Page, Future], found: dict[Page, memoryview]) -> None:
+        """The pages of one answer stay together, uncopied, until the block is the one that was used longest ago."""
+        pages = [(run.url, run.first + i) for i in range(run.count)]
         with self._lock:
-            old = self._pages.pop(page, b"")
-            self._pages[page] = data
-            self._counts["cached_bytes"] += len(data) - len(old)
+            self._last_block += 1
+            for i, page in enumerate(pages):
+                self._pages[page] = memoryview(data)[i * PAGE:(i + 1) * PAGE], self._last_block
+                if page in mine:
+                    found[page] = self._pages[page][0]
+                    mine[page].set_result(found[page])
+            self._blocks[self._last_block] = len(data), pages
+            self._counts["cached_bytes"] += len(data)
             while self._counts["cached_bytes"] > self.budget:
-                self._counts["cached_bytes"] -= len(self._pages.popitem(last=False)[1])
+                block, (size, old) = self._blocks.popitem(last=False)
+                self._counts["cached_bytes"] -= size
+                for page in old:
+                    if page in self._pages and self._pages[page][1] == block:  # it was not read again since
+                        del self._pages[page]
 
     def _ask(self, run: Run, to_the_end: bool = False) -> Any:
         import tensorstore as ts
@@ -228,9 +234,10 @@ class RangeReader:
                 return b""  # all of it is beyond the end
         if answer.state == "missing":
             raise InputError(f"{run.url}: no such object")
+        data = answer.value  # a copy each time
         with self._lock:
-            self._counts["fetched_bytes"] += len(answer.value)
-        return answer.value
+            self._counts["fetched_bytes"] += len(data)
+        return data
 
 
 class _Opened(io.RawIOBase):
@@ -290,11 +297,12 @@ def _runs(pages: Iterable[Page]) -> Iterable[Run]:
         yield Run(url, first, last + 1 - first)
 
 
-def _cut(pages: dict[Page, bytes], url: str, start: int, length: int) -> bytes:
-    end = start + length
-    parts = [pages[url, n][max(start - n * PAGE, 0):end - n * PAGE] for n in range(start // PAGE, -(-end // PAGE))]
-    data = parts[0] if len(parts) == 1 else b"".join(parts)
-    if len(data) < length:
-        raise InputError(f"{url}: the object ends at byte {start + len(data)}, before byte {end}; it was cut off, or changed "
-                         f"while in use")
-    return data
+def _cut(pages: dict[Page, memoryview], url: str, start: int, length: int) -> bytes:
+    parts, end = [], start + length
+    for n in range(start // PAGE, -(-end // PAGE)):
+        parts.append(pages[url, n][max(start - n * PAGE, 0):end - n * PAGE])
+        last = n * PAGE + len(pages[url, n])
+        if last < min(end, (n + 1) * PAGE):
+            raise InputError(f"{url}: the object ends at byte {last}, before byte {end}; it was cut off, or changed while in "
+                             f"use")
+    return b"".join(parts)
