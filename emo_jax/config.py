@@ -338,7 +338,6 @@ def _parse(key: str, text: str, kind: Any) -> Any:
 
 
 def _did_you_mean(given: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
-    if not close:  # the right field in the wrong section
-        close = [k for k in known if k.rpartition(".")[2] == given.rpartition(".")[2]][:3]
+    close = [k for k in known if k.rpartition(".")[2] == given.rpartition(".")[2]][:3]  # the right field in the wrong section
+    close = close or difflib.get_close_matches(given, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
