@@ -2,6 +2,9 @@
 
 SLOW = (
     "test_aot.py::test_golden_summary",
+    "test_bucket_sources.py::test_a_killed",
+    "test_bucket_sources.py::test_a_shard_without",
+    "test_bucket_sources.py::test_tokens_written",
     "test_cli.py::test_sigterm",
     "test_convert.py::test_an_imported",
     "test_convert.py::test_out_of_a",
