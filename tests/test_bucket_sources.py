@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import servers
+import tensorflow_datasets as tfds
 import test_data_columns as table_files
 from servers import BUCKET, SCHEMES, Fault
 from tiny_run import write_documents
@@ -138,6 +139,34 @@ def test_a_saved_dataset_that_lacks_a_file_is_named(scheme, key, tmp_path):
         open_source(DataConfig(path=url, tfds_split="validation"))
 
 
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "text": tfds.features.Text(), "source": tfds.features.ClassLabel(names=["x", "y"])}))
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield from ((i, {"text": f"document {i}", "source": i % 2}) for i in range(20))
+
+
+def test_a_tfds_dataset_is_read_from_gs_and_refused_from_s3(scheme, key, tmp_path):
+    builder = Tiny(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    folder = Path(str(builder.data_path))
+    local, url = open_source(DataConfig(path=str(folder))), put_folder(scheme, folder, f"{key}/tiny/1.0.0")
+    if scheme == "s3":
+        with pytest.raises(InputError, match=f"{url}: ArrayRecord files are read from local disks and gs:// only"):
+            open_source(DataConfig(path=url))
+        return
+    there = open_source(DataConfig(path=url))
+    assert [there[i] for i in range(20)] == [local[i] for i in range(20)] and there.fingerprint == local.fingerprint
+    assert pickle.loads(pickle.dumps(there))[7] == local[7]
+
+
 # ---- what is written ----
 
 
@@ -181,6 +210,18 @@ def test_tokens_written_to_a_bucket_are_those_of_a_folder(scheme, buckets, key, 
     assert len(listings) <= 6 and not sizes, proxy.requests
     fsspec.filesystem(scheme).pipe_file(f"{key}/out/shard-00001-of-00003.index", b"x")
     assert main(["data", "verify", out]) == 2 and "shard-00001-of-00003.index: it has 1 bytes" in capsys.readouterr().err
+
+
+def test_documents_that_are_read_in_order_are_few_requests(scheme, buckets, key, tmp_path):
+    """5 MB of them, of which one page after the other would be 40."""
+    line = b'{"text": "' + b"red green " * 512 + b'"}\n'
+    (tmp_path / "d.jsonl").write_bytes(line * 1000)
+    source = open_source(DataConfig(path=put_folder(scheme, tmp_path, key)))
+    tokenizer = train_bpe(source, range(2), 300, tmp_path, "<|endoftext|>")
+    job = tokenization.Tokenization(pickle.loads(pickle.dumps(source)), tokenizer, tmp_path, 1, DataConfig(), 0)
+    buckets.reset()
+    assert len([job.read(i) for i in job.in_order(0)]) == 1000
+    assert 2 <= buckets.proxies[scheme].reads("d.jsonl") <= 4
 
 
 def test_a_killed_job_goes_on_in_a_bucket_with_what_it_lacks(scheme, buckets, key, config, tmp_path):

@@ -44,7 +44,7 @@ def write_hashes(job: Tokenization, number: int, report: Report) -> None:
     if hashes_path(job, number).is_file() or copies_path(job).is_file():
         return
     hashes = bytearray()
-    for i in job.documents(number):
+    for i in job.in_order(number):
         try:
             hashes += content_hash(job.read(i), job.seed)
         except InputError:  # `write_shard` counts it; its number is like nothing else

@@ -65,6 +65,9 @@ class Source:
     def __getitem__(self, i: int) -> Document:
         raise NotImplementedError
 
+    def load(self, numbers: range) -> None:
+        """Told of documents that will be read next, so that a bucket is asked for them at once."""
+
     def label(self, i: int) -> str:
         return self[i].label
 

@@ -50,10 +50,12 @@ class JsonlSource(Source):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def load(self, numbers: range) -> None:
+        self._reader.load(r for r in map(self._range, numbers) if is_url(r[0]))
+
     def __getitem__(self, i: int) -> Document:
         file, line = self._locate(i)
-        start, length = file.lines[line]
-        record = json.loads(self._reader.read(str(file.data_path), int(start), int(length)).decode("utf-8-sig"))
+        record = json.loads(self._reader.read(*self._range(i)).decode("utf-8-sig"))
         label = file.labels[file.label_codes[line]]
         if self._tokens_field:
             return Document("", label, int(i), tokens_of(record[self._tokens_field], self._tokens_field))
@@ -66,6 +68,12 @@ class JsonlSource(Source):
     def where(self, i: int) -> str:
         file, line = self._locate(i)
         return f"{file.path}: document {line + 1}"
+
+    def _range(self, i: int) -> tuple[str, int, int]:
+        """(path, first byte, bytes) of a document's line."""
+        file, line = self._locate(i)
+        start, length = file.lines[line].tolist()
+        return str(file.data_path), start, length
 
     def _locate(self, i: int) -> tuple[_IndexedFile, int]:
         if not 0 <= i < len(self):

@@ -42,6 +42,9 @@ class TextSource(Source):
     def __len__(self) -> int:
         return len(self._files)
 
+    def load(self, numbers: range) -> None:
+        self._reader.load((path, 0, size) for path, size in self._files[numbers.start:numbers.stop] if is_url(path))
+
     def __getitem__(self, i: int) -> Document:
         return Document(self._read(i), self._labels[i], int(i))
 

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ Report = Callable[[int, int], None]  # told of the documents and tokens that wer
 Work = Callable[["Tokenization", int, Report], object]  # what is done for the shard of a number
 OverShards = Callable[[Work, Sequence[int], str], None]  # does it for many; what: the work, for a person
 
+AHEAD = 1024  # documents
 THREADS = 32  # small objects that are read at the same time
 BLOCK = 16 << 20  # bytes that are sent to a bucket at a time; it takes 10,000 of them
 
@@ -61,6 +62,15 @@ class Tokenization:
     def documents(self, number: int) -> range:
         total = len(self.source)
         return range(number * total // self.shards, (number + 1) * total // self.shards)
+
+    def in_order(self, number: int) -> Iterator[int]:
+        """The documents of a shard; AHEAD of them are fetched together from a bucket."""
+        documents = self.documents(number)
+        for n, i in enumerate(documents):
+            if n % AHEAD == 0:
+                with contextlib.suppress(InputError):  # which `read` will raise
+                    self.source.load(documents[n:n + AHEAD])
+            yield i
 
     def name(self, number: int) -> str:
         return f"shard-{number:05d}-of-{self.shards:05d}"

@@ -93,7 +93,7 @@ def _batches(job: Tokenization, number: int, left_out: Counter[str]) -> Iterator
     copies = set(copies_within(job, number).tolist()) if job.no_duplicates else set()
     numbers = job.documents(number)
     read, batch, characters = 0, [], 0
-    for i in numbers:
+    for i in job.in_order(number):
         read += 1
         if i in copies:
             left_out["duplicate"] += 1
