@@ -15,7 +15,7 @@ from emo_jax.data.arrow_messages import BATCH, DICTIONARY, SCHEMA, messages
 from emo_jax.data.columns import ColumnSource
 from emo_jax.data.documents import Recent, cache_folder, hash_text
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, Listed, list_files, replacing
+from emo_jax.files import AnyPath, Listed, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,17 +99,17 @@ class ArrowSource(ColumnSource):
         return pa.ipc.open_file(self._reader.open_raw(path, self._reader.sizes[path]) if is_url(path) else _map(path))
 
 
-def saved_files(folder: AnyPath, split: str) -> list[Listed]:
-    """The files of a dataset that was saved to `folder` with `save_to_disk`: of its only part, or of the split of a dict.
-    [] if nothing was. Raises `InputError` naming the splits, or the file that is not there."""
-    if (described := folder / "dataset_dict.json").is_file():
+def saved_files(folder: AnyPath, files: Sequence[Listed], split: str) -> list[Listed]:
+    """The files of a folder that belong to a dataset saved there with `save_to_disk`: to its only part, or to the split
+    of a dict. [] if nothing was. Raises `InputError` naming the splits, or the file that is not there."""
+    there = {file.path: file for file in files}
+    if (described := folder / "dataset_dict.json") in there:
         splits = _json(described, "splits")
         if split not in splits:
             raise InputError(f"data.tfds_split={split!r}: the dataset saved in {folder} has the splits {splits}")
         folder /= split
-    if not (state := folder / "state.json").is_file():
+    if (state := folder / "state.json") not in there:
         return []
-    there = {file.path: file for file in list_files(str(folder))[1]}
     named = [folder / f["filename"] for f in _json(state, "_data_files")]
     for path in named:
         if path not in there:

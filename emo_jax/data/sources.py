@@ -51,28 +51,28 @@ class Format:
     files: str  # what they are called, for a message
     open: Callable[[DataConfig, Listing | None], Source]  # with the files of `data.path`, if they were listed
     names: str = ""  # a regular expression: the names of its files
-    is_folder: Callable[[AnyPath], bool] | None = None  # whether a folder as a whole is data of this format
+    is_folder: Callable[[set[str]], bool] | None = None  # whether a folder of such files as a whole is data of this format
 
     def takes(self, path: AnyPath) -> bool:
         return bool(self.names) and re.search(self.names, path.name, re.IGNORECASE) is not None
 
 
-def _is_saved_dataset(folder: AnyPath) -> bool:
+def _is_saved_dataset(names: set[str]) -> bool:
     """Whether a Hugging Face dataset was saved there; a dataset_info.json is in those of TFDS too."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return not names.isdisjoint(("state.json", "dataset_dict.json"))
 
 
-def _is_tfds(folder: AnyPath) -> bool:
-    return (folder / "dataset_info.json").is_file() and not any(folder.glob("*.arrow"))
+def _is_tfds(names: set[str]) -> bool:
+    return "dataset_info.json" in names and not any(name.endswith(".arrow") for name in names)
 
 
-def _is_tokenized(folder: AnyPath) -> bool:
-    return (folder / MANIFEST).is_file()
+def _is_tokenized(names: set[str]) -> bool:
+    return MANIFEST in names
 
 
 def _open_arrow(data: DataConfig, listing: Listing | None) -> Source:
-    saved = saved_files(given_path(data.path, "data.path"), data.tfds_split)
-    return ArrowSource(data, saved or _find(data.path, "arrow", listing)[1])
+    root, files = listing or _existing(data.path)
+    return ArrowSource(data, saved_files(root, files, data.tfds_split) or _find(data.path, "arrow", (root, files))[1])
 
 
 def _open_olmo(data: DataConfig, listing: Listing | None) -> Source:
@@ -111,12 +111,12 @@ def _detect(given: str) -> tuple[str, Listing | None]:
     """What a path stands for, and the files there, if they were listed to learn it."""
     if not given:
         return "embedded", None
-    path = given_path(given, "data.path")
-    if not glob.has_magic(given) and path.is_dir():
-        for kind, form in FORMATS.items():
-            if form.is_folder and form.is_folder(path):
-                return kind, None
     root, files = _existing(given)
+    if root == given_path(given, "data.path"):
+        names = {f.path.name for f in files if f.path.parent == root}
+        for kind, form in FORMATS.items():
+            if form.is_folder and form.is_folder(names):
+                return kind, (root, files)
     kinds = [kind for kind, form in FORMATS.items() if any(form.takes(f.path) for f in files)]
     if len(kinds) == 1:
         return kinds[0], (root, files)
