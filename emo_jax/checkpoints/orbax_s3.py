@@ -1,6 +1,6 @@
-"""Orbax on S3. It knows local paths and gs:// only (0.12.8: `build_kvstore_tspec` refuses s3:// as no absolute path), though
-TensorStore has a driver for S3 and Orbax a way to commit without a rename. Here Orbax describes an S3 folder as it would one
-of GCS, and the driver is exchanged in the description; an Orbax that knows S3 itself is left alone."""
+"""Orbax on S3. It knows local paths and gs:// only (0.12.8: `build_kvstore_tspec` takes s3:// for a local path, if for any),
+though TensorStore has a driver for S3 and Orbax a way to commit without a rename. Here Orbax describes an S3 folder as it
+would one of GCS, and the driver is exchanged in the description; an Orbax that knows S3 itself is left alone."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ def commit_class(path: AnyPath) -> type[orbax_path.atomicity.CommitFileTemporary
 @functools.cache
 def _teach() -> None:
     original = tensorstore_utils.build_kvstore_tspec
+    if original("s3://bucket/key", use_ocdbt=False)["driver"] != "file":
+        return  # it knows S3
 
     @functools.wraps(original)
     def build(directory: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not directory.startswith("s3://"):
             return original(directory, *args, **kwargs)
-        try:
-            return original(directory, *args, **kwargs)
-        except ValueError:
-            return _on_s3(original("gs" + directory.removeprefix("s3"), *args, **kwargs))
+        return _on_s3(original("gs" + directory.removeprefix("s3"), *args, **kwargs))
 
     setattr(tensorstore_utils, original.__name__, build)
 
