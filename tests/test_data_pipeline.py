@@ -151,7 +151,7 @@ def test_other_rows_go_on_with_the_next_unread_token_of_every_stream(setup, befo
         for i in range(count):
             document = order.document(stream, i)
             whole = len(tokenizer.encode_document(source[document].text))
-            assert seen[document] == whole or (open_rows or left_out) and seen[document] < whole
+            assert seen[document] == whole or ((open_rows or left_out) and seen[document] < whole)
             seen[document] = 0
         if offset:
             assert seen[order.document(stream, count)] == offset

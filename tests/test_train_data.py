@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def test_tokens_by_label_are_those_of_the_documents_and_losses_add_up(tmp_path):
     source = open_source(config.data)
     tokenizer = load_tokenizer(config, source, split(source, config.data, 0)[0], tmp_path / "run")
     batches = make_train_iterator(config, source, tokenizer)
-    labels = [json.loads(line)["source"] for line in open(config.data.path)]
+    labels = [json.loads(line)["source"] for line in Path(config.data.path).read_text().splitlines()]
     logged = records(tmp_path / "run")
     assert [r["step"] for r in logged] == [2, 4, 5]
     for record, steps in zip(logged, (2, 2, 1)):
