@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
+from itertools import pairwise
 
 from emo_jax.config import Config, Stage, override
 from emo_jax.errors import InputError
@@ -66,7 +66,7 @@ def parse_ramp(config: Config) -> list[tuple[int, int]]:
         parts = [part.split(":") for part in config.train.batch_ramp.split(",") if part]
         ramp = [(int(step), int(rows)) for step, rows in parts]
         steps = [0, *(step for step, _ in ramp)]
-        if any(step <= before for before, step in itertools.pairwise(steps)) or any(rows < 1 for _, rows in ramp):
+        if any(step <= before for before, step in pairwise(steps)) or any(rows < 1 for _, rows in ramp):
             raise ValueError
     except ValueError:
         raise InputError(f"config {config.name}: train.batch_ramp={config.train.batch_ramp!r} must be STEP:ROWS,STEP:ROWS with "
