@@ -187,6 +187,14 @@ def test_a_stage_of_another_length_reads_nothing_that_was_read_before(folder):
     assert len(before) + len(after) > total - 2 * 4 * 2048  # all but the rest of one window
 
 
+def test_a_label_that_a_stage_leaves_out_goes_on_where_it_was_left(folder):
+    first = stream(folder, mixture="web:1,math:1")
+    second = stream(folder, before=(first, MIXED), mixture="web:1,code:1")
+    third = stream(folder, before=(second, 2 * MIXED), mixture="web:1,math:1,code:1")
+    assert dict(zip(third.labels, third.mixture.read(0).tolist())) == {"web": 1536, "math": 512, "code": 1024}
+    assert stream(folder, before=(stream(folder), 100), leave_out_labels="math").mixture.read(0).tolist() == [0]
+
+
 # ---- mixtures -------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,11 +18,20 @@ from emo_jax.data.documents import Source, hash_text
 from emo_jax.data.filters import repetitive_rows
 from emo_jax.data.mixture import Mixture, parse_mixture
 from emo_jax.data.packing import Row
-from emo_jax.data.rows import make_layout
+from emo_jax.data.rows import Layout, make_layout
 from emo_jax.data.tokens import TokenSource
 from emo_jax.errors import InputError, RunError
 
 _SAME_ROWS = ("sequence_length", "packing", "order", "max_documents_per_row", "repetition_filter", "repetitive_rows", "shuffle")
+
+
+class Place(NamedTuple):
+    """Where a stage left a label."""
+
+    data: DataConfig
+    sections: list[int]
+    layout: Layout
+    read: int  # rows
 
 
 class RowStream:
@@ -45,9 +55,11 @@ class RowStream:
         for label, layout in zip(self.labels, self.layouts):
             if not layout.count:
                 raise InputError(f"{source.name}: label {label!r} has no row of data.sequence_length={data.sequence_length}")
+        self.sections = list(chosen.values())
+        self._earlier = {} if before is None else before[0].places(before[1])
         shares = [_share(source, chosen[label], weights[label], data) for label in weights] or [1.0]
         limits = [int(data.max_epochs * layout.count) for layout in self.layouts] if data.max_epochs else None
-        self.mixture = Mixture(shares, self._bases(before), limits)
+        self.mixture = Mixture(shares, list(map(self._base, range(len(self.labels)))), limits)
 
     def rows(self, numbers: np.ndarray) -> Row:
         """Arrays [n, T] of rows `numbers` [n] of the stage: tokens, targets, segment_ids, document_ids, labels int32,
@@ -89,32 +101,34 @@ class RowStream:
         read = self.mixture.read(rows)
         return max((n / layout.count for n, layout in zip(read.tolist(), self.layouts)), default=0.0)
 
-    def _bases(self, before: tuple[RowStream, int] | None) -> list[int]:
-        """The first unread row of each label."""
-        if before is None or before[0].source.fingerprint != self.source.fingerprint:
-            return [0] * len(self.labels)
-        stream, rows = before
-        read = dict(zip(stream.labels, stream.mixture.read(rows).tolist()))
-        old, new = stream.config.data, self.config.data
-        same = all(getattr(old, name) == getattr(new, name) for name in _SAME_ROWS)
-        bases = []
-        for label, layout in zip(self.labels, self.layouts):
-            if same or not read.get(label):
-                bases.append(read.get(label, 0))
-            elif old.order == new.order and old.shuffle == new.shuffle:
-                bases.append(layout.position(*stream.layouts[stream.labels.index(label)].unread(read[label])))
-            else:
-                bases.append(0)
-        return bases
+    def places(self, rows: int) -> dict[tuple[str, str], Place]:
+        """Where every label stands, after `rows` rows of the stage, that this or an earlier stage has read: by the fingerprint
+        of its source and its name."""
+        read = self.mixture.read(rows).tolist()
+        return self._earlier | {(self.source.fingerprint, label): Place(self.config.data, sections, layout, n)
+                                for label, sections, layout, n in zip(self.labels, self.sections, self.layouts, read)}
+
+    def _base(self, number: int) -> int:
+        """The first row of a label that no stage before has read."""
+        place = self._earlier.get((self.source.fingerprint, self.labels[number]))
+        if place is None or not place.read or place.sections != self.sections[number]:
+            return 0
+        old, new = place.data, self.config.data
+        if all(getattr(old, name) == getattr(new, name) for name in _SAME_ROWS):
+            return place.read
+        if old.order == new.order and old.shuffle == new.shuffle:
+            return self.layouts[number].position(*place.layout.unread(place.read))
+        return 0
 
 
 def stream_of_stages(stages: Sequence[tuple[Config, Source]], rows: Sequence[int]) -> RowStream:
-    """The stream of the last of the stages of a run, each a config and its documents. rows: that were read of each stage
-    before. The last one's documents must be token files."""
-    stream = None
-    for number, (config, source) in enumerate(stages):
-        before = None if stream is None else (stream, rows[number - 1])
-        stream = RowStream(config, source, before) if isinstance(source, TokenSource) else None
+    """The stream of the last of the stages of a run, each a config and its documents. rows: that were read of each. The last
+    one's documents must be token files; stages of text are passed over."""
+    stream = before = None
+    for (config, source), count in zip(stages, rows):
+        if isinstance(source, TokenSource):
+            stream = RowStream(config, source, before)
+            before = stream, count
     assert stream is not None
     return stream
 

@@ -80,7 +80,7 @@ def check_phases(left: Sequence[Phase], documents_of: Callable[[Config], start.D
 
 
 class TextBatches:
-    """Batches of this process from documents of text."""
+    """Batches of this process from documents of text. What earlier stages have read of token files stays in the position."""
 
     def __init__(self, config: Config, documents: start.Documents, group: tuple[int, int], place: start.Place | None):
         states, self._first = None, 0
@@ -92,6 +92,7 @@ class TextBatches:
                 say("rows that data.packing=first_fit had begun do not fit the new rows and are left out")
         self._size, self._data, self._group, self._taken = config.train.batch_size, config.data, group, 0
         self._streams = self._size if states is None else len(states)
+        self._of_tokens = {k: v for k, v in (place.position if place else {}).items() if k == "stages"}
         self._iterator = make_train_iterator(config, documents.source, documents.tokenizer, *group, states=states,
                                              train_indices=documents.train, first=self._first)
         self.labels, self.workers = self._iterator.labels, self._iterator.workers
@@ -116,4 +117,5 @@ class TextBatches:
         numbers = [streams_of(size, self._streams, self._first, index, count) for index in range(count)]
         by_stream = dict(zip(itertools.chain(*numbers), gathered))
         following = (self._first + self._taken * size) % self._streams
-        return {"rows": [by_stream[stream] for stream in range(self._streams)]} | ({"next": following} if following else {})
+        return self._of_tokens | {"rows": [by_stream[stream] for stream in range(self._streams)]} | (
+            {"next": following} if following else {})
