@@ -201,7 +201,7 @@ def _with_generation(download):
         start = (request.get_header("range", None) or "bytes=0-").removeprefix("bytes=").split("-")[0]
         if request.query.get("ifGenerationNotMatch") == [found["generation"]]:
             response.status = http.HTTPStatus.NOT_MODIFIED
-        elif int(start) and int(start) >= int(found["size"]):
+        elif start and int(start) and int(start) >= int(found["size"]):
             response.status = http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
         else:
             download(request, response, storage, *args, **kwargs)
