@@ -70,8 +70,8 @@ def content(out) -> dict[str, bytes]:
 
 
 def read_elsewhere(url: str) -> list:
-    """[[[text, label] of every document], fingerprint], read in a process of its own: array_record's reader may keep Python from
-    running while it waits for an answer, and the servers' proxies run here."""
+    """[[[text, label] of every document], fingerprint], read in a process of its own: array_record's reader may keep Python
+    from running while it waits for an answer, and the servers' proxies run here."""
     done = subprocess.run([sys.executable, "-c", _READ, url], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
