@@ -14,7 +14,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").
 report = ["matplotlib", "scikit-learn", "scipy"]
 parquet = ["pyarrow>=17"]  # Arrow files and saved Hugging Face datasets too
 evaluation = ["lm-eval>=0.4.13"]
-buckets = {"gcs": ["gcsfs"], "s3": ["s3fs"]}
+buckets = {"gcs": ["gcsfs>=2025.3"], "s3": ["s3fs>=2025.3"]}
 gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
 
 

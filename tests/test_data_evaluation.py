@@ -52,10 +52,10 @@ def test_a_wrong_evaluation_set_is_named(folder, tmp_path):
 
 def test_only_whether_there_is_an_evaluation_set_is_part_of_the_stream(folder):
     without, one, other = (tiny_config(folder, f"--data.eval_path={path}") for path in ("", "one", "other"))
-    require_same_data(one, other, "checkpoint")
+    require_same_data(one, other, 1, "checkpoint")
     for saved, given in ((one, without), (without, one)):
         with pytest.raises(InputError, match=r"data.eval_fraction \(0 with data.eval_path\): 0"):
-            require_same_data(saved, given, "checkpoint")
+            require_same_data(saved, given, 1, "checkpoint")
 
 
 def test_a_run_is_evaluated_on_its_set(folder, tmp_path):

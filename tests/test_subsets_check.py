@@ -118,7 +118,7 @@ def test_the_text_that_chose_is_not_scored(opened, run, folder):
     source = open_source(everywhere.config.data)
     text, scored = calibration_lib.halves(opened.config, source, opened.tokenizer,
                                           {"a": list(range(11)), "b": [20], "c": [30, 31]}, 5)
-    chosen = [calibration_lib.document_hash(source[i].text) for i in range(32) if i not in scored]
+    chosen = [calibration_lib.document_hash(source[i]) for i in range(32) if i not in scored]
     assert text.names == ("a", "c") and len(scored) == 5 + 1 and set(scored) < {*range(11), 30, 31}
     assert all(set(about["document_hashes"]) <= set(chosen) for about in text.about)
     assert [about["documents"] for about in text.about] == [5, 1]

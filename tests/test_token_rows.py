@@ -114,7 +114,7 @@ def test_successive_rows_come_from_the_few_blocks_of_a_window(folder):
 def test_every_batch_size_number_of_hosts_and_restart_reads_the_same_sequence_of_rows(folder, packing):
     s = stream(folder, packing=packing)
     expected = s.rows(np.arange(48))
-    for plan in ([(8, 1)] * 6, [(8, 4)] * 6, [(16, 2)] * 3, [(4, 1), (8, 2), (4, 2), (16, 4), (16, 1)]):
+    for plan in ([(24, 1)] * 2, [(24, 4)] * 2, [(4, 1), (8, 2), (16, 4), (20, 1)]):
         first, got = 0, []
         for batch, hosts in plan:
             parts = [TokenBatches(stream(folder, packing=packing), first, batch, (h, hosts), threads=2) for h in range(hosts)]
@@ -327,7 +327,7 @@ def test_another_tokenizer_than_that_of_the_files_is_refused(folder, tmp_path):
 # ---- scale ----------------------------------------------------------------------------------------------------------
 
 _TRILLION = """
-import resource, sys, numpy as np
+import sys, numpy as np
 from emo_jax.config import Config, DataConfig
 from emo_jax.data.stream import RowStream
 from emo_jax.data.tokens import open_shards
@@ -335,7 +335,7 @@ c = Config(name="t", data=DataConfig(path=sys.argv[1], repetition_filter=False))
 stream = RowStream(c, open_shards(c.data))
 rows = stream.rows(np.arange(200_000_000, 200_000_000 + 64))
 assert rows["tokens"].shape == (64, 4096) and stream.layouts[0].count == 10**12 // 4096 // 1000 * 1000
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 

@@ -120,7 +120,7 @@ class TrainIterator:
         stack = functools.partial(_stack, turns=max(rows // len(numbers), 1))
         batches = made.batch(rows, drop_remainder=True, batch_fn=stack)
         self._iterator = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))]
-        self.close = weakref.finalize(self, close_iterator, self._iterator)  # also called when the process ends
+        self.close = weakref.finalize(self, _close, self._iterator)  # also called when the process ends
 
     def __iter__(self) -> TrainIterator:
         return self
@@ -227,7 +227,7 @@ def array_to_states(array: np.ndarray) -> list[State]:
     return [row[row >= 0].tolist() for row in np.asarray(array)]
 
 
-def close_iterator(iterator: list) -> None:
+def _close(iterator: list) -> None:
     """Ends the background thread and the worker processes. Grain's objects are collected here, because those that
     live until the interpreter is torn down complain."""
     iterator.pop().close()

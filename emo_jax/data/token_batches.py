@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import grain
 import numpy as np
 
-from emo_jax.data.pipeline import FIELDS, close_iterator, row_labels
+from emo_jax.data.pipeline import FIELDS, row_labels
 from emo_jax.data.row_clock import PARTS
 from emo_jax.data.stream import RowStream
 from emo_jax.errors import InputError, RunError
@@ -37,7 +37,7 @@ class TokenBatches:
         batches = grain.MapDataset.source(_Batches(stream, first, batch_size, group)).to_iter_dataset(
             grain.ReadOptions(num_threads=self.workers, prefetch_buffer_size=max(2, 2 * threads)))
         self._iterator = [iter(batches)]
-        self.close = weakref.finalize(self, close_iterator, self._iterator)
+        self.close = weakref.finalize(self, _close, self._iterator)  # also called when the process ends
 
     def __iter__(self) -> TokenBatches:
         return self
@@ -72,6 +72,11 @@ class TokenBatches:
         """Sums over the batches returned so far: rows; padding_tokens; filtered_rows (without any loss);
         rows_at_document_limit (cut because they hold data.max_documents_per_row documents)."""
         return dict(self._counts)
+
+
+def _close(iterator: list) -> None:
+    """Ends the threads that read ahead."""
+    iterator.pop().close()
 
 
 class _Batches(grain.sources.RandomAccessDataSource):
