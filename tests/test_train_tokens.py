@@ -13,6 +13,7 @@ import pytest
 from tiny_run import records, series, tiny_config, write_documents
 
 from emo_jax.checkpoints import checkpoint
+from emo_jax.cli import main
 from emo_jax.config import Stage
 from emo_jax.data.sources import open_source
 from emo_jax.data.stream import RowStream
@@ -125,6 +126,14 @@ def test_window_shows_the_rows_that_a_step_was_trained_on(folder, whole):
         assert [p["document"] for p in row["pieces"] if p["segment"]] == list(dict.fromkeys(ids.tolist()))
         assert [t for p in row["pieces"] if p["segment"] for t in p["ids"]] == tokens.tolist()
         assert all("shard-" in p["where"] for p in row["pieces"] if p["segment"])
+
+
+def test_the_window_of_a_run_that_has_checkpoints_before_it(folder, whole, capsys):
+    assert main(["data", "window", "--run", str(whole), "--rows", "40:42", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    config = on_tokens(folder)
+    expected = RowStream(config, open_source(config.data)).rows(np.arange(40, 42))["tokens"]
+    assert [[t for p in row["pieces"] if p["segment"] for t in p["ids"]] for row in rows] == expected.tolist()
 
 
 _READER = """

@@ -162,7 +162,7 @@ def _position(run: str | None, step: int) -> tuple[int, list] | None:
 
     folder = given_path(run or "", "--run") / checkpoint.FOLDER
     saved = [s for s in checkpoint.steps(folder) if s <= step] if run else []
-    rows = description.read(folder / str(saved[-1]), "data")["rows"] if saved else None
+    rows = description.read(folder / str(saved[-1]), "data").get("rows") if saved else None
     return (saved[-1], rows) if rows else None
 
 

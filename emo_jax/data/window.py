@@ -33,6 +33,8 @@ def read_rows(config: Config, source: Source, tokenizer: Tokenizer, first: int, 
     if isinstance(source, TokenSource):
         yield from _token_rows(config, source, first, last)
         return
+    if len(phases(config)) > 1:
+        raise InputError("rows of text are found for runs without stages and train.batch_ramp only; those of token files for all")
     batch_size = config.train.batch_size
     start, states = position or (0, [None] * batch_size)
     if len(states) != batch_size:
