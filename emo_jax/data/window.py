@@ -34,7 +34,7 @@ def read_rows(config: Config, source: Source, tokenizer: Tokenizer, first: int, 
         yield from _token_rows(config, source, first, last)
         return
     if len(phases(config)) > 1:
-        raise InputError("rows of text are found for runs without stages and train.batch_ramp only; those of token files for all")
+        raise InputError("rows of text are found in runs without stages and train.batch_ramp only, rows of token files in all")
     batch_size = config.train.batch_size
     start, states = position or (0, [None] * batch_size)
     if len(states) != batch_size:
