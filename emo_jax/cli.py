@@ -1,7 +1,7 @@
 """`emo-jax COMMAND`: the table of commands, and what all of them have in common: parsing, printing, exit statuses.
 
 With --json a command's result is one JSON object on the last line of standard output; progress goes to standard error. Exit
-status: 0 done, 1 the run failed, 2 wrong usage or bad input. What a command does is in `emo_jax.commands`.
+status: 0 done, 1 the run failed, 2 wrong usage or bad input, 75 ended before it was done (the same command goes on).
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from emo_jax.commands import (
     train,
 )
 from emo_jax.commands.arguments import take_overrides
-from emo_jax.errors import InputError, RunError
+from emo_jax.errors import InputError, RestartError, RunError
 from emo_jax.progress import is_primary
 
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: launchers restart on it
 COMMANDS = (train.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND, import_.COMMAND,
             export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
             completion.COMMAND)
@@ -61,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         result = command.run(args)
         if is_primary():
             print(json.dumps(result.value) if args.json else result.text, flush=True)
-        return 0
+        return RESTART if result.restart else 0
     except InputError as e:
         return _fail(args, 2, str(e))
     except RunError as e:
-        return _fail(args, 1, str(e))
+        return _fail(args, RESTART if isinstance(e, RestartError) else 1, str(e))
     except KeyboardInterrupt:
         return _fail(args, 1, "interrupted")
     except BrokenPipeError:  # the reader of our output has seen enough

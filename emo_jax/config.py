@@ -150,6 +150,21 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every: int = 5000  # 0: none
     keep_best: int = 1  # by evaluation loss
+    local: str = ""  # a fast folder for checkpoints between those of the run's folder; all processes must see it. "": none
+    local_every: int = 20  # steps
+    min_free_gb: float = 0.0  # a run stops, saved, before its disk has less; 0: before two more checkpoints do not fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What a run does when something goes wrong, see launch/README.md."""
+
+    # A step whose loss or gradient norm is not finite is skipped; one that is so many standard deviations above the mean of the
+    # last 128 steps, too. 0: not for that, as published for EMO; published for its dense baseline: 6.
+    skip_sigma: float = 6.0
+    check_replicas_every: int = 100  # steps; parameters that several devices hold must be the same bits. 0: never
+    repeat_step_every: int = 0  # steps; the gradients of a step, computed twice, must be the same bits. 0: never
+    hang_seconds: float = 300.0  # a step that takes longer, and many times the median, is a hang. 0: none is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +209,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     stages: tuple[Stage, ...] = ()  # (): one stage without overrides

@@ -1,4 +1,4 @@
-"""The two ways a command can fail, as exit statuses (see `emo_jax.cli`)."""
+"""The ways a command can fail, as exit statuses (see `emo_jax.cli`)."""
 
 
 class InputError(ValueError):
@@ -7,4 +7,14 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The run itself failed (exit status 1), with a reason that a person can act on."""
+    """The run itself failed (exit status 1), with a reason that a person can act on. advice: what to change where the same
+    command would fail again; where it is "", the message says all."""
+
+    def __init__(self, message: str, advice: str = ""):
+        super().__init__(message)
+        self.advice = advice
+
+
+class RestartError(RunError):
+    """The run ended before it was done, through no fault of its own (a lost process, a hang); the same command goes on with it
+    (exit status 75, on which launchers restart)."""

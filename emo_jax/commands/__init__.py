@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 class Result(NamedTuple):
     value: dict[str, Any]  # what --json prints
     text: str  # what is printed without it
+    restart: bool = False  # it stopped before it was done: exit status 75
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def run(args: Namespace) -> Result:
              f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
     if result["held_out"]:
         lines.append(table(result["held_out"]))
-    return Result(result, "\n".join(lines))
+    return Result(result, "\n".join(lines), restart=bool(result["stopped"]))
 
 
 COMMAND = Command("train", "train a config into a folder, or go on with it", add, run, (

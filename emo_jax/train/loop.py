@@ -101,7 +101,8 @@ class TrainingLoop:
         except BaseException as e:
             kept = self._last_good()
             if isinstance(e, RunError):
-                raise RunError(f"{e}; {kept}") from e
+                advice = f"; if it fails again, {e.advice}" if e.advice else ""
+                raise type(e)(f"{e}; {kept}{advice}") from e
             raise
         finally:
             if self.batches is not None:
@@ -207,8 +208,7 @@ class TrainingLoop:
             self.writer.close()
         except RunError as failed:
             return str(failed)
-        return (f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there; if it fails "
-                f"again, lower optimizer.learning_rate or look at the documents of the next steps")
+        return f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there"
 
     def _result(self, stopped: str | None, seconds: float) -> dict[str, Any]:
         return {

@@ -217,7 +217,8 @@ class Log:
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(metrics[name]):
                     self._pending.clear()
-                    raise RunError(f"{name} is {float(metrics[name])} at step {step}")
+                    raise RunError(f"{name} is {float(metrics[name])} at step {step}",
+                                   "lower optimizer.learning_rate or look at the documents of the next steps")
             self.tokens += int(metrics["tokens"])
             self._count_buffers(step, metrics)
             if "label_nats" in metrics:
