@@ -89,7 +89,7 @@ def test_one_goes_on_after_a_save_cut_off_and_a_damaged_checkpoint_and_deletes_o
             (checkpoints / "3" / "params" / name.lstrip("/")).write_bytes(b"damaged")
     assert steps(checkpoints) == [2, 3]
     result = train(tiny_config(folder, *STEPS, "--checkpoint.keep_last=1"), copied)
-    assert result["resumed_from"] == 2 and "moved the damaged checkpoint of step 3" in capsys.readouterr().err
+    assert result["resumed_from"] == 2 and "checkpoints/3 is damaged; moved to" in capsys.readouterr().err
     assert steps(checkpoints) == [4] and {name.split("/")[1] for name in names(str(checkpoints))} == {"4"}
     assert steps(at(copied) / "damaged") == [3]
     assert series(at(copied)) == series(folder / "local")[:4]

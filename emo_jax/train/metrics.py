@@ -43,7 +43,7 @@ def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int
     for line in [*lines, end]:
         try:
             record = json.loads(line)
-            valid = type(record) is dict and type(record.get("step")) is int
+            valid = type(record) is dict and type(record.get("step")) is int and not record.keys().isdisjoint(("loss", "eval"))
         except (ValueError, RecursionError):
             record, valid = None, False
         if valid:

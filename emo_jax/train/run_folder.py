@@ -14,7 +14,7 @@ import jax
 
 from emo_jax import buckets
 from emo_jax import config as config_lib
-from emo_jax.checkpoints.checkpoint import FOLDER, is_step, move_step, newest, steps
+from emo_jax.checkpoints.checkpoint import FOLDER, SAVED, is_step, move_step, newest, steps
 from emo_jax.checkpoints.compatibility import require_same_model
 from emo_jax.config import Config
 from emo_jax.errors import InputError, RunError
@@ -26,7 +26,6 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TENSORBOARD = "tensorboard"
 SET_ASIDE = "damaged"
-SAVED = "saved.json"  # says that a checkpoint was completed here once
 
 
 def open_folder(config: Config, out: str | AnyPath) -> AnyPath:
