@@ -1,11 +1,16 @@
 """Whatever happens to the files of a run, it goes on exactly from what is intact, or says what is wrong."""
 
+import gzip
 import json
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from damage import damage
 from tiny_run import series, tiny_config, write_documents
@@ -13,8 +18,12 @@ from tiny_run import series, tiny_config, write_documents
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import checkpoint, description
 from emo_jax.checkpoints.checkpoint import open_checkpoint, read_step
+from emo_jax.checkpoints.compatibility import same_source
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.cli import main
+from emo_jax.config import DataConfig
+from emo_jax.data import content
+from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError, RunError
 from emo_jax.train.loop import train
 
@@ -229,11 +238,11 @@ def test_foreign_content_is_kept_aside_and_changes_no_number(folder, whole, out,
 
 
 def test_folders_that_are_no_run_are_refused_and_left(folder, tmp_path):
-    for name, content, message in (("config.json", '{"architectures": []}', "config.json cannot be read"),
+    for name, text, message in (("config.json", '{"architectures": []}', "config.json cannot be read"),
                                    ("config.json", "[", "config.json cannot be read"),
                                    ("checkpoints", "", "checkpoints is a file")):
         (tmp_path / "other").mkdir()
-        (tmp_path / "other" / name).write_text(content)
+        (tmp_path / "other" / name).write_text(text)
         with pytest.raises(InputError, match=message):
             go_on(folder, tmp_path / "other")
         assert [p.name for p in (tmp_path / "other").iterdir()] == [name]
@@ -291,8 +300,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, 
 def test_a_run_of_the_code_before_descriptions_were_sealed_goes_on(tmp_path):
     out = shutil.copytree(FIXTURES / "old_run", tmp_path / "run")
     saved = config_lib.from_dict(json.loads((out / "config.json").read_text()))
-    config = config_lib.override(saved, [f"data.path={out / 'documents.jsonl'}", "train.steps=6", "mesh.data=-1", "mesh.fsdp=1"])
-    result = train(config, out)
+    changes = [f"data.path={out / 'documents.jsonl'}", "train.steps=6", "mesh.data=-1", "mesh.fsdp=1"]
+    result = train(config_lib.override(saved, changes), out)
     assert result["resumed_from"] == 3
     # What that code itself went on with, on one device; compilers and meshes round differently.
     losses = [5.561253547668457, 5.503387451171875, 5.394832134246826, 5.284124851226807, 5.170600891113281, 5.074791431427002]
@@ -315,3 +324,58 @@ def test_documents_that_change_between_those_that_are_sampled_are_other_document
         go_on(folder, out, f"data.path={path}")
     change(out / "checkpoints" / "6", "meta", lambda x: x.pop("seal") and x["source"].pop("content") and x)
     assert go_on(folder, out, f"data.path={path}", "train.steps=6")["step"] == 6  # an older checkpoint does not know
+
+
+def test_every_source_notices_any_change_of_its_files_and_none_of_their_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(content, "KEPT_BYTES", 0)
+    texts = [f"document {i} of some" for i in range(40)]
+
+    def jsonl(path, texts):
+        path.mkdir()
+        (path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+    def compressed(path, texts):
+        path.mkdir()
+        (path / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))
+
+    def text(path, texts):
+        path.mkdir()
+        for i, t in enumerate(texts):
+            (path / f"{i:03}.txt").write_text(t)
+
+    def parquet(path, texts):
+        path.mkdir()
+        pq.write_table(pa.table({"text": texts}), path / "a.parquet", compression="none")
+
+    def tokens(path, texts):
+        path.mkdir()
+        np.array([(ord(c) % 200) for t in texts for c in t], np.uint16).tofile(path / "a.npy")
+
+    changed = [*texts[:21], texts[21].replace("some", "same"), *texts[22:]]
+    found = {}
+    for write in (jsonl, compressed, text, parquet, tokens):
+        fields = {"tokenizer": str(FIXTURES / "old_run" / "tokenizer.json")} if write is tokens else {}
+        hashes = []
+        for folder, documents in (("a", texts), ("moved", texts), ("changed", changed)):
+            path = tmp_path / f"{write.__name__}-{folder}"
+            write(path, documents)
+            source = open_source(DataConfig(path=str(path), **fields))
+            hashes.append(source.content_hash())
+            assert pickle.loads(pickle.dumps(source)).content_hash() == hashes[-1]
+        assert hashes[0] == hashes[1] != hashes[2], write.__name__
+        (path := tmp_path / f"{write.__name__}-a").rename(tmp_path / "old")
+        write(path, changed)  # in place, of the same size
+        assert open_source(DataConfig(path=str(path), **fields)).content_hash() == hashes[2], write.__name__
+        (tmp_path / "old").rename(tmp_path / f"{write.__name__}-old")
+        found[write.__name__] = hashes[0]
+    assert found["jsonl"] == found["compressed"]
+
+
+@pytest.mark.parametrize("saved, given, same", [
+    ({}, {}, True), ({"sample": "x"}, {}, False), ({}, {"content": "sha256:1"}, True),
+    *(({"content": "sha256:1"}, {"content": other}, same)
+      for other, same in (("sha256:1", True), ("sha256:2", False), ("objects:2", True)))])
+def test_fingerprints_are_compared_by_what_both_know(saved, given, same):
+    both = {"documents": 3, "sample": "a", "tokenizer": "b"}
+    assert same_source(both | saved, both | given) is same and not same_source({"imported": "x"}, both)
