@@ -10,6 +10,7 @@ from slow_tests import FAST, SLOW
 GPU = os.environ.get("EMO_JAX_TEST_PLATFORM") == "gpu"  # `launch/test.sh --gpu`: test_gpu.py and nothing else
 if GPU:
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"  # for runs that go on
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
