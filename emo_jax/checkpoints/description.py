@@ -7,11 +7,9 @@ import importlib.metadata
 import json
 from typing import Any, NamedTuple
 
-import orbax.checkpoint as ocp
-
 import emo_jax
 from emo_jax import config as config_lib
-from emo_jax.checkpoints.orbax_s3 import for_orbax
+from emo_jax.checkpoints.orbax import read_json
 from emo_jax.config import Config
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
@@ -61,6 +59,6 @@ def write(folder: AnyPath, description: Description) -> None:
 
 def read(folder: AnyPath, item: str) -> dict[str, Any]:
     try:
-        return dict(ocp.JsonCheckpointHandler().restore(for_orbax(folder / item)))
+        return dict(read_json(folder / item))
     except Exception as e:
         raise DamagedCheckpoint(f"checkpoint {folder}: {item} cannot be read ({type(e).__name__}: {e})") from None
