@@ -1,4 +1,4 @@
-"""Everything that touches Orbax: restoring a tree, reading a JSON item, saving in the background with retention.
+"""Everything that touches Orbax: restoring a tree, saving in the background with retention.
 
 This is its API before 1.0. What its next one (0.12.8: `orbax.checkpoint.experimental.v1`) cannot hold of this format: a JSON
 item in the file `metadata` (`JsonHandler` writes `data.json`, which earlier releases do not find; its class is final and a
@@ -32,11 +32,6 @@ def restore_tree(folder: AnyPath, target: Any) -> Any:
     """The arrays of an item, laid out as a tree of `jax.ShapeDtypeStruct` with shardings asks."""
     return ocp.PyTreeCheckpointHandler().restore(_for_orbax(folder), args=ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
-
-
-def read_json(folder: AnyPath) -> Any:
-    """A JSON item."""
-    return ocp.JsonCheckpointHandler().restore(_for_orbax(folder))
 
 
 class Saver:
