@@ -16,14 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from emo_jax import compat, model, processes
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import description
 from emo_jax.checkpoints.description import DamagedCheckpoint
-from emo_jax.checkpoints.orbax_s3 import COMMITTED, for_orbax
+from emo_jax.checkpoints.orbax import COMMITTED, restore_tree
 from emo_jax.config import Config
 from emo_jax.config_rules import MAX_INT
 from emo_jax.errors import InputError
@@ -80,8 +79,7 @@ class Checkpoint:
         """Every process learns whether all of them could read, so that all fall back together."""
         error = tree = None
         try:
-            tree = ocp.PyTreeCheckpointHandler().restore(for_orbax(self.path / item), args=ocp.args.PyTreeRestore(
-                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+            tree = restore_tree(self.path / item, target)
         except Exception as e:
             error = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}"
         if processes.any_process(error is not None):
