@@ -86,6 +86,14 @@ def assert_as_undisturbed(out, whole, result, done=""):
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def described(tmp_path):
+    """A small run of three steps, whose checkpoint is sealed."""
+    step = shutil.copytree(FIXTURES / "old_run", tmp_path / "run") / "checkpoints" / "3"
+    description.write(step, description.sealed(description.read(step)))
+    return tmp_path / "run"
+
+
 def change(step, item, edit):
     """Edits a description without sealing it again, as whoever does not know of the seal."""
     path = step / item / "metadata"
@@ -117,18 +125,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_description_that_is_not_what_was_saved_is_damaged(out, name):
+def test_a_description_that_is_not_what_was_saved_is_damaged(described, name):
     item, edit, message = CHANGES[name]
-    change(out / "checkpoints" / "6", item, edit)
+    change(described / "checkpoints" / "3", item, edit)
     with pytest.raises(DamagedCheckpoint) as e:
-        open_checkpoint(out)
-    assert f"checkpoint {out}/checkpoints/6: " in str(e.value) and message in str(e.value)
+        open_checkpoint(described)
+    assert f"checkpoint {described}/checkpoints/3: " in str(e.value) and message in str(e.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"7" * 5000, None, "folder", "loop"])
 @pytest.mark.parametrize("item", ["meta", "data"])
-def test_a_description_that_cannot_be_read_is_damaged(out, item, content):
-    path = out / "checkpoints" / "6" / item / "metadata"
+def test_a_description_that_cannot_be_read_is_damaged(described, item, content):
+    path = described / "checkpoints" / "3" / item / "metadata"
     path.unlink()
     if content == "folder":
         path.mkdir()
@@ -136,34 +144,34 @@ def test_a_description_that_cannot_be_read_is_damaged(out, item, content):
         path.symlink_to(path.name)
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match=f"checkpoints/6: {item} cannot be read"):
-        open_checkpoint(out)
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoints/3: {item} cannot be read"):
+        open_checkpoint(described)
 
 
-def test_a_config_that_is_no_longer_valid_is_a_damaged_checkpoint(out):
-    step = out / "checkpoints" / "6"
+def test_a_config_that_is_no_longer_valid_is_a_damaged_checkpoint(described):
+    step = described / "checkpoints" / "3"
     found = description.read(step)
     for edit, message in ((dict(seed=-1), "seed=-1 must be"), (dict(seed="x"), "must be int"), (dict(no_field=1), "no_field")):
         meta = found.meta | {"config": found.meta["config"] | edit}
         description.write(step, description.sealed(found._replace(meta=meta)))  # sealed: by another version
-        with pytest.raises(DamagedCheckpoint, match=f"checkpoints/6: meta: its config cannot be used: .*{message}"):
-            open_checkpoint(out)
+        with pytest.raises(DamagedCheckpoint, match=f"checkpoints/3: meta: its config cannot be used: .*{message}"):
+            open_checkpoint(described)
 
 
-def test_only_folders_with_the_name_of_a_step_are_steps(out):
-    folder = out / "checkpoints"
+def test_only_folders_with_the_name_of_a_step_are_steps(described):
+    folder = described / "checkpoints"
     for name in ("048", "00", "²", "-3", "4" * 30, "6.bak", "x"):
         (folder / name).mkdir()
     for name in ("12", "notes.txt"):
         (folder / name).write_text("?")
     (folder / "14").symlink_to("nothing")
-    assert checkpoint.steps(folder) == [2, 4, 6]
+    assert checkpoint.steps(folder) == [3]
 
 
-def test_what_was_written_before_there_were_seals_is_read(out):
-    step = out / "checkpoints" / "6"
+def test_what_was_written_before_there_were_seals_is_read(described):
+    step = described / "checkpoints" / "3"
     change(step, "meta", lambda x: x.pop("seal") and x)
-    assert read_step(step).step == 6
+    assert read_step(step).step == 3
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
