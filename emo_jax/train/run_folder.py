@@ -160,8 +160,8 @@ def _is_there(path: AnyPath) -> bool:
 
 
 def _check_tokenizer(out: AnyPath, expected: str | None) -> None:
-    """Moves the run's tokenizer aside where it is not the one of its checkpoint (the beginning of its SHA-256); it is made again
-    from the documents."""
+    """Moves the run's tokenizer aside where it is not the one of its checkpoint; it is made again from the documents.
+    expected: the beginning of its SHA-256."""
     path = out / TOKENIZER
     if not is_primary() or not _is_there(path):
         return
