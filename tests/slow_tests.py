@@ -34,6 +34,7 @@ SLOW = (
     "test_generate.py::test_rows_end",
     "test_generate.py::test_the_command",
     "test_harness.py",
+    "test_holder.py::test_a_second_train",
     "test_kernels.py::test_attention_on_a_mesh",
     "test_kernels.py::test_experts_of_grouped_rows[fused",
     "test_kernels.py::test_experts_of_grouped_rows[megablox",

@@ -24,6 +24,7 @@ from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
+from emo_jax.train.holder import Holder, HolderLost, hold
 from emo_jax.train.metrics import Log
 from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
@@ -45,6 +46,11 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
     mesh = sharding.make_mesh(config)
     folder = start.open_folder(config, out)
     start.cache_compilation(folder)
+    with hold(folder) as holder:
+        return _train(config, mesh, folder, evaluations, holder)
+
+
+def _train(config: Config, mesh: Mesh, folder: AnyPath, evaluations: Iterable, holder: Holder | None) -> dict[str, Any]:
     config, origin = start.find_start(config, folder)
     plan = phases(config)
     for phase in plan:
@@ -57,7 +63,7 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
         check_phases(left, documents.of, mesh, position.place)
         start.write_config(config, folder)
         _describe(phase_at(config, position.step).config, mesh, documents, position)
-        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations).run()
+        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder).run()
 
 
 def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, position: start.Position) -> None:
@@ -79,10 +85,10 @@ class TrainingLoop:
     train_step: Callable[..., Any]
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
-                 left: Sequence[Phase], evaluations: Iterable = ()):
+                 left: Sequence[Phase], evaluations: Iterable = (), holder: Holder | None = None):
         self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
-        self.place, self.make_evaluations = position.place, tuple(evaluations)
+        self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
         self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
@@ -98,6 +104,9 @@ class TrainingLoop:
                     if stopped:
                         break
                 self._finish(stopped)
+        except HolderLost:
+            self.log.abandon()
+            raise
         except BaseException as e:
             kept = self._last_good()
             if isinstance(e, RunError):
@@ -139,6 +148,8 @@ class TrainingLoop:
     def _steps_of_phase(self, stop: StopSignals) -> str | None:
         """The signal that stopped it."""
         while self.step < self.phase.until:
+            if self.holder is not None:
+                self.holder.check()
             self._one_step()
             if self._agreed_to_stop(stop):
                 return stop.requested or "a signal to another process"
@@ -184,6 +195,8 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
+        if self.holder is not None:
+            self.holder.confirm()
         self.log.flush()
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
