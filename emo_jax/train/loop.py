@@ -7,6 +7,7 @@ the state. Whatever the mesh, workers or restarts, step k sees the same rows; on
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from emo_jax import compat, processes, sharding
-from emo_jax.checkpoints.checkpoint import FOLDER
+from emo_jax import compat, ending, processes, sharding
+from emo_jax.checkpoints.checkpoint import FOLDER, steps
 from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
 from emo_jax.errors import RunError
@@ -30,7 +31,7 @@ from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
 
-AGREEMENT_EVERY = 10  # steps, at most, after which several processes agree on whether to stop
+SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
 
 
 def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
-    sharding.start_distributed()
+    processes.start_distributed()
     mesh = sharding.make_mesh(config)
     folder = start.open_folder(config, out)
     start.cache_compilation(folder)
@@ -96,6 +97,7 @@ class TrainingLoop:
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
+        ending.last_good = self._found_good
         try:
             with StopSignals() as stop:
                 for phase in self.left:
@@ -114,6 +116,7 @@ class TrainingLoop:
                 raise type(e)(f"{e}; {kept}{advice}") from e
             raise
         finally:
+            ending.last_good = str
             if self.batches is not None:
                 self.batches.close()
             self.log.close()
@@ -151,8 +154,8 @@ class TrainingLoop:
             if self.holder is not None:
                 self.holder.check()
             self._one_step()
-            if self._agreed_to_stop(stop):
-                return stop.requested or "a signal to another process"
+            if stop.requested_after(self.step):
+                return stop.requested
             self._between_steps()
         return None
 
@@ -164,13 +167,6 @@ class TrainingLoop:
         self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
-
-    def _agreed_to_stop(self, stop: StopSignals) -> bool:
-        """Every process leaves after the same step: alone at once, with others at the next agreement."""
-        if jax.process_count() == 1:
-            return stop.requested is not None
-        every = min(self.config.train.log_every, AGREEMENT_EVERY)
-        return self.step % every == 0 and processes.any_process(stop.requested is not None)
 
     def _between_steps(self) -> None:
         t, every = self.config.train, self.config.checkpoint.every
@@ -217,11 +213,26 @@ class TrainingLoop:
 
     def _last_good(self) -> str:
         """Lets the last save finish and says where the run can go on."""
-        try:
-            self.writer.close()
-        except RunError as failed:
-            return str(failed)
+        failed: list[RunError] = []
+
+        def close() -> None:
+            try:
+                self.writer.close()
+            except RunError as e:
+                failed.append(e)
+
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(None if jax.process_count() == 1 else SAVING_S)
+        if failed:
+            return str(failed[0])
         return f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there"
+
+    def _found_good(self) -> str:
+        """Where the run can go on if it ends now, whatever its threads do."""
+        found = steps(self.out / FOLDER)
+        kept = f"the last good checkpoint is of step {max(found)}" if found else "there is no checkpoint yet"
+        return f"{kept} in {self.out / FOLDER}. The same command goes on from there"
 
     def _result(self, stopped: str | None, seconds: float) -> dict[str, Any]:
         return {
