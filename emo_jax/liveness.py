@@ -43,7 +43,7 @@ class Liveness:
     def __init__(self, index: int, count: int, relay: Relay | None):
         self._index, self._count, self._relay, self._store = index, count, relay, store()
         self._watched = [i for i in range(count) if i != index] if index == 0 else [0]
-        self._hosts = {i: "" for i in self._watched}
+        self._hosts = dict.fromkeys(self._watched, "")
         self._beats: dict[int, str] = {}
         self._clock = 0.0  # seconds in which this process ran: a stop of its own says nothing about others
         self._changed = dict.fromkeys(self._watched, 0.0)

@@ -67,6 +67,7 @@ SLOW = (
     "test_train_tokens.py",
     "test_train_stages.py",
     "test_two_processes.py",
+    "test_watchdog.py",
 )
 # But not these, because each covers its room:
 FAST = (
@@ -80,4 +81,5 @@ FAST = (
     "test_subsets_check.py::test_mutual",
     "test_subsets_choose.py::test_contributions_agree_under_every_dispatch[ring",
     "test_subsets_store.py::test_forced",
+    "test_watchdog.py::test_a_worker",
 )

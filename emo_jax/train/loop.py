@@ -19,6 +19,7 @@ from emo_jax import compat, ending, processes, sharding
 from emo_jax.checkpoints.checkpoint import FOLDER, steps
 from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
+from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RunError
 from emo_jax.files import AnyPath
 from emo_jax.phases import Phase, phase_at, phases
@@ -26,10 +27,11 @@ from emo_jax.progress import is_primary, say
 from emo_jax.train import start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
 from emo_jax.train.holder import Holder, HolderLost, hold
-from emo_jax.train.metrics import Log
+from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
 from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
+from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 
 SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
 
@@ -84,12 +86,14 @@ class TrainingLoop:
     evaluate: Any = None  # an `Evaluation`, if documents are held out
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
+    first_of_phase: int  # the step before its first in this start
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
                  left: Sequence[Phase], evaluations: Iterable = (), holder: Holder | None = None):
         self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
+        self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
@@ -116,6 +120,7 @@ class TrainingLoop:
                 raise type(e)(f"{e}; {kept}{advice}") from e
             raise
         finally:
+            self.watchdog.close()
             ending.last_good = str
             if self.batches is not None:
                 self.batches.close()
@@ -124,6 +129,7 @@ class TrainingLoop:
 
     def _begin(self, phase: Phase) -> None:
         """Everything that the steps of a phase need; the step itself compiles when it is first taken."""
+        self.watchdog.at("the start of a phase", long=True)
         before = None
         if self.batches is not None:
             before = self.phase.config
@@ -142,6 +148,7 @@ class TrainingLoop:
             made = (make(c, self.mesh, self.documents) for make in self.make_evaluations)
             self.other_evaluations = [evaluation for evaluation in made if evaluation is not None]
         self.log.begin(self.step, c, self.batches.labels)
+        self.first_of_phase = self.step
 
     def _say_phase(self, phase: Phase) -> None:
         stage = f"stage {phase.stage}, " if self.config.stages else ""
@@ -153,7 +160,10 @@ class TrainingLoop:
         while self.step < self.phase.until:
             if self.holder is not None:
                 self.holder.check()
-            self._one_step()
+            try:
+                self._one_step()
+            except Interrupted:
+                return stop.requested
             if stop.requested_after(self.step):
                 return stop.requested
             self._between_steps()
@@ -161,12 +171,16 @@ class TrainingLoop:
 
     def _one_step(self) -> None:
         assert self.batches is not None
+        began, first = time.monotonic(), self.step < self.first_of_phase + MAX_STEPS_IN_FLIGHT  # which compile
+        self.watchdog.at(DATA, long=first)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
+        self.watchdog.at(f"step {self.step + 1}", long=first)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
         self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
+        self.watchdog.stepped(began)
 
     def _between_steps(self) -> None:
         t, every = self.config.train, self.config.checkpoint.every
@@ -179,6 +193,7 @@ class TrainingLoop:
             self._save()
 
     def _evaluate(self) -> None:
+        self.watchdog.at(EVALUATION, long=True)
         self.log.flush()
         result = self.evaluate(self.state.params)
         if not math.isfinite(result["loss"]):
@@ -191,6 +206,7 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
+        self.watchdog.at(SAVING, long=True)
         if self.holder is not None:
             self.holder.confirm()
         self.log.flush()
@@ -204,6 +220,7 @@ class TrainingLoop:
         self.log.restart_clock(self.step)
 
     def _finish(self, stopped: str | None) -> None:
+        self.watchdog.at(SAVING, long=True)
         if stopped:
             self.log.say(f"stopping after step {self.step} ({stopped}): saving")
         if self.saved_step != self.step:

@@ -8,10 +8,11 @@ import signal
 import jax
 
 from emo_jax import processes
+from emo_jax.data import waiting
 
 
 class StopSignals:
-    """A context in which the first signal only sets `requested`.
+    """A context in which the first signal only sets `requested`, and ends a wait for rows.
 
     Of several processes SIGTERM is JAX's own: with it, or a notice of the cloud, JAX has all of them leave after the same step.
     SIGINT is passed on to it.
@@ -30,7 +31,9 @@ class StopSignals:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        if not self._alone:
+        if self._alone:
+            waiting.interrupt()
+        else:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested_after(self, step: int) -> bool:
