@@ -21,10 +21,10 @@ from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
 from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RunError
-from emo_jax.files import AnyPath
+from emo_jax.files import AnyPath, make_folder
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
-from emo_jax.train import start
+from emo_jax.train import run_folder, start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
 from emo_jax.train.holder import Holder, HolderLost, hold
 from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
@@ -36,24 +36,27 @@ from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
 
 
-def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dict[str, Any]:
+def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_over: bool = False) -> dict[str, Any]:
     """Trains `config` into the folder `out`, going on from what is there; returns what `emo-jax train` reports.
 
     `evaluations`: more of them, made by `make(config, mesh, documents)`; each is None or has a `name` and returns
-    numbers for parameters.
+    numbers for parameters. start_over: at step 0, where the checkpoints that the folder had are gone.
 
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
     processes.start_distributed()
+    sharding.make_mesh(config)  # if that cannot be, nothing is written
+    with hold(make_folder(out)) as holder:
+        return train_held(config, out, evaluations, holder, start_over)
+
+
+def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder: Holder | None,
+               start_over: bool = False) -> dict[str, Any]:
+    """`train` into a folder that this run holds already."""
     mesh = sharding.make_mesh(config)
-    folder = start.open_folder(config, out)
-    start.cache_compilation(folder)
-    with hold(folder) as holder:
-        return _train(config, mesh, folder, evaluations, holder)
-
-
-def _train(config: Config, mesh: Mesh, folder: AnyPath, evaluations: Iterable, holder: Holder | None) -> dict[str, Any]:
+    folder = run_folder.open_folder(config, out)
+    run_folder.cache_compilation(folder)
     config, origin = start.find_start(config, folder)
     plan = phases(config)
     for phase in plan:
@@ -61,10 +64,14 @@ def _train(config: Config, mesh: Mesh, folder: AnyPath, evaluations: Iterable, h
     documents = DocumentsOfPhases(folder)
     with compat.set_mesh(mesh):
         position = start.resume(config, mesh, folder, documents.of)
-        position = position or start.initial_position(config, mesh, origin, documents.of)
+        if position is None:
+            run_folder.require_new(config, folder, start_over)
+            position = start.initial_position(config, mesh, origin, documents.of)
         left = [phase for phase in plan if phase.until > position.step]
         check_phases(left, documents.of, mesh, position.place)
-        start.write_config(config, folder)
+        run_folder.prepare(config, folder)
+        if not left:
+            say(f"{folder} is at its last step, {position.step}: nothing to do")
         _describe(phase_at(config, position.step).config, mesh, documents, position)
         return TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder).run()
 
@@ -95,7 +102,7 @@ class TrainingLoop:
         self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
         self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
-        self.writer = CheckpointWriter(out, config.checkpoint)
+        self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
@@ -164,6 +171,8 @@ class TrainingLoop:
                 self._one_step()
             except Interrupted:
                 return stop.requested
+            if self.saved_step is not None:
+                self.saved_mark.note()
             if stop.requested_after(self.step):
                 return stop.requested
             self._between_steps()
@@ -227,6 +236,7 @@ class TrainingLoop:
             self._save()
         self.log.flush()
         self.writer.close()
+        self.saved_mark.note()
 
     def _last_good(self) -> str:
         """Lets the last save finish and says where the run can go on."""
