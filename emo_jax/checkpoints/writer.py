@@ -52,7 +52,7 @@ class CheckpointWriter:
                 temporary_path_class=commit_class(folder)))
 
     def save(self, step: int, items: dict[str, Any], config: Config, *, tokens: int, source: dict[str, Any],
-             position: dict[str, Any] | None, loss: float | None = None) -> None:
+             position: dict[str, Any] | None, loss: float | None = None, **more: Any) -> None:
         """Returns when the arrays have left the devices. `items`: {"params", "opt_state"}; `loss`: the evaluation loss that
         `keep_best` ranks by; the others as in `describe`.
 
@@ -63,7 +63,7 @@ class CheckpointWriter:
             raise RunError(f"the state after step {step} is not finite and was not saved")
         if step in self._manager.all_steps():
             return
-        described = describe(config, step, tokens, source, sums, position, held_out_loss=loss)
+        described = describe(config, step, tokens, source, sums, position, held_out_loss=loss, **more)
         if loss is not None:
             self._best.losses[step] = loss
         arrays = {name: ocp.args.PyTreeSave(tree, save_args=_save_args(tree)) for name, tree in items.items()}

@@ -18,14 +18,15 @@ from emo_jax import compat, processes, sharding
 from emo_jax.checkpoints.checkpoint import FOLDER
 from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
-from emo_jax.errors import RunError
+from emo_jax.errors import RestartError, RunError
 from emo_jax.files import AnyPath
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
-from emo_jax.train import start
+from emo_jax.train import bad_steps, start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
 from emo_jax.train.metrics import Log
 from emo_jax.train.optimizer import reset_moments
+from emo_jax.train.rollback import RollBack, SkippedRows, roll_back
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
 
@@ -50,14 +51,24 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
     for phase in plan:
         mesh_shape(phase.config, mesh.size)
     documents = DocumentsOfPhases(folder)
-    with compat.set_mesh(mesh):
-        position = start.resume(config, mesh, folder, documents.of)
-        position = position or start.initial_position(config, mesh, origin, documents.of)
-        left = [phase for phase in plan if phase.until > position.step]
-        check_phases(left, documents.of, mesh, position.place)
-        start.write_config(config, folder)
-        _describe(phase_at(config, position.step).config, mesh, documents, position)
-        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations).run()
+    while True:
+        with compat.set_mesh(mesh):
+            position = start.resume(config, mesh, folder, documents.of)
+            position = position or start.initial_position(config, mesh, origin, documents.of)
+            left = [phase for phase in plan if phase.until > position.step]
+            check_phases(left, documents.of, mesh, position.place)
+            start.write_config(config, folder)
+            _describe(phase_at(config, position.step).config, mesh, documents, position)
+            loop = TrainingLoop(config, mesh, folder, documents, position, left, evaluations)
+            del position
+            try:
+                return loop.run()
+            except RollBack as found:
+                bad = found
+            del loop.state  # there is room for one
+            roll_back(folder, bad)
+            if processes.any_process(loop.stop.requested is not None):
+                raise RestartError("asked to stop while rolling back: the same command goes on from there")
 
 
 def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, position: start.Position) -> None:
@@ -86,12 +97,14 @@ class TrainingLoop:
         self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
+        self.skipped_rows = SkippedRows(out)
+        self.stop = StopSignals()
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
         try:
-            with StopSignals() as stop:
+            with self.stop as stop:
                 for phase in self.left:
                     self._begin(phase)
                     stopped = self._steps_of_phase(stop)
@@ -122,6 +135,8 @@ class TrainingLoop:
             self._say_phase(phase)
         if phase.resets_optimizer and self.step == phase.first_step:
             self.state = self.state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(self.state.opt_state))
+        if phase.starts_stage and self.step == phase.first_step:  # losses of other documents, or rows, compare with nothing
+            self.state = self.state._replace(recent=bad_steps.from_json(None, self.state.recent))
         self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
         group = processes.row_group(self.mesh, c.train.batch_size)
         self.batches = batches_of(self.config, phase, self.all_documents, group, self.place)
@@ -147,6 +162,8 @@ class TrainingLoop:
 
     def _one_step(self) -> None:
         assert self.batches is not None
+        for _ in range(self.skipped_rows.before(self.step + 1)):
+            next(self.batches)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
@@ -175,7 +192,8 @@ class TrainingLoop:
         self.log.flush()
         result = self.evaluate(self.state.params)
         if not math.isfinite(result["loss"]):
-            raise RunError(f"the held-out loss is {result['loss']} after step {self.step}")
+            raise RunError(f"the held-out loss is {result['loss']} after step {self.step}, though that of the steps is finite",
+                           "look at the held-out documents, or lower optimizer.learning_rate")
         self.evaluated = {self.step: result}
         self.log.evaluation(self.step, "held_out", result)
         for evaluate in self.other_evaluations:
@@ -189,7 +207,7 @@ class TrainingLoop:
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
                          tokens=self.log.tokens, source=self.documents.fingerprint, position=self.batches.position(),
-                         loss=evaluation["loss"] if evaluation else None)
+                         loss=evaluation["loss"] if evaluation else None, recent=bad_steps.to_json(self.state.recent))
         self.saved_step = self.step
         self.log.save()
         self.log.restart_clock(self.step)
