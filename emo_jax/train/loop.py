@@ -185,7 +185,7 @@ class TrainingLoop:
         if evaluate:
             self._evaluate()
         best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])
-        if last or self.step % every == 0 or best:
+        if last or ((self.step % every == 0 or best) and self.log.is_good()):
             self._save()
 
     def _evaluate(self) -> None:

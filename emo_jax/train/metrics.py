@@ -75,7 +75,7 @@ class TensorBoard:
             if isinstance(value, dict):
                 self.write(step, value, f"{prefix}{name}/")
             elif isinstance(value, list):
-                for layer, v in enumerate(value):
+                for layer, v in enumerate(v for v in value if v is not None):
                     self._writer.add_scalar(f"{prefix}{name}/layer_{layer:02d}", v, step)
             elif isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(prefix + name, value, step)
@@ -238,6 +238,11 @@ class Log:
             if self.is_logged(step):
                 self._write(step, metrics | {"skipped": skipped})
 
+    def is_good(self) -> bool:
+        """Whether the last step was, so that its state is one to go back to."""
+        self.flush()
+        return self._watch.is_good
+
     def _count_buffers(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         for name, join in BUFFERS.items():
             if name in metrics:
@@ -262,7 +267,7 @@ class Log:
         record |= self._label_means()
         self.last = _finite_or_null(record)
         self._file.write(self.last)
-        self._events.write(step, record)
+        self._events.write(step, self.last)
         self._mirror.changed()
         pace = self._rate.seconds_per_step
         self._progress.update(record, pace and pace * (self._config.train.steps - step))

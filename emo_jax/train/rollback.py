@@ -45,11 +45,13 @@ class Watch:
     def __init__(self, config: Config, out: AnyPath, say: Callable[[str], None]):
         self._config, self._out, self._say = config, out, say
         self._without_loss = 0
+        self.is_good = True  # the last step that was seen was taken, and no sign of a loss that diverges
 
     def see(self, step: int, metrics: dict[str, np.ndarray]) -> bool:
         """Whether the step was skipped, which is said. Raises `RollBack` for the last of too many, and `RunError` if no token
         has had a loss for long."""
         verdict = Verdict(*metrics["verdict"].tolist())
+        self.is_good = not verdict.skipped and not verdict.diverged_in_a_row
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if verdict.skipped:
             self._say(f"step {step} is skipped: {self._reason(loss, norm, verdict)}")
@@ -127,24 +129,24 @@ def _seal(rollbacks: Any) -> str:
 
 
 def roll_back(out: AnyPath, bad: RollBack) -> None:
-    """Leaves the folder so that `start.resume` goes on from the newest checkpoint before the bad steps, or from the start where
-    there is none, and writes down which rows are left out. Checkpoints of later steps go to `rolled_back/`. A second rollback
-    to the same checkpoint goes one further. Raises `RunError` if there were too many.
+    """Leaves the folder so that `start.resume` goes on from the newest checkpoint before the bad steps, or from the start of a
+    run that has none yet, and writes down which rows are left out. Checkpoints of later steps go to `rolled_back/`. A second
+    rollback to the same checkpoint goes one further. Raises `RunError` if there were too many, or there is nowhere to go.
 
     A kill at any moment leaves either the run before the rollback, or one that goes back by itself, or the run after it."""
-    skipped, folder = SkippedRows(out), out / FOLDER
-    found = [step for step in steps(folder) if step < bad.step]
-    if len(skipped.rollbacks) >= AT_MOST:
-        good = f"the last checkpoint before it is of step {found[-1]}" if found else "there is no checkpoint before it"
-        raise RunError(f"{bad.why}; {AT_MOST} rollbacks have not helped (see {out / FILE}); {good}. Before the same command "
-                       f"goes on, {bad.advice}")
+    skipped, saved = SkippedRows(out), steps(out / FOLDER)
+    found = [step for step in saved if step < bad.step]
+    good = f"the last checkpoint before that is of step {found[-1]}" if found else "there is no checkpoint of before that"
+    if len(skipped.rollbacks) >= AT_MOST or (saved and not found):
+        tried = f"; {len(skipped.rollbacks)} rollbacks have not helped (see {out / FILE})" if skipped.rollbacks else ""
+        raise RunError(f"{bad.why}{tried}; {good}. Before the same command goes on, {bad.advice}")
     tried = {r["back_to"] for r in skipped.rollbacks}
     again = [step for step in found if step not in tried]
     back_to = (again or found or [0])[-1]
     if is_primary():
         if not found:  # metrics without a checkpoint would be those of a run that lost them
             write_text(out / METRICS, "")
-        for step in steps(folder):
+        for step in saved:
             if step > back_to:
                 _set_aside(out, step)
     processes.wait_for_all("checkpoints rolled back")
