@@ -45,6 +45,7 @@ SLOW = (
     "test_generate.py::test_rows_end",
     "test_generate.py::test_the_command",
     "test_harness.py",
+    "test_holder.py::test_a_second_train",
     "test_kernels.py::test_attention_on_a_mesh",
     "test_kernels.py::test_experts_of_grouped_rows[fused",
     "test_kernels.py::test_experts_of_grouped_rows[megablox",
@@ -53,6 +54,7 @@ SLOW = (
     "test_library.py::test_a_model_opened",
     "test_library.py::test_devices",
     "test_library.py::test_the_examples",
+    "test_lost_processes.py",
     "test_plots.py::test_the_picture",
     "test_sharded_step.py",
     "test_study.py::test_activations",
@@ -76,6 +78,7 @@ SLOW = (
     "test_train_tokens.py",
     "test_train_stages.py",
     "test_two_processes.py",
+    "test_watchdog.py",
 )
 # But not these, because each covers its room:
 FAST = (
@@ -83,9 +86,11 @@ FAST = (
     "test_experts.py::test_equals_the_dense_oracle[Dispatch(strategy='all_to_all'",
     "test_experts.py::test_the_hook_sees_every_row_whole_under_every_strategy[Dispatch(strategy='ring'",
     "test_kernels.py::test_experts_of_grouped_rows[fused-unaligned",
+    "test_lost_processes.py::test_a_killed_process_is_named[exchange",
     "test_sharded_step.py::test_eight_devices_equal_one[data fsdp expert]",
     "test_subsets_check.py::test_compositions",
     "test_subsets_check.py::test_mutual",
     "test_subsets_choose.py::test_contributions_agree_under_every_dispatch[ring",
     "test_subsets_store.py::test_forced",
+    "test_watchdog.py::test_a_worker",
 )
