@@ -31,6 +31,7 @@ from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
 from emo_jax.phases import phase_at, trained_config
 from emo_jax.progress import is_primary, say
+from emo_jax.train import bad_steps
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.run_folder import set_aside
 from emo_jax.train.step import TrainState, abstract_state, init_state
@@ -67,11 +68,14 @@ def open_documents(config: Config, out: AnyPath) -> Documents:
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes."""
+    """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes. The files are read, if
+    they must be, by the primary process only."""
     sample = hashlib.sha256()
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         sample.update(source[int(i)].content)
-    return {"documents": len(source), "sample": sample.hexdigest()[:16],
+    content = (source.content_hash() if is_primary() else "").encode().ljust(64)
+    content = processes.gather(np.frombuffer(content, np.uint8))[0].tobytes().decode().strip()
+    return {"documents": len(source), "sample": sample.hexdigest()[:16], "content": content,
             "tokenizer": hashlib.sha256(tokenizer.content).hexdigest()[:16]}
 
 
@@ -144,6 +148,7 @@ def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None,
     if origin is None:
         return Position(_initial_state(config, mesh), 0, 0, None)
     state = restore_state(origin, abstract_state(config, mesh))
+    state = state._replace(recent=bad_steps.from_json(None, state.recent))  # its documents may have other losses
     place = Place(origin.position(), origin.config, origin.meta["source"])
     phase = phase_at(config, origin.step).config
     same = place.goes_on(phase, documents_of(phase))
@@ -221,7 +226,8 @@ def _require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[
 def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
     """The training state, laid out as `target` (of `abstract_state`) asks. Raises `DamagedCheckpoint`."""
     items = found.restore({"params": target.params, "opt_state": target.opt_state})
-    return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding), **items)
+    return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding),
+                      recent=bad_steps.from_json(found.meta.get("recent"), target.recent), **items)
 
 
 def _set_aside(out: AnyPath, damaged: list[int]) -> None:
