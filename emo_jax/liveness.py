@@ -100,7 +100,7 @@ class Liveness:
             ending.end(message, status)
 
     def _named(self, index: int) -> str:
-        host = self._hosts[index]
+        host = self._hosts.get(index)
         return f"process {index} of {self._count}" + (f" on {host}" if host else "")
 
     def mark(self, status: int, message: str) -> None:

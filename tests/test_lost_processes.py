@@ -71,6 +71,23 @@ def test_a_killed_process_is_named(pair, lost):
     assert err.count("the last good checkpoint is of step 7") == 1
 
 
+def test_a_killed_process_is_named_by_all_others():
+    """Also by those that do not watch it: the first process, which does, tells them."""
+    started = start_command(["-c", EXCHANGE, "exchange"], 3)
+    try:
+        for process in started:
+            for _ in range(3):
+                process.stdout.readline()
+        started[2].kill()
+        for process in started[:2]:
+            status, err = ended(process)
+            assert status == 75 and re.search(f"process 2 of 3{HOST} is lost", err), err
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.parametrize("pair", ["exchange"], indirect=True)
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_stopped_process_is_named_and_ends_alike_when_it_wakes(pair, lost):
