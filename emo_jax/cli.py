@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import emo_jax
+from emo_jax import ending
 from emo_jax.commands import (
     Command,
     bench,
@@ -35,7 +37,6 @@ from emo_jax.commands.arguments import take_overrides
 from emo_jax.errors import InputError, RestartError, RunError
 from emo_jax.progress import is_primary
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: launchers restart on it
 COMMANDS = (train.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND, import_.COMMAND,
             export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
             completion.COMMAND)
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     command: Command = args.command
     logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
     logging.getLogger("emo_jax").setLevel(logging.INFO if command.logs or args.verbose else logging.WARNING)
+    ending.report = functools.partial(_say, args)
     try:
         if overrides and not command.overrides:
             raise InputError(f"emo-jax {command.name} has no config to override: {' '.join(overrides)}")
@@ -56,17 +58,20 @@ def main(argv: list[str] | None = None) -> int:
             overrides.append(f"--seed={args.seed}")
         args.overrides = overrides
         if command.devices:
-            from emo_jax import sharding
+            from emo_jax import processes
 
-            sharding.start_distributed()
+            processes.start_distributed()
         result = command.run(args)
         if is_primary():
             print(json.dumps(result.value) if args.json else result.text, flush=True)
-        return RESTART if result.restart else 0
+        status = ending.RESTART if result.restart else 0
+        if liveness := _liveness():
+            liveness.leave(status)
+        return status
     except InputError as e:
         return _fail(args, 2, str(e))
     except RunError as e:
-        return _fail(args, RESTART if isinstance(e, RestartError) else 1, str(e))
+        return _fail(args, ending.RESTART if isinstance(e, RestartError) else 1, str(e))
     except KeyboardInterrupt:
         return _fail(args, 1, "interrupted")
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -76,16 +81,29 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(args, 1, f"out of memory: {e}")
     except Exception as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
+            if liveness := _liveness():
+                liveness.await_verdict()
             raise
         return _fail(args, 1, f"out of device memory: {str(e).splitlines()[0]}\nmore devices, a larger "
                      f"train.microbatches, train.remat=full or a smaller train.batch_size need less")
 
 
+def _liveness() -> Any:
+    """`emo_jax.liveness` if several processes were started: importing it here would import JAX for every command."""
+    return sys.modules.get("emo_jax.liveness")
+
+
 def _fail(args, status: int, message: str) -> int:
+    _say(args, status, message)
+    if liveness := _liveness():
+        liveness.fail(status, message)
+    return status
+
+
+def _say(args, status: int, message: str) -> None:
     print(f"emo-jax {args.command.name}: {message}", file=sys.stderr, flush=True)
     if args.json and is_primary():
         print(json.dumps({"error": message, "exit_status": status}), flush=True)
-    return status
 
 
 class _Parser(argparse.ArgumentParser):

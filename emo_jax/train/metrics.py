@@ -25,7 +25,7 @@ from emo_jax.progress import duration
 from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.mirror import Mirror
-from emo_jax.train.rollback import METRICS, Watch
+from emo_jax.train.verdicts import Watch
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")
@@ -34,20 +34,32 @@ PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_
 # What all_to_all's receive buffers needed, over the steps since the last record: the largest, and the sum.
 BUFFERS = {"required_capacity_factor": max, "fallback_steps": operator.add}
 MAX_STEPS_IN_FLIGHT = 4
+METRICS = "metrics.jsonl"
+
+
+def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records of steps in a metrics.jsonl, and the number of lines that are none. An end torn by a kill is neither."""
+    records, foreign = [], 0
+    *lines, end = content.split(b"\n")
+    for line in [*lines, end]:
+        try:
+            record = json.loads(line)
+            valid = type(record) is dict and type(record.get("step")) is int and not record.keys().isdisjoint(("loss", "eval"))
+        except (ValueError, RecursionError):
+            record, valid = None, False
+        if valid:
+            records.append(record)
+        elif line.strip() and not (line is end and line.startswith(b'{"')):
+            foreign += 1
+    return records, foreign
 
 
 class MetricsFile:
     """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened."""
 
     def __init__(self, path: AnyPath, resumed_at: int):
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= resumed_at:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line torn by a kill
-        write_text(path, "".join(kept))
+        records, _ = records_and_foreign_lines(path.read_bytes() if path.exists() else b"")
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= resumed_at))
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -302,6 +314,11 @@ class Log:
     def save(self) -> None:
         """Whoever goes on from here finds the metrics up to here."""
         self._mirror.upload()
+
+    def abandon(self) -> None:
+        """The run's folder is another's: nothing more goes there."""
+        self._mirror.abandon()
+        self._mirror = NoLog()
 
     def close(self) -> None:
         for part in (self._progress, self._events, self._file, self._mirror):
