@@ -29,6 +29,7 @@ from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOf
 from emo_jax.train.holder import Holder, HolderLost, hold
 from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
 from emo_jax.train.optimizer import reset_moments
+from emo_jax.train.replicas import RepeatCheck, ReplicaCheck
 from emo_jax.train.rollback import SkippedRows, roll_back
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
@@ -106,6 +107,7 @@ class TrainingLoop:
     evaluate: Any = None  # an `Evaluation`, if documents are held out
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
+    repeat: RepeatCheck
     first_of_phase: int  # the step before its first in this start
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
@@ -118,7 +120,7 @@ class TrainingLoop:
         self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.skipped_rows = SkippedRows(out)
-        self.stop = StopSignals()
+        self.replicas, self.stop = ReplicaCheck(mesh, config.faults.check_replicas_every), StopSignals()
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
     def run(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ class TrainingLoop:
         if phase.starts_stage and self.step == phase.first_step:  # losses of other documents, or rows, compare with nothing
             self.state = self.state._replace(recent=bad_steps.from_json(None, self.state.recent))
         self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
+        self.repeat = RepeatCheck(c, self.mesh, self.documents.tokenizer.eos_id)
         group = processes.row_group(self.mesh, c.train.batch_size)
         self.batches = batches_of(self.config, phase, self.all_documents, group, self.place)
         if before is None or (before.model, before.router, before.data) != (c.model, c.router, c.data):
@@ -203,8 +206,10 @@ class TrainingLoop:
             next(self.batches)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
         self.watchdog.at(f"step {self.step + 1}", long=first)
+        self.repeat.before_step(self.step + 1, self.state, batch)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
+        self.replicas.after_step(self.step, self.state.params)
         self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
@@ -239,6 +244,7 @@ class TrainingLoop:
         if self.holder is not None:
             self.holder.confirm()
         self.log.flush()
+        self.replicas.before_save(self.step, self.state.params)
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
