@@ -120,5 +120,5 @@ def test_gradients_that_are_not_the_same_twice_end_the_run(folder, tmp_path, mon
         self.hashes = flipping
 
     monkeypatch.setattr(replicas.RepeatCheck, "__init__", make_flipping)
-    with pytest.raises(RunError, match="the gradients of step 4, computed twice, are not the same: device 2 .* loss of its rows"):
+    with pytest.raises(RunError, match="step 4, computed twice, are not the same: device 2 .* loss of its rows"):
         loop.train(config, tmp_path / "bad")

@@ -28,7 +28,7 @@ def take_apart(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Cal
         objective = Objective(execution, Totals.of(batch), step)
         _, gradients = over_microbatches(objective, params, batch, M)
 
-        def rows(part: Batch) -> Float[Array, "b T"]:
+        def rows(part: Batch) -> Any:
             x_BTD, _ = objective.forward(params, part, None)
             return model.loss_sums(params, x_BTD, part["targets"], part["loss_weights"], execution, True)[3]
 

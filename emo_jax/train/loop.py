@@ -32,7 +32,7 @@ from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.replicas import RepeatCheck, ReplicaCheck
 from emo_jax.train.rollback import SkippedRows, roll_back
 from emo_jax.train.signals import StopSignals
-from emo_jax.train.step import make_train_step
+from emo_jax.train.step import TrainState, make_train_step
 from emo_jax.train.verdicts import RollBack
 from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 
@@ -98,6 +98,15 @@ def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, posi
               f"{config.train.batch_size} rows of {config.data.sequence_length} tokens a step")
 
 
+def enter(phase: Phase, state: TrainState, step: int) -> TrainState:
+    """The state that a phase goes on with after `step` steps."""
+    if phase.resets_optimizer and step == phase.first_step:
+        state = state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(state.opt_state))
+    if phase.starts_stage and step == phase.first_step:  # losses of other documents, or rows, compare with nothing
+        state = state._replace(recent=bad_steps.from_json(None, state.recent))
+    return state
+
+
 class TrainingLoop:
     """One start of a run, from its position through the phases that are left to its last step, a stop, or a failure."""
 
@@ -108,6 +117,7 @@ class TrainingLoop:
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
     repeat: RepeatCheck
+    before_left_out: dict[str, Any] | None = None  # the data's position while rows are left out, until the step after them
     first_of_phase: int  # the step before its first in this start
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
@@ -162,10 +172,7 @@ class TrainingLoop:
         self.phase, c, self.documents = phase, phase.config, self.all_documents.of(phase.config)
         if len(self.left) > 1:
             self._say_phase(phase)
-        if phase.resets_optimizer and self.step == phase.first_step:
-            self.state = self.state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(self.state.opt_state))
-        if phase.starts_stage and self.step == phase.first_step:  # losses of other documents, or rows, compare with nothing
-            self.state = self.state._replace(recent=bad_steps.from_json(None, self.state.recent))
+        self.state = enter(phase, self.state, self.step)
         self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
         self.repeat = RepeatCheck(c, self.mesh, self.documents.tokenizer.eos_id)
         group = processes.row_group(self.mesh, c.train.batch_size)
@@ -202,9 +209,12 @@ class TrainingLoop:
         assert self.batches is not None
         began, first = time.monotonic(), self.step < self.first_of_phase + MAX_STEPS_IN_FLIGHT  # which compile
         self.watchdog.at(DATA, long=first)
-        for _ in range(self.skipped_rows.before(self.step + 1)):
+        left_out = self.skipped_rows.before(self.step + 1)
+        self.before_left_out = self.batches.position() if left_out else None
+        for _ in range(left_out):
             next(self.batches)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
+        self.before_left_out = None
         self.watchdog.at(f"step {self.step + 1}", long=first)
         self.repeat.before_step(self.step + 1, self.state, batch)
         self.state, metrics = self.train_step(self.state, batch)
@@ -248,7 +258,8 @@ class TrainingLoop:
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
-                         tokens=self.log.tokens, source=self.documents.fingerprint, position=self.batches.position(),
+                         tokens=self.log.tokens, source=self.documents.fingerprint,
+                         position=self.before_left_out or self.batches.position(),
                          loss=evaluation["loss"] if evaluation else None, recent=bad_steps.to_json(self.state.recent))
         self.saved_step = self.step
         self.log.save()

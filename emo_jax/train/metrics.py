@@ -168,12 +168,12 @@ class Rate:
         self.restart(step, tokens)
 
 
-def _finite_or_null(x: Any) -> Any:
+def finite_or_null(x: Any) -> Any:
     """JSON has no number for what a skipped step may have."""
     if isinstance(x, dict):
-        return {name: _finite_or_null(value) for name, value in x.items()}
+        return {name: finite_or_null(value) for name, value in x.items()}
     if isinstance(x, list):
-        return [_finite_or_null(value) for value in x]
+        return [finite_or_null(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
@@ -277,7 +277,7 @@ class Log:
         record["data_wait_fraction"] = self.data_wait.fraction
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
         record |= self._label_means()
-        self.last = _finite_or_null(record)
+        self.last = finite_or_null(record)
         self._file.write(self.last)
         self._events.write(step, self.last)
         self._mirror.changed()

@@ -172,8 +172,8 @@ def device_names(devices: list[int], mesh: Mesh) -> str:
 
 
 def compare_repeats(first: np.ndarray, again: np.ndarray, names: list[Part]) -> list[Different]:
-    """Parts whose hashes [devices, parts] are not those of the first time, and on which devices. A wrong gradient has been summed
-    over devices, and differs on many; so if the loss of a device's own rows differs, only that counts."""
+    """Parts whose hashes [devices, parts] are not those of the first time, and on which devices. A wrong gradient has been
+    summed over devices, and differs on many; so if the loss of a device's own rows differs, only that counts."""
     differs = first != again
     found = [Different(part, tuple(np.flatnonzero(differs[:, i]).tolist()), len(first), True)
              for i, part in enumerate(names) if differs[:, i].any()]
