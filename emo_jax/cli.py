@@ -28,6 +28,7 @@ from emo_jax.commands import (
     export,
     generate,
     import_,
+    replay,
     select,
     study,
     subset,
@@ -37,8 +38,8 @@ from emo_jax.commands.arguments import take_overrides
 from emo_jax.errors import InputError, RestartError, RunError
 from emo_jax.progress import is_primary
 
-COMMANDS = (train.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND, import_.COMMAND,
-            export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
+COMMANDS = (train.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND,
+            import_.COMMAND, export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
             completion.COMMAND)
 GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
           "data": "the documents of a config", "bench": "speed against the ideal of this machine"}

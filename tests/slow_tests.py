@@ -1,6 +1,12 @@
 """What `launch/test.sh --fast` leaves out, by the beginning of a test's name: most of the time."""
 
 SLOW = (
+    "test_bad_steps.py::test_a_",
+    "test_bad_steps.py::test_rows",
+    "test_bad_steps.py::test_too",
+    "test_replay.py",
+    "test_replicas.py::test_a_run",
+    "test_replicas.py::test_gradients",
     "test_library.py",
     "test_data_sources.py::test_embedded_default_has",
     "test_aot.py::test_golden_summary",

@@ -14,6 +14,7 @@ from emo_jax import model, sharding
 from emo_jax.bench import interleaved, matmul, random_segments, ratio
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig, TrainConfig
 from emo_jax.train.flops import flops_per_token
+from emo_jax.train.replicas import hashes
 from emo_jax.train.step import Objective, Totals, init_state, make_train_step
 
 
@@ -42,6 +43,7 @@ def step(config: Config | None, rounds: int) -> dict[str, Any]:
     for name, c in (("emo", emo), ("standard", plain)):
         timed[name] = _train_step(c, mesh, batch)
         timed[f"{name}_gradient"] = _gradient(c, mesh, batch)
+    timed["replica_hashes"] = _hashes(emo, mesh)
     times = interleaved(timed, rounds)
 
     tokens = emo.train.batch_size * emo.data.sequence_length
@@ -55,6 +57,7 @@ def step(config: Config | None, rounds: int) -> dict[str, Any]:
         "share_of_matmul_ideal": float(useful / seconds["emo"] / matmul_rate),
         "emo_over_standard": ratio(times, "emo", "standard"),
         "emo_over_standard_forward_backward": ratio(times, "emo_gradient", "standard_gradient"),
+        "replica_hashes": ratio(times, "replica_hashes", "emo") / max(emo.faults.check_replicas_every, 1),
         "seconds": seconds,
     }
 
@@ -68,7 +71,8 @@ def report(r: dict[str, Any]) -> str:
             f"({r['model_flops_per_token'] / 1e6:.1f} MFLOP/token; measured "
             f"{r['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s)\n"
             f"EMO over standard MoE    {r['emo_over_standard']:>12.3f}   (step; forward and backward "
-            f"{r['emo_over_standard_forward_backward']:.3f})")
+            f"{r['emo_over_standard_forward_backward']:.3f})\n"
+            f"hashes of replicas       {r['replica_hashes']:>12.4%}   of a step, at faults.check_replicas_every")
 
 
 def random_batch(config: Config, documents: int) -> dict[str, np.ndarray]:
@@ -88,6 +92,17 @@ def _train_step(config, mesh, batch):
     def call():
         box[0], metrics = train_step(box[0], batch)
         return metrics
+
+    return call
+
+
+def _hashes(config, mesh):
+    """What comparing replicas asks of the devices."""
+    hashed, params = jax.jit(hashes), model.init_params(config, mesh)
+
+    def call():
+        with jax.set_mesh(mesh):
+            return hashed(params)
 
     return call
 

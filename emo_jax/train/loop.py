@@ -29,9 +29,11 @@ from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOf
 from emo_jax.train.holder import Holder, HolderLost, hold
 from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
 from emo_jax.train.optimizer import reset_moments
-from emo_jax.train.rollback import RollBack, SkippedRows, roll_back
+from emo_jax.train.replicas import RepeatCheck, ReplicaCheck
+from emo_jax.train.rollback import SkippedRows, roll_back
 from emo_jax.train.signals import StopSignals
-from emo_jax.train.step import make_train_step
+from emo_jax.train.step import TrainState, make_train_step
+from emo_jax.train.verdicts import RollBack
 from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 
 SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
@@ -83,6 +85,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
                 bad = found
             del loop.state  # there is room for one
             roll_back(folder, bad)
+            start_over = False
             if processes.any_process(loop.stop.requested is not None):
                 raise RestartError("asked to stop while rolling back: the same command goes on from there")
 
@@ -95,6 +98,15 @@ def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, posi
               f"{config.train.batch_size} rows of {config.data.sequence_length} tokens a step")
 
 
+def enter(phase: Phase, state: TrainState, step: int) -> TrainState:
+    """The state that a phase goes on with after `step` steps."""
+    if phase.resets_optimizer and step == phase.first_step:
+        state = state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(state.opt_state))
+    if phase.starts_stage and step == phase.first_step:  # losses of other documents, or rows, compare with nothing
+        state = state._replace(recent=bad_steps.from_json(None, state.recent))
+    return state
+
+
 class TrainingLoop:
     """One start of a run, from its position through the phases that are left to its last step, a stop, or a failure."""
 
@@ -104,6 +116,7 @@ class TrainingLoop:
     evaluate: Any = None  # an `Evaluation`, if documents are held out
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
+    repeat: RepeatCheck
     before_left_out: dict[str, Any] | None = None  # the data's position while rows are left out, until the step after them
     first_of_phase: int  # the step before its first in this start
 
@@ -117,7 +130,7 @@ class TrainingLoop:
         self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.skipped_rows = SkippedRows(out)
-        self.stop = StopSignals()
+        self.replicas, self.stop = ReplicaCheck(mesh, config.faults.check_replicas_every), StopSignals()
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
     def run(self) -> dict[str, Any]:
@@ -159,11 +172,9 @@ class TrainingLoop:
         self.phase, c, self.documents = phase, phase.config, self.all_documents.of(phase.config)
         if len(self.left) > 1:
             self._say_phase(phase)
-        if phase.resets_optimizer and self.step == phase.first_step:
-            self.state = self.state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(self.state.opt_state))
-        if phase.starts_stage and self.step == phase.first_step:  # losses of other documents, or rows, compare with nothing
-            self.state = self.state._replace(recent=bad_steps.from_json(None, self.state.recent))
+        self.state = enter(phase, self.state, self.step)
         self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
+        self.repeat = RepeatCheck(c, self.mesh, self.documents.tokenizer.eos_id)
         group = processes.row_group(self.mesh, c.train.batch_size)
         self.batches = batches_of(self.config, phase, self.all_documents, group, self.place)
         if before is None or (before.model, before.router, before.data) != (c.model, c.router, c.data):
@@ -205,8 +216,10 @@ class TrainingLoop:
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
         self.before_left_out = None
         self.watchdog.at(f"step {self.step + 1}", long=first)
+        self.repeat.before_step(self.step + 1, self.state, batch)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
+        self.replicas.after_step(self.step, self.state.params)
         self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
@@ -241,6 +254,7 @@ class TrainingLoop:
         if self.holder is not None:
             self.holder.confirm()
         self.log.flush()
+        self.replicas.before_save(self.step, self.state.params)
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,

@@ -25,7 +25,7 @@ from emo_jax.progress import duration
 from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.mirror import Mirror
-from emo_jax.train.rollback import METRICS, Watch
+from emo_jax.train.verdicts import Watch
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")
@@ -34,6 +34,7 @@ PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_
 # What all_to_all's receive buffers needed, over the steps since the last record: the largest, and the sum.
 BUFFERS = {"required_capacity_factor": max, "fallback_steps": operator.add}
 MAX_STEPS_IN_FLIGHT = 4
+METRICS = "metrics.jsonl"
 
 
 def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -167,12 +168,12 @@ class Rate:
         self.restart(step, tokens)
 
 
-def _finite_or_null(x: Any) -> Any:
+def finite_or_null(x: Any) -> Any:
     """JSON has no number for what a skipped step may have."""
     if isinstance(x, dict):
-        return {name: _finite_or_null(value) for name, value in x.items()}
+        return {name: finite_or_null(value) for name, value in x.items()}
     if isinstance(x, list):
-        return [_finite_or_null(value) for value in x]
+        return [finite_or_null(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
@@ -276,7 +277,7 @@ class Log:
         record["data_wait_fraction"] = self.data_wait.fraction
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
         record |= self._label_means()
-        self.last = _finite_or_null(record)
+        self.last = finite_or_null(record)
         self._file.write(self.last)
         self._events.write(step, self.last)
         self._mirror.changed()

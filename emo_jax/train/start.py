@@ -180,7 +180,7 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
     for step in reversed(steps(folder)):
         try:
             found = _read_together(folder / str(step))
-            _require_goes_on(found, config, documents_of)
+            require_goes_on(found, config, documents_of)
             state = restore_state(found, target)
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
@@ -207,7 +207,7 @@ def _read_together(path: AnyPath) -> Checkpoint:
     return found
 
 
-def _require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[Config], Documents]) -> None:
+def require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[Config], Documents]) -> None:
     """Raises `InputError` if the run that `config` describes is another one than that of its checkpoint."""
     where = str(found.path)
     require_same_model(found.run_config, config, where)

@@ -72,10 +72,9 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
                     "the experts of all microbatches", M)
 
     def train_step(state: TrainState, batch: Batch):
-        totals = Totals(tokens=jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
-                        loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
+        totals = Totals.of(batch)
         objective = Objective(execution, totals, state.step)
-        (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
+        (total, sums), grads = over_microbatches(objective, state.params, batch, M)
         metrics, grad_norm = sums.metrics(config, totals), optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             taken, recent, verdict = bad_steps.judge(state.recent, metrics["loss"], grad_norm, config)
@@ -121,6 +120,11 @@ def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) ->
 class Totals(NamedTuple):
     tokens: Float[Array, ""]  # tokens of the step that are not padding
     loss_tokens: Float[Array, ""]  # sum of the loss weights
+
+    @classmethod
+    def of(cls, batch: Batch) -> Totals:
+        return cls(tokens=jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+                   loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
 
 
 class RouterStats(NamedTuple):
@@ -171,13 +175,13 @@ class Objective(NamedTuple):
 
     def counts(self, params: model.Params, batch: Batch) -> Float[Array, "L groups R"]:
         """The experts' counts of one microbatch, without losses."""
-        return self._forward(params, batch, None)[1].counts
+        return self.forward(params, batch, None)[1].counts
 
     def __call__(self, params, batch: Batch, step_counts: Float[Array, "L R"] | None):
         """(the microbatch's part of the step's total loss, `Sums`). `step_counts`: the experts' counts of all microbatches,
         None where this is the only one, or where they are not balanced together."""
         c, totals = self.execution.config, self.totals
-        x_BTD, stats = self._forward(params, batch, step_counts)
+        x_BTD, stats = self.forward(params, batch, step_counts)
         objective, loss, output_z, nats_BT = model.loss_sums(
             params, x_BTD, batch["targets"], batch["loss_weights"], self.execution, "labels" in batch)
         total = objective / totals.loss_tokens
@@ -187,7 +191,8 @@ class Objective(NamedTuple):
             total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
         return total, Sums(loss, output_z, stats, None if nats_BT is None else _by_label(nats_BT, batch["labels"]))
 
-    def _forward(self, params, batch: Batch, step_counts):
+    def forward(self, params, batch: Batch, step_counts):
+        """(x_BTD after the last layer, `RouterStats`)."""
         c, sizes_LBN = self.execution.config, None
         if c.uses_pools:
             documents_BN = segment_document_ids(batch, self.execution)
@@ -253,12 +258,12 @@ def _by_label(x: Float[Array, "B T"], labels: Int[Array, "B T"]) -> Float[Array,
 # ---- microbatches ---------------------------------------------------------------------------------------------------
 
 
-def _over_microbatches(objective: Objective, params, batch: Batch, M: int):
+def over_microbatches(objective: Objective, params, batch: Batch, M: int):
     """((total loss, Sums), gradients) of the whole step."""
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if M == 1:
         return value_and_grad(params, batch, None)
-    parts = {name: _split_rows(a, M) for name, a in batch.items()}
+    parts = {name: split_rows(a, M) for name, a in batch.items()}
     step_counts = None
     c = objective.execution.config
     if c.model.num_experts and c.router.balance_scope == "step":
@@ -273,7 +278,7 @@ def _over_microbatches(objective: Objective, params, batch: Batch, M: int):
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "{M} b T"]:
+def split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "{M} b T"]:
     """Microbatch m holds rows m, M + m, ...: a device's rows stay on it."""
     parts = jnp.moveaxis(a.reshape(a.shape[0] // M, M, a.shape[1]), 1, 0)
     return reshard(parts, None, BATCH, "sequence")
