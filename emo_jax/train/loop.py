@@ -15,11 +15,11 @@ import jax
 from jax.sharding import Mesh
 
 from emo_jax import compat, processes, sharding
+from emo_jax.checkpoints import tiers
 from emo_jax.checkpoints.checkpoint import FOLDER
-from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
 from emo_jax.errors import RunError
-from emo_jax.files import AnyPath
+from emo_jax.files import AnyPath, reason
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import start
@@ -45,6 +45,7 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
     mesh = sharding.make_mesh(config)
     folder = start.open_folder(config, out)
     start.cache_compilation(folder)
+    tiers.prepare(folder, config.checkpoint)
     config, origin = start.find_start(config, folder)
     plan = phases(config)
     for phase in plan:
@@ -83,8 +84,10 @@ class TrainingLoop:
         self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.place, self.make_evaluations = position.place, tuple(evaluations)
+        self.writer = tiers.TieredWriter(out, config.checkpoint, position.step, self._items())
+        if left:
+            self.writer.require_room()
         self.log = Log(config, out, position.step, position.tokens, is_primary())
-        self.writer = CheckpointWriter(out, config.checkpoint)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
@@ -99,7 +102,9 @@ class TrainingLoop:
                         break
                 self._finish(stopped)
         except BaseException as e:
-            kept = self._last_good()
+            kept = self._last_good(e)
+            if isinstance(e, OSError):
+                raise RunError(f"{e.filename or self.out}: {reason(e)}; {kept}") from e
             if isinstance(e, RunError):
                 advice = f"; if it fails again, {e.advice}" if e.advice else ""
                 raise type(e)(f"{e}; {kept}{advice}") from e
@@ -140,6 +145,7 @@ class TrainingLoop:
         """The signal that stopped it."""
         while self.step < self.phase.until:
             self._one_step()
+            self.writer.check()
             if self._agreed_to_stop(stop):
                 return stop.requested or "a signal to another process"
             self._between_steps()
@@ -168,8 +174,16 @@ class TrainingLoop:
         if evaluate:
             self._evaluate()
         best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])
-        if last or self.step % every == 0 or best:
+        due = last or self.step % every == 0 or best
+        local = not due and self.writer.due(self.step)
+        low = None if last else self.writer.low_space(local if due or local else None)
+        if due or low:
             self._save()
+        elif local:
+            self._save(local=True)
+        if low:
+            raise RunError(f"{low}: stopped after step {self.step}, saved", "free space there, or keep fewer checkpoints "
+                           "(checkpoint.keep_last)")
 
     def _evaluate(self) -> None:
         self.log.flush()
@@ -182,16 +196,20 @@ class TrainingLoop:
             self.log.numbers(self.step, evaluate.name, evaluate(self.state.params))
         self.log.restart_clock(self.step)
 
-    def _save(self) -> None:
+    def _items(self) -> dict[str, Any]:
+        return {"params": self.state.params, "opt_state": self.state.opt_state}
+
+    def _save(self, local: bool = False) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
         self.log.flush()
         assert self.batches is not None  # a run without a step to take has nothing to save
-        evaluation = self.evaluated.get(self.step)
-        self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
+        evaluation, began = self.evaluated.get(self.step), time.monotonic()
+        self.writer.save(self.step, self._items(), self.config, local=local,
                          tokens=self.log.tokens, source=self.documents.fingerprint, position=self.batches.position(),
                          loss=evaluation["loss"] if evaluation else None)
-        self.saved_step = self.step
-        self.log.save()
+        self.log.saved(time.monotonic() - began)
+        if not local:
+            self.saved_step = self.step
         self.log.restart_clock(self.step)
 
     def _finish(self, stopped: str | None) -> None:
@@ -202,13 +220,14 @@ class TrainingLoop:
         self.log.flush()
         self.writer.close()
 
-    def _last_good(self) -> str:
+    def _last_good(self, error: BaseException) -> str:
         """Lets the last save finish and says where the run can go on."""
+        failed = ""
         try:
             self.writer.close()
-        except RunError as failed:
-            return str(failed)
-        return f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there"
+        except RunError as e:
+            failed = f"{e}; " if str(e) != str(error) else ""
+        return f"{failed}{self.writer.last_good()}. The same command goes on from there"
 
     def _result(self, stopped: str | None, seconds: float) -> dict[str, Any]:
         return {

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from emo_jax import config as config_lib
 from emo_jax import processes
-from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_checkpoint, read_step, steps
+from emo_jax.checkpoints import tiers
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_checkpoint, read_step
 from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_documents, same_rows
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
@@ -23,7 +24,7 @@ from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, make_folder, write_text
+from emo_jax.files import AnyPath, make_folder, remove_tree, write_text
 from emo_jax.phases import phase_at, trained_config
 from emo_jax.progress import is_primary, say
 from emo_jax.train.evaluate import Evaluation
@@ -137,8 +138,8 @@ class Position:
 def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]:
     """The config with `optimizer.start_step` filled in, and the checkpoint of `train.init_from` if the run starts
     there (not if it goes on from a checkpoint of its own). Raises `InputError`."""
-    own = steps(out / FOLDER)
-    counts = processes.gather(np.array(own[-1] if own else -1))
+    own = tiers.step_folders(out, config.checkpoint)
+    counts = processes.gather(np.array(int(own[0].name) if own else -1))
     if len(set(counts.tolist())) > 1:
         raise InputError(f"the processes see different checkpoints in --out {out} (newest steps "
                          f"{', '.join(map(str, counts))}); it must be on storage that all of them share")
@@ -197,14 +198,14 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
     None if there is no checkpoint. documents_of: those of a phase. Raises `InputError` if there are checkpoints but none can
     be read, or if they are of another model or other documents.
     """
-    folder, damaged = out / FOLDER, []
+    folders, damaged = tiers.step_folders(out, config.checkpoint), []
     target = abstract_state(config, mesh)
-    for step in reversed(steps(folder)):
+    for path in folders:
         try:
-            found = read_step(folder / str(step))
-            require_same_model(found.run_config, config, str(found.path))
-            require_same_data(found.run_config, config, step, str(found.path))
-            documents = documents_of(trained_config(config, step))
+            found = read_step(path)
+            require_same_model(found.run_config, config, str(path))
+            require_same_data(found.run_config, config, found.step, str(path))
+            documents = documents_of(trained_config(config, found.step))
             if found.meta["source"] != documents.fingerprint:
                 raise InputError(f"{found.path} was trained on other documents or another tokenizer than config "
                                  f"{config.name} names: {found.meta['source']} there, {documents.fingerprint} given; "
@@ -212,13 +213,13 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
             position, state = found.position(), restore_state(found, target)
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
-            damaged.append(step)
+            damaged.append(path)
             continue
         _set_aside(out, damaged)
-        say(f"resuming from step {step} of {folder}")
-        return Position(state, step, found.meta["tokens"], Place(position, found.config, found.meta["source"]))
+        say(f"resuming from step {found.step} of {path.parent}")
+        return Position(state, found.step, found.meta["tokens"], Place(position, found.config, found.meta["source"]))
     if damaged:
-        raise InputError(f"none of the checkpoints in {folder} can be read (steps {', '.join(map(str, damaged))}, "
+        raise InputError(f"none of the checkpoints in {out / FOLDER} can be read (steps {', '.join(p.name for p in damaged)}, "
                          f"messages above); nothing was changed. To start anew, give another --out")
     return None
 
@@ -229,13 +230,17 @@ def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
     return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding), **items)
 
 
-def _set_aside(out: AnyPath, damaged: list[int]) -> None:
-    for step in damaged if is_primary() else ():
-        target = out / "damaged" / str(step)
+def _set_aside(out: AnyPath, damaged: list[AnyPath]) -> None:
+    for path in damaged if is_primary() else ():
+        if tiers.is_local(path, out):
+            remove_tree(path)
+            say(f"deleted the damaged checkpoint {path} of checkpoint.local")
+            continue
+        target = out / "damaged" / path.name
         n = 1
         while target.exists():
-            n, target = n + 1, out / "damaged" / f"{step}-{n}"
-        move_step(out / FOLDER / str(step), target)
-        say(f"moved the damaged checkpoint of step {step} to {target}")
+            n, target = n + 1, out / "damaged" / f"{path.name}-{n}"
+        move_step(path, target)
+        say(f"moved the damaged checkpoint of step {path.name} to {target}")
     if damaged:
         processes.wait_for_all("damaged checkpoints set aside")
