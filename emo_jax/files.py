@@ -84,15 +84,14 @@ def folder_path(given: str | AnyPath, flag: str = "--out") -> AnyPath:
 
 
 def make_folder(given: str | AnyPath, flag: str = "--out") -> AnyPath:
-    """`folder_path`, made where it is not there; in a bucket, an object is written there and deleted."""
+    """`folder_path`, made where it is not there; a file is written there and deleted."""
     folder = folder_path(given, flag)
     try:
         if isinstance(folder, Path):
             folder.mkdir(parents=True, exist_ok=True)
-        else:
-            probe = folder / f".writable-{uuid.uuid4().hex}"
-            probe.write_bytes(b"")
-            probe.unlink()
+        probe = folder / f".writable-{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
     except Exception as e:  # those of a bucket are of many kinds
         raise InputError(f"{flag} {given} cannot be written: {reason(e)}") from None
     return folder

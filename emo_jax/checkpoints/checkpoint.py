@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,11 @@ def read_step(path: AnyPath) -> Checkpoint:
         raise DamagedCheckpoint(f"checkpoint {path}: meta: its config cannot be used: {e}") from None
 
 
-def newest(folder: AnyPath) -> Checkpoint | None:
-    """The newest checkpoint of a `checkpoints/` folder whose description can be read."""
-    for step in reversed(steps(folder)):
+def first_readable(folders: Iterable[AnyPath]) -> Checkpoint | None:
+    """The first of these step folders whose description can be read."""
+    for folder in folders:
         try:
-            return read_step(folder / str(step))
+            return read_step(folder)
         except DamagedCheckpoint:
             continue
     return None

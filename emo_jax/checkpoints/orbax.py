@@ -13,7 +13,9 @@ of GCS, and the driver is exchanged in the description; an Orbax that knows S3 i
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -35,29 +37,85 @@ def restore_tree(folder: AnyPath, target: Any) -> Any:
 
 
 class Saver:
-    """Saves steps into a folder in the background. A step folder gets its final name when it is complete; then those that
-    `keep` leaves out of the steps that there are, ascending, are deleted."""
+    """Saves steps into a folder in the background. A step folder gets its final name when it is complete; then `verify` reads
+    it, and those that `keep` leaves out of the steps that there are, ascending, are deleted: none if `verify` raises. name:
+    differs between the savers of a process."""
 
-    def __init__(self, folder: AnyPath, keep: Callable[[Sequence[int]], Collection[int]]):
-        self._manager = ocp.CheckpointManager(
+    def __init__(self, folder: AnyPath, keep: Callable[[Sequence[int]], Collection[int]], verify: Callable[[int], object],
+                 name: str = ""):
+        self._manager = _Manager(
             _for_orbax(folder), options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keep(keep), cleanup_tmp_directories=True, temporary_path_class=_commit_class(folder)))
+                preservation_policy=_Keep(keep), cleanup_tmp_directories=True, temporary_path_class=_commit_class(folder),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None)))
+        self._manager.verify = verify
 
     def save(self, step: int, arrays: dict[str, Any], described: dict[str, Any]) -> None:
         """Returns when the arrays have left the devices. arrays: {item: tree}; described: {item: JSON value}. Raises whatever
         Orbax does, also for an earlier save that failed."""
         items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree, save_args=_save_args(tree)) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in described.items()}
-        self._manager.save(step, force=True, args=ocp.args.Composite(**items))
+        self._manager.saving = True
+        try:
+            self._manager.save(step, force=True, args=ocp.args.Composite(**items))
+        except Exception:
+            self._manager.saving = False
+            raise
+
+    @property
+    def saving(self) -> bool:
+        """Whether the last save goes on, its deletions included."""
+        return self._manager.saving
+
+    @property
+    def error(self) -> Exception | None:
+        """What the last save failed with, as soon as that is known. Never waits."""
+        return self._manager.error
 
     def steps(self) -> list[int]:
         """Saved, or being saved, and kept."""
         return sorted(self._manager.all_steps())
 
+    def wait(self) -> None:
+        """Until the last save is over; raises what it failed with."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits for the last save, and raises what it failed with."""
+        """`wait`, and no more saves."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Notes at once that a save failed (`check_for_errors` does not see it: a thread of Orbax takes the error first), and looks
+    at what was written before Orbax deletes older steps."""
+
+    verify: Callable[[int], object]
+    saving = False
+    error: Exception | None = None
+
+    def _wait_for_checkpointers(self):
+        with self._noting_errors():
+            super()._wait_for_checkpointers()
+
+    def _finalize_checkpoint(self, step: int):
+        super()._finalize_checkpoint(step)
+        if jax.process_index() == 0:
+            with self._noting_errors():
+                self.verify(step)
+
+    def _finalize(self, step: int, steps_to_remove: list[int]):
+        try:
+            super()._finalize(step, steps_to_remove)
+        finally:
+            self.saving = False
+
+    @contextlib.contextmanager
+    def _noting_errors(self):
+        try:
+            yield
+        except Exception as e:
+            self.error = e
+            raise
 
 
 class _Keep:
@@ -80,6 +138,14 @@ def _save_args(tree):
         return ocp.SaveArgs(shard_axes=(0, 1)) if in_table else ocp.SaveArgs()
 
     return jax.tree_util.tree_map_with_path(args, tree)
+
+
+def _without_stacks(record: logging.LogRecord) -> bool:
+    """Orbax logs the stack of an error that it also raises. Only who looks for more than a message wants to see it."""
+    return not (record.exc_info and "orbax" in record.pathname) or logging.getLogger("emo_jax").isEnabledFor(logging.DEBUG)
+
+
+logging.getLogger("absl").addFilter(_without_stacks)
 
 
 # ---- S3 -------------------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ import jax
 from jax.sharding import Mesh
 
 from emo_jax import compat, ending, processes, sharding
-from emo_jax.checkpoints.checkpoint import FOLDER, steps
-from emo_jax.checkpoints.writer import CheckpointWriter
+from emo_jax.checkpoints import tiers
+from emo_jax.checkpoints.checkpoint import FOLDER
 from emo_jax.config import Config, mesh_shape
 from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RestartError, RunError
-from emo_jax.files import AnyPath, make_folder
+from emo_jax.files import AnyPath, make_folder, reason
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import bad_steps, run_folder, start
@@ -66,6 +66,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
         mesh_shape(phase.config, mesh.size)
     documents = DocumentsOfPhases(folder)
     while True:
+        tiers.prepare(folder, config.checkpoint)
         with compat.set_mesh(mesh):
             position = start.resume(config, mesh, folder, documents.of)
             if position is None:
@@ -125,9 +126,12 @@ class TrainingLoop:
         self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
+        self.writer = tiers.TieredWriter(out, config.checkpoint, position.step, self._items())
+        if left:
+            self.writer.require_room()
+        self.saved_mark = run_folder.SavedMark(out)
         self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
-        self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.skipped_rows = SkippedRows(out)
         self.replicas, self.stop = ReplicaCheck(mesh, config.faults.check_replicas_every), StopSignals()
@@ -148,7 +152,9 @@ class TrainingLoop:
             ending.last_good = str
             ending.end(str(e), status=1)
         except BaseException as e:
-            kept = self._last_good()
+            kept = self._last_good(e)
+            if isinstance(e, OSError):
+                raise RunError(f"{e.filename or self.out}: {reason(e)}; {kept}") from e
             if isinstance(e, RunError):
                 advice = f"; if it fails again, {e.advice}" if e.advice else ""
                 raise type(e)(f"{e}; {kept}{advice}") from e
@@ -198,6 +204,7 @@ class TrainingLoop:
                 self._one_step()
             except Interrupted:
                 return stop.requested
+            self.writer.check()
             if self.saved_step is not None:
                 self.saved_mark.note()
             if stop.requested_after(self.step):
@@ -232,8 +239,16 @@ class TrainingLoop:
         if evaluate:
             self._evaluate()
         best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])
-        if last or ((self.step % every == 0 or best) and self.log.is_good()):
+        due = last or ((self.step % every == 0 or best) and self.log.is_good())
+        local = not due and self.writer.due(self.step) and self.log.is_good()
+        low = None if last else self.writer.low_space(local if due or local else None)
+        if due or low:
             self._save()
+        elif local:
+            self._save(local=True)
+        if low:
+            raise RunError(f"{low}: stopped after step {self.step}, saved", "free space there, or keep fewer checkpoints "
+                           "(checkpoint.keep_last)")
 
     def _evaluate(self) -> None:
         self.watchdog.at(EVALUATION, long=True)
@@ -248,7 +263,10 @@ class TrainingLoop:
             self.log.numbers(self.step, evaluate.name, evaluate(self.state.params))
         self.log.restart_clock(self.step)
 
-    def _save(self) -> None:
+    def _items(self) -> dict[str, Any]:
+        return {"params": self.state.params, "opt_state": self.state.opt_state}
+
+    def _save(self, local: bool = False) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
         self.watchdog.at(SAVING, long=True)
         if self.holder is not None:
@@ -256,13 +274,14 @@ class TrainingLoop:
         self.log.flush()
         self.replicas.before_save(self.step, self.state.params)
         assert self.batches is not None  # a run without a step to take has nothing to save
-        evaluation = self.evaluated.get(self.step)
-        self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
+        evaluation, began = self.evaluated.get(self.step), time.monotonic()
+        self.writer.save(self.step, self._items(), self.config, local=local,
                          tokens=self.log.tokens, source=self.documents.fingerprint,
                          position=self.before_left_out or self.batches.position(),
                          loss=evaluation["loss"] if evaluation else None, recent=bad_steps.to_json(self.state.recent))
-        self.saved_step = self.step
-        self.log.save()
+        self.log.saved(time.monotonic() - began)
+        if not local:
+            self.saved_step = self.step
         self.log.restart_clock(self.step)
 
     def _finish(self, stopped: str | None) -> None:
@@ -275,7 +294,7 @@ class TrainingLoop:
         self.writer.close()
         self.saved_mark.note()
 
-    def _last_good(self) -> str:
+    def _last_good(self, error: BaseException) -> str:
         """Lets the last save finish and says where the run can go on."""
         failed: list[RunError] = []
 
@@ -288,15 +307,12 @@ class TrainingLoop:
         closing = threading.Thread(target=close, daemon=True)
         closing.start()
         closing.join(None if jax.process_count() == 1 else SAVING_S)
-        if failed:
-            return str(failed[0])
-        return f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there"
+        also = f"{failed[0]}; " if failed and str(failed[0]) != str(error) else ""
+        return f"{also}{self.writer.last_good()}. The same command goes on from there"
 
     def _found_good(self) -> str:
         """Where the run can go on if it ends now, whatever its threads do."""
-        found = steps(self.out / FOLDER)
-        kept = f"the last good checkpoint is of step {max(found)}" if found else "there is no checkpoint yet"
-        return f"{kept} in {self.out / FOLDER}. The same command goes on from there"
+        return f"{self.writer.last_good()}. The same command goes on from there"
 
     def _result(self, stopped: str | None, seconds: float) -> dict[str, Any]:
         return {

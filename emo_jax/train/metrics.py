@@ -5,6 +5,7 @@ Metrics stay on the devices until a logged step is over, and are read while the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
@@ -67,34 +68,49 @@ class MetricsFile:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # whatever could be written is
+            self._file.close()
 
 
 class TensorBoard:
-    """Event files in `folder`; nothing if tensorboardX is not installed."""
+    """Event files in `folder`; nothing if tensorboardX is not installed. They are not left to the thread that writes for its
+    `SummaryWriter`: where a full disk ends that, the next who writes waits for ever."""
 
-    def __init__(self, folder: AnyPath, resumed_at: int):
+    def __init__(self, folder: Path, resumed_at: int):
+        self._file: Any = None
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.summary import scalar
         except ImportError:
             print("no TensorBoard events: tensorboardX is not installed", file=sys.stderr)
-            self._writer: Any = None
-        else:
-            self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        messages: Any = event_pb2
+        self._file, self._event, self._scalar = EventsWriter(str(folder / "events")), messages.Event, scalar
+        start = messages.SessionLog(status=messages.SessionLog.START)
+        self._file.write_event(self._event(step=resumed_at + 1, session_log=start))  # hides what was logged of later steps
 
     def write(self, step: int, record: dict[str, Any], prefix: str = "") -> None:
-        for name, value in record.items() if self._writer else ():
+        for name, value in record.items() if self._file else ():
             if isinstance(value, dict):
                 self.write(step, value, f"{prefix}{name}/")
             elif isinstance(value, list):
-                for layer, v in enumerate(v for v in value if v is not None):
-                    self._writer.add_scalar(f"{prefix}{name}/layer_{layer:02d}", v, step)
+                for layer, v in enumerate(value):
+                    if v is not None:
+                        self._add(f"{prefix}{name}/layer_{layer:02d}", v, step)
             elif isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(prefix + name, value, step)
+                self._add(prefix + name, value, step)
+        if self._file and not prefix:
+            self._file.flush()
+
+    def _add(self, name: str, value: float, step: int) -> None:
+        self._file.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        if self._file:
+            with contextlib.suppress(OSError):  # whatever could be written is
+                self._file.close()
 
 
 class StatusLine:
@@ -196,6 +212,7 @@ class Log:
         self.last: dict[str, Any] = {}  # the last written record
         self._config, self._pending = config, deque()
         self._buffers: dict[str, float] = {}
+        self._save_seconds = 0.0  # that training waited for saves since the last record
         self._fell_back = False
         self._labels: list[str] = []  # what `label_nats` and `label_tokens` of the steps are about
         self._by_label = np.zeros((2, MAX_LABELS))  # nats and tokens since the last record
@@ -204,7 +221,7 @@ class Log:
         self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, METRICS)
         folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
         self._file = MetricsFile(folder / METRICS, step) if primary else NoLog()
-        self._events = TensorBoard(folder / "tensorboard", step) if primary else NoLog()
+        self._events = TensorBoard(Path(folder / "tensorboard"), step) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
         self._peak_tokens_per_second: float | None = None
         self.say = self._progress.say
@@ -275,6 +292,8 @@ class Log:
         if self._peak_tokens_per_second:
             record["mfu"] = self._rate.tokens_per_second / self._peak_tokens_per_second
         record["data_wait_fraction"] = self.data_wait.fraction
+        if self._save_seconds:
+            record["save_seconds"], self._save_seconds = self._save_seconds, 0.0
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
         record |= self._label_means()
         self.last = finite_or_null(record)
@@ -311,8 +330,9 @@ class Log:
         self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(result).items()
                                                       if isinstance(v, float)))
 
-    def save(self) -> None:
-        """Whoever goes on from here finds the metrics up to here."""
+    def saved(self, seconds: float) -> None:
+        """A save took so long until training could go on. Whoever goes on from here finds the metrics up to here."""
+        self._save_seconds += seconds
         self._mirror.upload()
 
     def close(self) -> None:

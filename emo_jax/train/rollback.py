@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from emo_jax import processes
+from emo_jax.checkpoints import tiers
 from emo_jax.checkpoints.checkpoint import FOLDER, steps
 from emo_jax.errors import RunError
 from emo_jax.files import AnyPath, write_json, write_text
@@ -70,6 +71,7 @@ def roll_back(out: AnyPath, bad: RollBack) -> None:
     tried = {r["back_to"] for r in skipped.rollbacks}
     again = [step for step in found if step not in tried]
     back_to = (again or found or [0])[-1]
+    tiers.forget(out)
     if is_primary():
         if not found:  # metrics without a checkpoint would be those of a run that lost them
             write_text(out / METRICS, "")

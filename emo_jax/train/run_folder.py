@@ -14,7 +14,8 @@ import jax
 
 from emo_jax import buckets, processes
 from emo_jax import config as config_lib
-from emo_jax.checkpoints.checkpoint import FOLDER, SAVED, is_step, move_step, newest, steps
+from emo_jax.checkpoints import tiers
+from emo_jax.checkpoints.checkpoint import FOLDER, SAVED, first_readable, is_step, move_step, steps
 from emo_jax.checkpoints.compatibility import require_same_model
 from emo_jax.config import Config
 from emo_jax.errors import InputError, RunError
@@ -36,7 +37,7 @@ def open_folder(config: Config, out: str | AnyPath) -> AnyPath:
         raise InputError(f"{checkpoints} is {what}; it must be the folder of the run's checkpoints: bring that back, or give "
                          f"another --out")
     try:
-        last = newest(checkpoints)
+        last = first_readable(tiers.step_folders(folder, config.checkpoint))
     except (OSError, *buckets.errors(folder)) as e:
         raise InputError(f"{checkpoints} cannot be listed ({reason(e)})") from None
     saved = folder / CONFIG

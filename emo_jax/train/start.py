@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emo_jax import processes
-from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, newest, open_checkpoint, read_step, steps
+from emo_jax.checkpoints import tiers
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, first_readable, open_checkpoint, read_step
 from emo_jax.checkpoints.compatibility import (
     require_same_data,
     require_same_model,
@@ -28,7 +29,7 @@ from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath
+from emo_jax.files import AnyPath, remove_tree
 from emo_jax.phases import phase_at, trained_config
 from emo_jax.progress import is_primary, say
 from emo_jax.train import bad_steps
@@ -115,13 +116,13 @@ class Position:
 def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]:
     """The config with `optimizer.start_step` filled in, and the checkpoint of `train.init_from` if the run starts
     there (not if it goes on from a checkpoint of its own). Raises `InputError`."""
-    own = steps(out / FOLDER)
-    counts = processes.gather(np.array(own[-1] if own else -1))
+    own = tiers.step_folders(out, config.checkpoint)
+    counts = processes.gather(np.array(int(own[0].name) if own else -1))
     if len(set(counts.tolist())) > 1:
         raise InputError(f"the processes see different checkpoints in --out {out} (newest steps "
                          f"{', '.join(map(str, counts))}); it must be on storage that all of them share")
     if own:
-        last = newest(out / FOLDER)
+        last = first_readable(own)
         return _with_start(config, last.run_config.optimizer.start_step if last else 0), None
     if not config.train.init_from:
         return _with_start(config, 0), None
@@ -175,22 +176,22 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
     None if there is no checkpoint. documents_of: those of a phase. Raises `InputError` if there are checkpoints but none can
     be read, or if they are of another model or other documents, or of a later step than the last.
     """
-    folder, damaged = out / FOLDER, []
+    folders, damaged = tiers.step_folders(out, config.checkpoint), []
     target = abstract_state(config, mesh)
-    for step in reversed(steps(folder)):
+    for path in folders:
         try:
-            found = _read_together(folder / str(step))
+            found = _read_together(path)
             require_goes_on(found, config, documents_of)
             state = restore_state(found, target)
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
-            damaged.append(step)
+            damaged.append(path)
             continue
         _set_aside(out, damaged)
-        say(f"resuming from step {step} of {folder}")
-        return Position(state, step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]))
+        say(f"resuming from step {found.step} of {path.parent}")
+        return Position(state, found.step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]))
     if damaged:
-        raise InputError(f"none of the checkpoints in {folder} can be read (steps {', '.join(map(str, damaged))}, "
+        raise InputError(f"none of the checkpoints in {out / FOLDER} can be read (steps {', '.join(p.name for p in damaged)}, "
                          f"messages above); nothing was changed. To start anew, give another --out")
     return None
 
@@ -230,8 +231,12 @@ def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
                       recent=bad_steps.from_json(found.meta.get("recent"), target.recent), **items)
 
 
-def _set_aside(out: AnyPath, damaged: list[int]) -> None:
-    for step in damaged if is_primary() else ():
-        set_aside(out, out / FOLDER / str(step), "is damaged")
+def _set_aside(out: AnyPath, damaged: list[AnyPath]) -> None:
+    for path in damaged if is_primary() else ():
+        if tiers.is_local(path, out):
+            remove_tree(path)
+            say(f"deleted the damaged checkpoint {path} of checkpoint.local")
+        else:
+            set_aside(out, path, "is damaged")
     if damaged:
         processes.wait_for_all("damaged checkpoints set aside")
