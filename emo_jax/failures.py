@@ -1,0 +1,60 @@
+"""What a person sees of a failure: one sentence with a reason, never a stack of calls (which `--debug` shows)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import threading
+
+from emo_jax.errors import InputError, RestartError, RunError
+
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: launchers restart on it
+FULL = ("No space left on device", "Disk quota exceeded")
+
+
+def explain(e: BaseException) -> tuple[int, str]:
+    """(exit status, message) of an exception that ended a command."""
+    if isinstance(e, InputError):
+        return 2, str(e)
+    if isinstance(e, RunError):
+        return RESTART if isinstance(e, RestartError) else 1, str(e)
+    if isinstance(e, KeyboardInterrupt):
+        return 1, "interrupted"
+    if isinstance(e, MemoryError):
+        return 1, f"out of memory: {e}"
+    if isinstance(e, OSError) and e.errno is not None:
+        what = {errno.ENOSPC: "; its disk is full", errno.EROFS: "; its disk can only be read"}.get(e.errno, "")
+        return 1, f"{e.filename}: {e.strerror}{what}" if e.filename else f"{e.strerror}{what}"
+    if any(text in str(e) for text in FULL):  # as the libraries that write arrays say it
+        return 1, f"the disk is full: {_first_line(e)}"
+    if "RESOURCE_EXHAUSTED" in str(e):
+        return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a smaller "
+                   f"train.batch_size need less")
+    return 1, f"internal error: {_first_line(e)}; --debug shows where, please report it"
+
+
+def hide_tracebacks() -> None:
+    """For the rest of this process: threads, destructors and loggers print none. What ends a command reaches `explain` in the
+    main thread, from a thread that failed as well where its result is waited for."""
+    threading.excepthook = _in_one_line
+    sys.unraisablehook = lambda args: None
+    logging.raiseExceptions = False  # a log that cannot be written ends nothing
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)  # which repeats what it raises
+    make = logging.getLogRecordFactory()
+
+    def without_stack(*args, **kwargs) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        record.exc_info = record.exc_text = record.stack_info = None
+        return record
+
+    logging.setLogRecordFactory(without_stack)
+
+
+def _in_one_line(args: threading.ExceptHookArgs) -> None:
+    name = args.thread.name if args.thread else "?"
+    print(f"emo-jax: thread {name} ended: {_first_line(args.exc_value)}", file=sys.stderr, flush=True)
+
+
+def _first_line(e: BaseException | None) -> str:
+    return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
