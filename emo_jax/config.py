@@ -21,7 +21,7 @@ from emo_jax.config_rules import validate
 from emo_jax.errors import InputError
 from emo_jax.files import given_path, shortened
 
-GroupedMatmul = Literal["auto", "fused", "megablox", "batched", "blocked", "reference"]  # see kernels.grouped_matmul
+GroupedMatmul = Literal["auto", "fused", "megablox", "mosaic", "batched", "blocked", "reference"]  # see kernels.grouped_matmul
 Attention = Literal["auto", "splash", "flash", "blocked", "reference"]  # see kernels.attention
 
 

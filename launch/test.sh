@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Sets up an environment and passes the tests: bash launch/test.sh [--fast] [--clients] [--newest] [pytest arguments]
+# Sets up an environment and passes the tests: bash launch/test.sh [--fast] [--clients] [--newest] [--gpu] [pytest arguments]
 #
 # --fast: without the tests marked slow; at most 3 minutes on 2 cores. --clients: also installs stock PyTorch, transformers
 # and lm-evaluation-harness, and runs the tests against them; EMO_JAX_TORCH is the requirement for a torch without CUDA
 # where the index serves it with (a file or URL of a wheel, or torch==2.13.0+cpu). --newest: in an environment of its own,
 # Python 3.12 or later (PYTHON, default python3.12) and the newest JAX; deprecation warnings are errors, but for those below.
+# --gpu: tests/test_gpu.py alone, on the GPU of this machine, Python 3.12 or later.
 set -euo pipefail
-extras=test torch='' arguments=()
+extras=test torch='' arguments=() platform=cpu
 while [ $# -gt 0 ]; do
   case "$1" in
     --fast) arguments+=(-m "not slow") ;;
@@ -20,10 +21,14 @@ while [ $# -gt 0 ]; do
         "core.Jaxpr is missing a DebugInfo object"; do  # tokamax's kernels; tokamax's plain form
         arguments+=(-W "ignore:$message:DeprecationWarning")
       done ;;
+    --gpu)
+      extras+=,cuda platform=cuda,cpu
+      export PYTHON=${PYTHON:-python3.12} EMO_JAX_VENV=${EMO_JAX_VENV:-.venv-gpu} EMO_JAX_TEST_PLATFORM=gpu EMO_JAX_TEST_PROCESSES=0
+      arguments+=(tests/test_gpu.py) ;;
     *) arguments+=("$1") ;;
   esac
   shift
 done
 source "$(dirname "$0")/environment.sh" "$extras" "$torch"
-export JAX_PLATFORMS=cpu
+export JAX_PLATFORMS=$platform
 exec python -m pytest -q -n "${EMO_JAX_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"

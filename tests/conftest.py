@@ -7,17 +7,23 @@ import sys
 from jaxtyping import install_import_hook
 from slow_tests import FAST, SLOW
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0")  # compiles three times as fast; nothing here is timed
+GPU = os.environ.get("EMO_JAX_TEST_PLATFORM") == "gpu"  # `launch/test.sh --gpu`: test_gpu.py and nothing else
+if GPU:
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"  # for runs that go on
+else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+        " --xla_force_host_platform_device_count=8"
+        " --xla_backend_optimization_level=0")  # compiles three times as fast; nothing here is timed
 assert "jax" not in sys.modules, "jax was imported before the number of fake devices was set"
 import emo_jax.config  # noqa: E402, F401  before the hook: its fields hold whatever a person wrote, until `validate`
 
 install_import_hook("emo_jax", "annotations.check")
 
 CLIENTS = {"test_convert_stock.py": ("torch", "transformers"), "test_harness.py": ("lm_eval",)}
-collect_ignore = [file for file, packages in CLIENTS.items() if not all(map(importlib.util.find_spec, packages))]
+left_out = [file for file, packages in CLIENTS.items() if not all(map(importlib.util.find_spec, packages))]
+collect_ignore = [*left_out, *([] if GPU else ["test_gpu.py"])]
 
 
 def pytest_collection_modifyitems(items):
@@ -30,8 +36,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if collect_ignore:
-        terminalreporter.write_line(f"left out: {', '.join(collect_ignore)} (against stock PyTorch, transformers and "
+    if left_out:
+        terminalreporter.write_line(f"left out: {', '.join(left_out)} (against stock PyTorch, transformers and "
                                     "lm-evaluation-harness), which `bash launch/test.sh --clients` installs and runs")
     if config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: tests marked slow, which `bash launch/test.sh` runs")

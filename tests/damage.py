@@ -210,8 +210,8 @@ def empty_folder(rng, run, path):
     return _name(run, path)
 
 
-FILES = (flip_bits, overwrite, truncate, append, delete_file, rename_file, swap_files, change_json, change_json, make_a_folder_of,
-         make_a_link_of)
+FILES = (flip_bits, overwrite, truncate, append, delete_file, rename_file, swap_files, change_json, change_json,
+         make_a_folder_of, make_a_link_of)
 FOLDERS = (delete_folder, rename_folder, copy_folder, swap_folders, add_foreign_files, make_a_file_of, empty_folder)
 
 

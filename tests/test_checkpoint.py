@@ -1,7 +1,6 @@
 """Checkpoints: exact on any mesh, kept as configured, and never read without a check."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import tensorstore
 from tiny_run import tiny_config
 
 from emo_jax import compat, sharding
-from emo_jax.checkpoints import checkpoint
+from emo_jax.checkpoints import checkpoint, description
 from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.checkpoints.compatibility import require_same_data, require_same_model
 from emo_jax.checkpoints.description import DamagedCheckpoint
@@ -133,10 +132,9 @@ def drop_array_file(step: Path):
 
 def change_recorded_checksum(step: Path):
     """What a silent change of the arrays looks like."""
-    path = step / "meta" / "metadata"
-    meta = json.loads(path.read_text())
-    meta["checksums"]["params"]["sum"] += 1
-    path.write_text(json.dumps(meta))
+    found = description.read(step)
+    found.meta["checksums"]["params"]["sum"] += 1
+    description.write(step, description.sealed(found))
 
 
 @pytest.mark.parametrize("damage", [damage_arrays, drop_array_file, change_recorded_checksum])

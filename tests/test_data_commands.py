@@ -114,11 +114,13 @@ def test_window_of_a_run_starts_at_its_checkpoint(tmp_path, capsys, monkeypatch)
     (run / "config.json").write_text(config_lib.dumps(config))
     step = run / "checkpoints" / "5"
     step.mkdir(parents=True)
-    description.write(step, description.Description({}, {"rows": iterator.state()}))
+    sums = {"params": {"sum": 0, "finite": True}}
+    description.write(step, description.describe(config, 5, 0, {}, sums, {"rows": iterator.state()}))
     iterator.close()
     assert main(["data", "window", "--run", str(run), "--rows", "43:46", "--json"]) == 0
     of_run = json.loads(capsys.readouterr().out)["rows"]
-    (step / "data" / "metadata").write_text(json.dumps({"rows": None}))  # as of a run that has read nothing yet
+    saved = description.read(step)
+    description.write(step, description.sealed(saved._replace(data={"rows": None})))  # as of a run that has read nothing yet
     assert main(["data", "window", str(tmp_path / "tiny.py"), "--run", str(run), "--rows", "43:46"]) == 0
     assert capsys.readouterr().out.strip() == window_report(of_run) and of_run[0]["step"] == 5
     for arguments, message in ((["--rows", "0:1"], "give CONFIG, or --run"),

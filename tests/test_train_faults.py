@@ -114,7 +114,7 @@ def test_refuses_what_does_not_belong_to_the_run(folder, done, tmp_path):
             train(load_config(str(path), [*MESH, "train.steps=6", *overrides]), out)
 
     before = sorted(p for p in done.rglob("*"))
-    refused(r"config.json holds another model.*\n.*model.d_ff: 16 in the checkpoint, 32 given", "model.d_ff=32")
+    refused(r"checkpoints/6 holds another model.*\n.*model.d_ff: 16 in the checkpoint, 32 given", "model.d_ff=32")
     refused("router.pool_min: 2 in the checkpoint, 3 given", "router.pool_min=3")
     refused("data.sequence_length: 32 in the checkpoint, 64 given", "data.sequence_length=64")
     refused("seed: 0 in the checkpoint, 1 given", "seed=1")

@@ -9,21 +9,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from emo_jax import compat, model, processes
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import description
 from emo_jax.checkpoints.description import DamagedCheckpoint
-from emo_jax.checkpoints.orbax_s3 import COMMITTED, for_orbax
+from emo_jax.checkpoints.orbax import COMMITTED, restore_tree
 from emo_jax.config import Config
+from emo_jax.config_rules import MAX_INT
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, absolute_path, copy_tree, make_folder, remove_tree, write_text
 from emo_jax.phases import trained_config
@@ -33,12 +34,13 @@ FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One step folder whose `meta` was read; the arrays are read by `restore` and `restore_params`."""
+    """One step folder whose description was read; the arrays are read by `restore` and `restore_params`."""
 
     path: AnyPath
     step: int
     config: Config  # what it was trained with last: without stages
     meta: dict[str, Any]
+    data: dict[str, Any]
     run_config: Config  # of the whole run
 
     @property
@@ -59,7 +61,7 @@ class Checkpoint:
 
     def position(self) -> dict[str, Any]:
         """Where the run stands in its data, see `emo_jax.train.batches`."""
-        return description.read(self.path, "data")
+        return self.data
 
     def restore_params(self, mesh: Mesh, config: Config | None = None) -> model.Params:
         """The parameters on `mesh`. Raises `DamagedCheckpoint`."""
@@ -67,14 +69,16 @@ class Checkpoint:
 
     def restore(self, targets: dict[str, Any]) -> dict[str, Any]:
         """The arrays of every item, laid out as its tree of `jax.ShapeDtypeStruct` with shardings asks."""
+        for item in targets:
+            if item not in self.meta["checksums"]:
+                raise DamagedCheckpoint(f"checkpoint {self.path}: it holds no {item}")
         return {item: self._restore(item, target) for item, target in targets.items()}
 
     def _restore(self, item: str, target):
         """Every process learns whether all of them could read, so that all fall back together."""
         error = tree = None
         try:
-            tree = ocp.PyTreeCheckpointHandler().restore(for_orbax(self.path / item), args=ocp.args.PyTreeRestore(
-                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+            tree = restore_tree(self.path / item, target)
         except Exception as e:
             error = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}"
         if processes.any_process(error is not None):
@@ -85,20 +89,35 @@ class Checkpoint:
         return tree
 
 
+def is_step(name: str) -> bool:
+    """Whether a folder of that name is the one of a step."""
+    return name.isascii() and name.isdecimal() and name == str(int(name[:10])) and int(name) <= MAX_INT
+
+
 def steps(folder: AnyPath) -> list[int]:
     """The complete checkpoints of a `checkpoints/` folder, oldest first."""
-    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return sorted(int(p.name) for p in found if isinstance(p, Path) or (p / COMMITTED).exists())
+    found = [p for p in folder.iterdir() if is_step(p.name)] if folder.is_dir() else []
+    return sorted(int(p.name) for p in found if (p.is_dir() if isinstance(p, Path) else (p / COMMITTED).exists()))
 
 
 def read_step(path: AnyPath) -> Checkpoint:
     """The checkpoint of one step folder. Raises `DamagedCheckpoint` if its description cannot be read."""
-    meta = description.read(path, "meta")
+    meta, data = description.read(path)
     try:
-        step, config = int(meta["step"]), config_lib.from_dict(meta["config"])
-        return Checkpoint(path, step, trained_config(config, step), meta, config)
-    except KeyError as e:
-        raise DamagedCheckpoint(f"checkpoint {path}: meta lacks {e}") from None
+        config = config_lib.from_dict(meta["config"])
+        return Checkpoint(path, meta["step"], trained_config(config, meta["step"]), meta, data, config)
+    except (InputError, TypeError, AttributeError) as e:
+        raise DamagedCheckpoint(f"checkpoint {path}: meta: its config cannot be used: {e}") from None
+
+
+def newest(folder: AnyPath) -> Checkpoint | None:
+    """The newest checkpoint of a `checkpoints/` folder whose description can be read."""
+    for step in reversed(steps(folder)):
+        try:
+            return read_step(folder / str(step))
+        except DamagedCheckpoint:
+            continue
+    return None
 
 
 def open_checkpoint(path: str | AnyPath, step: int | None = None) -> Checkpoint:
@@ -109,7 +128,7 @@ def open_checkpoint(path: str | AnyPath, step: int | None = None) -> Checkpoint:
     given, where = path, absolute_path(path, "CKPT")
     if not where.is_dir():
         raise InputError(f"no checkpoint at {given}: no such folder")
-    if where.name.isdigit() and (where / "meta").exists():
+    if is_step(where.name) and (where / "meta").exists():
         return read_step(where)
     folder = where / FOLDER if (where / FOLDER).is_dir() else where
     found = steps(folder)
@@ -148,14 +167,15 @@ def finish_step(unfinished: AnyPath) -> AnyPath:
 
 
 def move_step(path: AnyPath, target: AnyPath) -> None:
-    """Moves a step folder out of its run. In a bucket that is a copy, and the step is none before anything of it is deleted."""
+    """Moves a step folder, or anything else, out of its run. In a bucket that is a copy, and the step is none before anything
+    of it is deleted."""
     if isinstance(path, Path):
         target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+        shutil.move(path, target)
     else:
         copy_tree(path, target)
         (path / COMMITTED).unlink(missing_ok=True)
-        remove_tree(path)
+        path.unlink() if path.is_file() else remove_tree(path)
 
 
 # ---- checksums ------------------------------------------------------------------------------------------------------

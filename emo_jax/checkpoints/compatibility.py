@@ -41,6 +41,14 @@ def require_same_model(saved: Config, given: Config, where: str, anneal: bool = 
                          + "\nGive another --out, or the values of the checkpoint.")
 
 
+def require_same_optimizer(saved: Config, given: Config, where: str) -> None:
+    """Raises `InputError` if the state of the optimizer has another form."""
+    old, new = saved.optimizer.trainable, given.optimizer.trainable
+    if (old == "all") != (new == "all"):
+        raise InputError(f"{where} holds another form of optimizer state: optimizer.trainable: {old!r} in the checkpoint, "
+                         f"{new!r} given. Give the value of the checkpoint, or another --out with train.init_params_from.")
+
+
 def require_same_data(saved: Config, given: Config, step: int, where: str) -> None:
     """Raises `InputError` if `given`, a run's config, has read other documents until `step`, or in another order, than `saved`.
     Stages that begin later, and the batch size, are free."""
@@ -67,3 +75,9 @@ def same_documents(saved: Config, given: Config) -> bool:
 def same_rows(saved: Config, given: Config) -> bool:
     """Whether they also make the same rows of them."""
     return not _differences(saved, given, ROW_FIELDS)
+
+
+def same_source(saved: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of the same documents and tokenizer. Those of older checkpoints have fewer parts."""
+    common = saved.keys() & given.keys()
+    return {"documents", "tokenizer"} <= common and all(saved[name] == given[name] for name in common)

@@ -5,35 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
-
 from emo_jax.checkpoints.checkpoint import FOLDER, checksums, read_step, steps
 from emo_jax.checkpoints.description import DamagedCheckpoint, describe
-from emo_jax.checkpoints.orbax_s3 import commit_class, for_orbax
+from emo_jax.checkpoints.orbax import Saver
 from emo_jax.config import CheckpointConfig, Config
 from emo_jax.errors import RunError
 from emo_jax.files import AnyPath, absolute_path
-
-
-class Best:
-    """Orbax preservation policy: the `count` steps of lowest evaluation loss. The losses are kept in `meta`, because
-    Orbax writes metrics of its own only for its older `best_fn`, and would forget the best step at a restart."""
-
-    def __init__(self, count: int, folder: AnyPath):
-        self.count, self.losses = count, {}
-        for step in steps(folder) if count else ():
-            try:
-                loss = read_step(folder / str(step)).meta["held_out_loss"]
-            except (DamagedCheckpoint, KeyError):
-                continue
-            if loss is not None:
-                self.losses[step] = loss
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        ranked = sorted((c.step for c in checkpoints if c.step in self.losses), key=self.losses.__getitem__)
-        return [c.step in ranked[:self.count] for c in checkpoints]
 
 
 class CheckpointWriter:
@@ -42,14 +19,8 @@ class CheckpointWriter:
 
     def __init__(self, out: AnyPath, options: CheckpointConfig):
         folder = absolute_path(out, "--out") / FOLDER
-        self._best = Best(options.keep_best, folder)
-        keep = [policies.LatestN(options.keep_last), self._best]
-        if options.keep_every:
-            keep.append(policies.EveryNSteps(options.keep_every))
-        self._manager = ocp.CheckpointManager(
-            for_orbax(folder), options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
-                temporary_path_class=commit_class(folder)))
+        self._options, self._losses = options, _evaluation_losses(folder) if options.keep_best else {}
+        self._saver = Saver(folder, self._kept)
 
     def save(self, step: int, items: dict[str, Any], config: Config, *, tokens: int, source: dict[str, Any],
              position: dict[str, Any] | None, loss: float | None = None) -> None:
@@ -61,41 +32,49 @@ class CheckpointWriter:
         sums = checksums(items)
         if not all(item["finite"] for item in sums.values()):
             raise RunError(f"the state after step {step} is not finite and was not saved")
-        if step in self._manager.all_steps():
+        if step in self._saver.steps():
             return
         described = describe(config, step, tokens, source, sums, position, held_out_loss=loss)
         if loss is not None:
-            self._best.losses[step] = loss
-        arrays = {name: ocp.args.PyTreeSave(tree, save_args=_save_args(tree)) for name, tree in items.items()}
+            self._losses[step] = loss
         try:
-            self._manager.save(step, force=True, args=ocp.args.Composite(
-                **arrays, meta=ocp.args.JsonSave(described.meta), data=ocp.args.JsonSave(described.data)))
+            self._saver.save(step, items, described._asdict())
         except Exception as e:
             raise RunError(f"writing the checkpoint of step {step}, or the one before, failed: {e}") from e
 
     def last_good(self) -> str:
-        found = self._manager.all_steps()
+        found = self._saver.steps()
         return f"the last good checkpoint is of step {max(found)}" if found else "there is no checkpoint yet"
 
     def ranks_as_best(self, loss: float) -> bool:
         """Whether a checkpoint of this evaluation loss would be kept for it."""
-        kept = sorted(self._best.losses[step] for step in self._manager.all_steps() if step in self._best.losses)
-        return self._best.count > 0 and (len(kept) < self._best.count or bool(loss < kept[self._best.count - 1]))
+        best, count = self._best(self._saver.steps()), self._options.keep_best
+        return count > 0 and (len(best) < count or bool(loss < self._losses[best[-1]]))
 
     def close(self) -> None:
         """Waits for the last save; raises `RunError` if it failed."""
         try:
-            self._manager.wait_until_finished()
-            self._manager.close()
+            self._saver.close()
         except Exception as e:
             raise RunError(f"writing the last checkpoint failed: {e}") from e
 
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        every = self._options.keep_every
+        return {*steps[-self._options.keep_last:], *self._best(steps), *(s for s in steps if every and s % every == 0)}
 
-def _save_args(tree):
-    """One chunk per (layer, expert) for expert tables [L, E, ., .]; Orbax's choice for everything else."""
+    def _best(self, steps: Sequence[int]) -> list[int]:
+        """The `keep_best` steps of lowest evaluation loss, the best first."""
+        return sorted((s for s in steps if s in self._losses), key=self._losses.__getitem__)[:self._options.keep_best]
 
-    def args(path, leaf):
-        in_table = any(getattr(k, "key", None) == "moe" for k in path) and leaf.ndim == 4
-        return ocp.SaveArgs(shard_axes=(0, 1)) if in_table else ocp.SaveArgs()
 
-    return jax.tree_util.tree_map_with_path(args, tree)
+def _evaluation_losses(folder: AnyPath) -> dict[int, float]:
+    """By step. They are kept in `meta`, so that a restart does not forget the best step."""
+    losses = {}
+    for step in steps(folder):
+        try:
+            loss = read_step(folder / str(step)).meta["held_out_loss"]
+        except (DamagedCheckpoint, KeyError):
+            continue
+        if loss is not None:
+            losses[step] = loss
+    return losses

@@ -157,12 +157,12 @@ def _config_of(run: str) -> Config:
 
 def _position(run: str | None, step: int) -> tuple[int, list] | None:
     """Where the rows stood at the last checkpoint of a run that is not after `step`."""
-    from emo_jax.checkpoints import checkpoint, description
+    from emo_jax.checkpoints import checkpoint
     from emo_jax.files import given_path
 
     folder = given_path(run or "", "--run") / checkpoint.FOLDER
     saved = [s for s in checkpoint.steps(folder) if s <= step] if run else []
-    rows = description.read(folder / str(saved[-1]), "data").get("rows") if saved else None
+    rows = checkpoint.read_step(folder / str(saved[-1])).position().get("rows") if saved else None
     return (saved[-1], rows) if rows else None
 
 

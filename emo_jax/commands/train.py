@@ -10,6 +10,8 @@ from emo_jax.commands import Command, Result, arguments
 def add(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the resolved config")
+    parser.add_argument("--start-over", action="store_true", help="begin at step 0 in a folder whose checkpoints are gone, and "
+                        "move its metrics aside; where there is a checkpoint, go on from it as always")
 
 
 def run(args: Namespace) -> Result:
@@ -28,7 +30,7 @@ def run(args: Namespace) -> Result:
         from emo_jax.harness import TaskEvaluation
 
         evaluations.append(TaskEvaluation.make)
-    result = loop.train(config, args.out, evaluations)
+    result = loop.train(config, args.out, evaluations, start_over=args.start_over)
     lines = [f"{'stopped at' if result['stopped'] else 'trained to'} step {result['step']} of {result['steps']}, "
              f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
     if result["held_out"]:

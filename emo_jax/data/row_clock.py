@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ class RowClock:
 
     def __init__(self, tokenizer: Encoder):
         self._tokenizer = tokenizer
+        self.eos_id, self.vocab_size, self.sha256 = tokenizer.eos_id, tokenizer.vocab_size, tokenizer.sha256
         self.start()
 
     def start(self) -> None:
@@ -29,8 +29,7 @@ class RowClock:
 
     def encoded(self, source: Source, document: int) -> np.ndarray:
         began = time.perf_counter()
-        encoder: Any = self
-        tokens = source.encoded(document, encoder)
+        tokens = source.encoded(document, self)
         self._source += time.perf_counter() - began
         return tokens
 
@@ -39,6 +38,3 @@ class RowClock:
         tokens = self._tokenizer.encode_document(text)
         self._tokenize += time.perf_counter() - began
         return tokens
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)

@@ -3,8 +3,7 @@
 
 A query sees the keys from the start of its document to itself: a range of keys, which the forward kernel skips to, not a
 mask of T x T; the backward kernel reads that range as such a mask, a byte for each pair of a row. cuDNN through
-`jax.nn.dot_product_attention` would want it in fp32 and compute its gradient. Off GPU tokamax's plain form runs. The
-kernels lower for GPUs; they have never run on one.
+`jax.nn.dot_product_attention` would want it in fp32 and compute its gradient. Off GPU tokamax's plain form runs.
 """
 
 from __future__ import annotations

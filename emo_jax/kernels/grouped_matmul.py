@@ -8,6 +8,7 @@ of one device; E are its experts, Q the rows of its buffer.
 Kernels (`kernels.grouped_matmul`); auto takes the first of the platform:
     fused     TPU: the whole SwiGLU of the experts in five Pallas kernels (`expert_mlp_tpu`)
     megablox  TPU: the Pallas kernels that ship with JAX, one matmul each
+    mosaic    GPU (Hopper, with tokamax): its ragged matmul in bfloat16 (`mosaic_matmul`)
     batched   GPU: batched matmuls of row blocks (`batched_matmul`)
     blocked   CPU: a loop over row blocks, each one dense matmul (`blocked_matmul`)
     reference every expert on every row, masked: the oracle
@@ -28,15 +29,15 @@ from jaxtyping import Array, Float, Int
 
 from emo_jax.config import GroupedMatmul
 from emo_jax.errors import InputError
-from emo_jax.kernels import Kernel, batched_matmul, blocked_matmul
+from emo_jax.kernels import Kernel, batched_matmul, blocked_matmul, mosaic_matmul
 
 log = logging.getLogger(__name__)
 
 KERNELS = typing.get_args(GroupedMatmul)[1:]  # without auto
-# Pallas kernels of TPU. They do not say over which mesh axes their results vary, so `shard_map` cannot check it.
-PALLAS = ("fused", "megablox")
-ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "batched": batched_matmul.BLOCK, "blocked": blocked_matmul.BLOCK,
-                 "reference": 1}  # divides every group's size
+PALLAS = ("fused", "megablox")  # of TPU; interpreted elsewhere
+UNCHECKED = (*PALLAS, "mosaic")  # do not say over which mesh axes their results vary, so `shard_map` cannot check it
+ROW_ALIGNMENT = {"fused": 1, "megablox": 1, "mosaic": mosaic_matmul.BLOCK, "batched": batched_matmul.BLOCK,
+                 "blocked": blocked_matmul.BLOCK, "reference": 1}  # divides every group's size
 
 
 def buffer_alignment(kernel: Kernel) -> int:
@@ -49,7 +50,8 @@ def choose(kernel: str, platform: str) -> Kernel:
     """The kernel for "auto"; logged once."""
     if kernel not in ("auto", *KERNELS):
         raise InputError(f"kernels.grouped_matmul={kernel!r} must be auto or one of {', '.join(KERNELS)}")
-    name = {"tpu": "fused", "cpu": "blocked"}.get(platform, "batched") if kernel == "auto" else kernel
+    gpu = "mosaic" if platform == "gpu" and mosaic_matmul.available() else "batched"
+    name = {"tpu": "fused", "cpu": "blocked"}.get(platform, gpu) if kernel == "auto" else kernel
     chosen = Kernel(name, interpret=name in PALLAS and platform != "tpu")
     log.info("grouped matmul: %s", chosen)
     return chosen
@@ -105,7 +107,7 @@ def _functions(kernel: Kernel):
 
         return (functools.partial(megablox.multiply, interpret=kernel.interpret),
                 functools.partial(megablox.weight_gradient, interpret=kernel.interpret))
-    module = batched_matmul if kernel.name == "batched" else blocked_matmul
+    module = {"mosaic": mosaic_matmul, "batched": batched_matmul, "blocked": blocked_matmul}[kernel.name]
     return module.multiply, module.weight_gradient
 
 

@@ -106,7 +106,7 @@ def moe_experts(
         functools.partial(device, layer=layer, fsdp=fsdp),
         in_specs=(specs, rows),
         out_specs=(ACTIVATIONS, None if layer.see_rows is None else ACTIVATIONS, load_specs),
-        check_vma=layer.kernel.name not in gmm.PALLAS,
+        check_vma=layer.kernel.name not in gmm.UNCHECKED,
     )(table, dispatch.Tokens(x, expert_ids, weights, valid))
 
 

@@ -22,7 +22,7 @@ from emo_jax.errors import RunError
 from emo_jax.files import AnyPath
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
-from emo_jax.train import start
+from emo_jax.train import run_folder, start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
 from emo_jax.train.metrics import Log
 from emo_jax.train.optimizer import reset_moments
@@ -32,19 +32,19 @@ from emo_jax.train.step import make_train_step
 AGREEMENT_EVERY = 10  # steps, at most, after which several processes agree on whether to stop
 
 
-def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dict[str, Any]:
+def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_over: bool = False) -> dict[str, Any]:
     """Trains `config` into the folder `out`, going on from what is there; returns what `emo-jax train` reports.
 
     `evaluations`: more of them, made by `make(config, mesh, documents)`; each is None or has a `name` and returns
-    numbers for parameters.
+    numbers for parameters. start_over: at step 0, where the checkpoints that the folder had are gone.
 
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
     sharding.start_distributed()
     mesh = sharding.make_mesh(config)
-    folder = start.open_folder(config, out)
-    start.cache_compilation(folder)
+    folder = run_folder.open_folder(config, out)
+    run_folder.cache_compilation(folder)
     config, origin = start.find_start(config, folder)
     plan = phases(config)
     for phase in plan:
@@ -52,10 +52,14 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = ()) -> dic
     documents = DocumentsOfPhases(folder)
     with compat.set_mesh(mesh):
         position = start.resume(config, mesh, folder, documents.of)
-        position = position or start.initial_position(config, mesh, origin, documents.of)
+        if position is None:
+            run_folder.require_new(config, folder, start_over)
+            position = start.initial_position(config, mesh, origin, documents.of)
         left = [phase for phase in plan if phase.until > position.step]
         check_phases(left, documents.of, mesh, position.place)
-        start.write_config(config, folder)
+        run_folder.prepare(config, folder)
+        if not left:
+            say(f"{folder} is at its last step, {position.step}: nothing to do")
         _describe(phase_at(config, position.step).config, mesh, documents, position)
         return TrainingLoop(config, mesh, folder, documents, position, left, evaluations).run()
 
@@ -84,7 +88,7 @@ class TrainingLoop:
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.place, self.make_evaluations = position.place, tuple(evaluations)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
-        self.writer = CheckpointWriter(out, config.checkpoint)
+        self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
@@ -140,6 +144,8 @@ class TrainingLoop:
         """The signal that stopped it."""
         while self.step < self.phase.until:
             self._one_step()
+            if self.saved_step is not None:
+                self.saved_mark.note()
             if self._agreed_to_stop(stop):
                 return stop.requested or "a signal to another process"
             self._between_steps()
@@ -201,6 +207,7 @@ class TrainingLoop:
             self._save()
         self.log.flush()
         self.writer.close()
+        self.saved_mark.note()
 
     def _last_good(self) -> str:
         """Lets the last save finish and says where the run can go on."""

@@ -36,18 +36,29 @@ MAX_STEPS_IN_FLIGHT = 4
 METRICS = "metrics.jsonl"
 
 
+def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records of steps in a metrics.jsonl, and the number of lines that are none. An end torn by a kill is neither."""
+    records, foreign = [], 0
+    *lines, end = content.split(b"\n")
+    for line in [*lines, end]:
+        try:
+            record = json.loads(line)
+            valid = type(record) is dict and type(record.get("step")) is int
+        except (ValueError, RecursionError):
+            record, valid = None, False
+        if valid:
+            records.append(record)
+        elif line.strip() and not (line is end and line.startswith(b'{"')):
+            foreign += 1
+    return records, foreign
+
+
 class MetricsFile:
     """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened."""
 
     def __init__(self, path: AnyPath, resumed_at: int):
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= resumed_at:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line torn by a kill
-        write_text(path, "".join(kept))
+        records, _ = records_and_foreign_lines(path.read_bytes() if path.exists() else b"")
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= resumed_at))
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:

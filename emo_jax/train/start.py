@@ -1,10 +1,9 @@
-"""What a run stands on before its first step: its folder, documents and tokenizer, and the state it goes on from."""
+"""What a run stands on before its first step: its documents and tokenizer, and the state it goes on from."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,10 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from emo_jax import config as config_lib
 from emo_jax import processes
-from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, move_step, open_checkpoint, read_step, steps
-from emo_jax.checkpoints.compatibility import require_same_data, require_same_model, same_documents, same_rows
+from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, newest, open_checkpoint, read_step, steps
+from emo_jax.checkpoints.compatibility import (
+    require_same_data,
+    require_same_model,
+    require_same_optimizer,
+    same_documents,
+    same_rows,
+    same_source,
+)
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.data.evaluation import evaluation_rows, evaluation_set
@@ -23,43 +28,12 @@ from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, make_folder, write_text
+from emo_jax.files import AnyPath
 from emo_jax.phases import phase_at, trained_config
 from emo_jax.progress import is_primary, say
 from emo_jax.train.evaluate import Evaluation
+from emo_jax.train.run_folder import set_aside
 from emo_jax.train.step import TrainState, abstract_state, init_state
-
-# ---- folder ---------------------------------------------------------------------------------------------------------
-
-
-def open_folder(config: Config, out: str | AnyPath) -> AnyPath:
-    """Makes the run's folder, or checks that what is there belongs to the same model. Raises `InputError`."""
-    folder = make_folder(out)
-    saved = folder / "config.json"
-    if saved.exists():
-        try:
-            before = config_lib.from_dict(json.loads(saved.read_text()))
-        except (ValueError, TypeError, AttributeError, OSError) as e:
-            raise InputError(f"{saved} cannot be read ({e}); it belongs to the run in --out") from None
-        require_same_model(before, config, str(saved))
-    if (checkpoints := folder / FOLDER).exists() and not checkpoints.is_dir():
-        raise InputError(f"{checkpoints} is a file; it must be the folder of the run's checkpoints")
-    return folder
-
-
-def write_config(config: Config, out: AnyPath) -> None:
-    if is_primary():
-        write_text(out / "config.json", config_lib.dumps(config))
-
-
-def cache_compilation(out: AnyPath) -> None:
-    """Keeps compiled programs in the run's folder, so that a restart begins at once and with the same kernels.
-
-    Not on CPU: XLA specialises its code for the host's processor, and the next host may be another.
-    """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
-        jax.config.update("jax_compilation_cache_dir", str(out / "compilation_cache"))
-
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 
@@ -121,7 +95,7 @@ class Place(NamedTuple):
 
     def goes_on(self, config: Config, documents: Documents) -> bool:
         """Whether a phase reads on, rather than begin with the first document of others."""
-        return self.source == documents.fingerprint and same_documents(self.config, config)
+        return same_source(self.source, documents.fingerprint) and same_documents(self.config, config)
 
 
 @dataclasses.dataclass
@@ -142,10 +116,9 @@ def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]
     if len(set(counts.tolist())) > 1:
         raise InputError(f"the processes see different checkpoints in --out {out} (newest steps "
                          f"{', '.join(map(str, counts))}); it must be on storage that all of them share")
-    saved = out / "config.json"
-    if own and saved.exists():
-        start = config_lib.from_dict(json.loads(saved.read_text())).optimizer.start_step
-        return _with_start(config, start), None
+    if own:
+        last = newest(out / FOLDER)
+        return _with_start(config, last.run_config.optimizer.start_step if last else 0), None
     if not config.train.init_from:
         return _with_start(config, 0), None
     origin = open_checkpoint(config.train.init_from)
@@ -195,32 +168,54 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
     """The position of the newest checkpoint that can be read; damaged ones are moved to `damaged/`, not deleted.
 
     None if there is no checkpoint. documents_of: those of a phase. Raises `InputError` if there are checkpoints but none can
-    be read, or if they are of another model or other documents.
+    be read, or if they are of another model or other documents, or of a later step than the last.
     """
     folder, damaged = out / FOLDER, []
     target = abstract_state(config, mesh)
     for step in reversed(steps(folder)):
         try:
-            found = read_step(folder / str(step))
-            require_same_model(found.run_config, config, str(found.path))
-            require_same_data(found.run_config, config, step, str(found.path))
-            documents = documents_of(trained_config(config, step))
-            if found.meta["source"] != documents.fingerprint:
-                raise InputError(f"{found.path} was trained on other documents or another tokenizer than config "
-                                 f"{config.name} names: {found.meta['source']} there, {documents.fingerprint} given; "
-                                 f"give the same data.path and data.tokenizer, or another --out")
-            position, state = found.position(), restore_state(found, target)
+            found = _read_together(folder / str(step))
+            _require_goes_on(found, config, documents_of)
+            state = restore_state(found, target)
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
             damaged.append(step)
             continue
         _set_aside(out, damaged)
         say(f"resuming from step {step} of {folder}")
-        return Position(state, step, found.meta["tokens"], Place(position, found.config, found.meta["source"]))
+        return Position(state, step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]))
     if damaged:
         raise InputError(f"none of the checkpoints in {folder} can be read (steps {', '.join(map(str, damaged))}, "
                          f"messages above); nothing was changed. To start anew, give another --out")
     return None
+
+
+def _read_together(path: AnyPath) -> Checkpoint:
+    """Raises `DamagedCheckpoint` on every process if one cannot read it, so that all fall back together."""
+    found = error = None
+    try:
+        found = read_step(path)
+    except DamagedCheckpoint as e:
+        error = e
+    if processes.any_process(found is None) or found is None:
+        raise error or DamagedCheckpoint(f"checkpoint {path}: it cannot be read on another process")
+    return found
+
+
+def _require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[Config], Documents]) -> None:
+    """Raises `InputError` if the run that `config` describes is another one than that of its checkpoint."""
+    where = str(found.path)
+    require_same_model(found.run_config, config, where)
+    require_same_optimizer(found.run_config, config, where)
+    if found.step > config.train.steps:
+        raise InputError(f"{found.run} has been trained to step {found.step}, and train.steps={config.train.steps} is less: "
+                         f"give {found.step} or more, or another --out")
+    require_same_data(found.run_config, config, found.step, where)
+    documents = documents_of(trained_config(config, found.step))
+    if not same_source(found.meta["source"], documents.fingerprint):
+        raise InputError(f"{where} was trained on other documents or another tokenizer than config {config.name} names: "
+                         f"{found.meta['source']} there, {documents.fingerprint} given; give the same data.path and "
+                         f"data.tokenizer, or another --out")
 
 
 def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
@@ -231,11 +226,6 @@ def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
 
 def _set_aside(out: AnyPath, damaged: list[int]) -> None:
     for step in damaged if is_primary() else ():
-        target = out / "damaged" / str(step)
-        n = 1
-        while target.exists():
-            n, target = n + 1, out / "damaged" / f"{step}-{n}"
-        move_step(out / FOLDER / str(step), target)
-        say(f"moved the damaged checkpoint of step {step} to {target}")
+        set_aside(out, out / FOLDER / str(step), "is damaged")
     if damaged:
         processes.wait_for_all("damaged checkpoints set aside")

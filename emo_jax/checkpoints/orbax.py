@@ -1,0 +1,120 @@
+"""Everything that touches Orbax: restoring a tree, saving in the background with retention.
+
+This is its API before 1.0. What its next one (0.12.8: `orbax.checkpoint.experimental.v1`) cannot hold of this format: a JSON
+item in the file `metadata` (`JsonHandler` writes `data.json`, which earlier releases do not find; its class is final and a
+registry takes classes, not instances). And it has no way to ask whether a save has failed without waiting for it
+(`AsyncResponse` has `result` only). Arrays are the same: it writes them through the same `CheckpointManager`, with the same
+chunks, and reads those of this format. To change over, change this file.
+
+Orbax knows local paths and gs:// only (0.12.8: `build_kvstore_tspec` takes s3:// for a local path, if for any), though
+TensorStore has a driver for S3 and Orbax a way to commit without a rename. Here Orbax describes an S3 folder as it would one
+of GCS, and the driver is exchanged in the description; an Orbax that knows S3 itself is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import path as orbax_path
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from emo_jax import buckets
+from emo_jax.files import AnyPath
+
+COMMITTED = orbax_path.atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step folder in a bucket that is complete
+
+
+def restore_tree(folder: AnyPath, target: Any) -> Any:
+    """The arrays of an item, laid out as a tree of `jax.ShapeDtypeStruct` with shardings asks."""
+    return ocp.PyTreeCheckpointHandler().restore(_for_orbax(folder), args=ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+
+
+class Saver:
+    """Saves steps into a folder in the background. A step folder gets its final name when it is complete; then those that
+    `keep` leaves out of the steps that there are, ascending, are deleted."""
+
+    def __init__(self, folder: AnyPath, keep: Callable[[Sequence[int]], Collection[int]]):
+        self._manager = ocp.CheckpointManager(
+            _for_orbax(folder), options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Keep(keep), cleanup_tmp_directories=True, temporary_path_class=_commit_class(folder)))
+
+    def save(self, step: int, arrays: dict[str, Any], described: dict[str, Any]) -> None:
+        """Returns when the arrays have left the devices. arrays: {item: tree}; described: {item: JSON value}. Raises whatever
+        Orbax does, also for an earlier save that failed."""
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree, save_args=_save_args(tree)) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(value) for name, value in described.items()}
+        self._manager.save(step, force=True, args=ocp.args.Composite(**items))
+
+    def steps(self) -> list[int]:
+        """Saved, or being saved, and kept."""
+        return sorted(self._manager.all_steps())
+
+    def close(self) -> None:
+        """Waits for the last save, and raises what it failed with."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+class _Keep:
+    """An Orbax preservation policy."""
+
+    def __init__(self, keep: Callable[[Sequence[int]], Collection[int]]):
+        self._keep = keep
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = self._keep(sorted(steps))
+        return [step in kept for step in steps]
+
+
+def _save_args(tree):
+    """One chunk per (layer, expert) for expert tables [L, E, ., .]; Orbax's choice for everything else."""
+
+    def args(path, leaf):
+        in_table = any(getattr(k, "key", None) == "moe" for k in path) and leaf.ndim == 4
+        return ocp.SaveArgs(shard_axes=(0, 1)) if in_table else ocp.SaveArgs()
+
+    return jax.tree_util.tree_map_with_path(args, tree)
+
+
+# ---- S3 -------------------------------------------------------------------------------------------------------------
+
+
+def _for_orbax(path: AnyPath) -> Any:
+    """The path, when Orbax can read and write there. A path of pathlib or etils is enough for it."""
+    if str(path).startswith("s3://"):
+        _teach()
+    return path
+
+
+def _commit_class(path: AnyPath) -> type[orbax_path.atomicity.CommitFileTemporaryPath] | None:
+    """How Orbax marks folders below `path` as complete, where its own choice, a rename, is none; else None."""
+    return orbax_path.atomicity.CommitFileTemporaryPath if str(path).startswith("s3://") else None
+
+
+@functools.cache
+def _teach() -> None:
+    original = tensorstore_utils.build_kvstore_tspec
+    if original("s3://bucket/key", use_ocdbt=False)["driver"] != "file":
+        return  # it knows S3
+
+    @functools.wraps(original)
+    def build(directory: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not directory.startswith("s3://"):
+            return original(directory, *args, **kwargs)
+        return _on_s3(original("gs" + directory.removeprefix("s3"), *args, **kwargs))
+
+    setattr(tensorstore_utils, original.__name__, build)
+
+
+def _on_s3(spec: Any) -> Any:
+    if isinstance(spec, dict) and spec.get("driver") in ("gcs", "gcs_grpc"):
+        return buckets.kvstore(f"s3://{spec['bucket']}/{spec['path']}")
+    if isinstance(spec, dict):
+        return {key: _on_s3(value) for key, value in spec.items()}
+    return [_on_s3(value) for value in spec] if isinstance(spec, list) else spec
