@@ -29,8 +29,8 @@ def explain(e: BaseException) -> tuple[int, str]:
     if any(text in str(e) for text in FULL):  # as the libraries that write arrays say it
         return 1, f"the disk is full: {_first_line(e)}"
     if "RESOURCE_EXHAUSTED" in str(e):
-        return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a smaller "
-                   f"train.batch_size need less")
+        return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a "
+                   f"smaller train.batch_size need less")
     return 1, f"internal error: {_first_line(e)}; --debug shows where, please report it"
 
 

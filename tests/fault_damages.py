@@ -1,5 +1,5 @@
-"""Damages: something happens to the files of a stopped run, then it is started again. Either it goes on with exactly the numbers
-of a run that nothing happened to, or it says what is wrong and does nothing."""
+"""Damages: something happens to the files of a stopped run, then it is started again. Either it goes on with exactly the
+numbers of a run that nothing happened to, or it says what is wrong and does nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fault_kills import HANG, TRACEBACKS, Lane
 from fault_runs import STEPS, differences, in_child, result, without_clock
 
 from emo_jax import cli
-from emo_jax.files import absolute_path, copy_tree, remove_tree
+from emo_jax.files import absolute_path, remove_tree
 from emo_jax.train import loop
 
 CUT = 2 * STEPS // 3  # steps of the run that is damaged; an evaluation ends it, so that it is the beginning of the whole one
@@ -89,7 +89,7 @@ def _trials(lane: Lane, batch: range, seed: str, folder: Path, config: Path, und
         said = log.read_text(errors="replace")
         if status == 0:
             problems = _differences(out, undisturbed, said)
-        elif status not in (1, 2) or f"emo-jax train: " not in said:
+        elif status not in (1, 2) or "emo-jax train: " not in said:
             problems = [f"status: it ended with {status}"]
         if any(word in said for word in TRACEBACKS):
             problems.append("traceback: one was printed, or left out for an internal error")
@@ -114,7 +114,7 @@ def _copy(source: Path, out: str) -> None:
 
 
 def _differences(out: str, undisturbed: dict, said: str) -> list[str]:
-    """As of `fault_runs.differences`; records may be missing where it was said that metrics.jsonl is damaged, none may differ."""
+    """As of `fault_runs.differences`; where it was said that metrics.jsonl is damaged, records may be missing, none differ."""
     found = result(out)
     expected = undisturbed
     if "metrics.jsonl" in said:

@@ -15,7 +15,7 @@ from fault_runs import STEPS, Process, differences, in_child, result, start_run
 
 from emo_jax.checkpoints.checkpoint import FOLDER
 
-HANG = 120.0  # seconds without an end, or without anything new said, after which a run hangs
+HANG = 120.0  # seconds without an end, after which a run hangs
 SURVIVORS = 30.0  # seconds within which the others of a lost process end
 RESTART = 75
 TRACEBACKS = ("Traceback (most recent call last)", "internal error", "emo-jax: thread ")
@@ -131,7 +131,7 @@ class _Run:
         if any(word in text for text in said for word in TRACEBACKS):
             problems.append("traceback: one was printed, or left out for an internal error")
         if any("damaged:" in text for text in said):
-            problems.append("checkpoint: one that was reported good was set aside after a kill")
+            problems.append("checkpoints: one that was reported good was set aside after a kill")
         for i, process in enumerate(started):
             struck = fault and i in fault.victims
             allowed = {0, RESTART}
@@ -172,7 +172,7 @@ class _Run:
 def _wait(started: list[Process], seconds: float) -> bool:
     """Whether some of them have not ended by then."""
     until = time.monotonic() + seconds
-    while any([p.poll() is None for p in started]):
+    while any(p.poll() is None for p in started):
         if time.monotonic() > until:
             return True
         time.sleep(0.005)

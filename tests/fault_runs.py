@@ -179,8 +179,8 @@ def without_clock(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def result(out: str) -> dict[str, Any]:
-    """Everything by which two runs of the same config are compared: every number of metrics.jsonl but for times, and of every
-    checkpoint that is reported good the position in the documents, the tokens and the sums of all bits, with whether it loads."""
+    """Everything by which two runs of the same config are compared: every number of metrics.jsonl but for times; of every
+    checkpoint that is reported good, whether it loads, the place in the documents, the tokens and the sums of all bits."""
     folder = absolute_path(out, "--out")
     records = [without_clock(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found, unreadable = {}, []

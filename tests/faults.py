@@ -24,8 +24,9 @@ from fault_damages import damage_runs  # noqa: E402
 from fault_kills import Lane, kill_runs  # noqa: E402
 
 PROBLEMS = {"losses": "differing losses", "documents": "lost or doubled documents", "parameters": "differing parameters",
-            "evaluations": "differing evaluations", "checkpoint": "bad checkpoints reported good", "hang": "hangs over 2 minutes",
-            "late": "processes that outlived a lost one by 30 s", "traceback": "tracebacks", "status": "wrong exit statuses"}
+            "evaluations": "differing evaluations", "checkpoints": "bad checkpoints reported good",
+            "hang": "hangs over 2 minutes", "late": "processes that outlived a lost one by 30 s", "traceback": "tracebacks",
+            "status": "wrong exit statuses"}  # by the first word of a problem
 WEIGHTS = {1: 12, 2: 3, 4: 1}  # of the kills, by processes; a bucket counts as 1
 
 
@@ -107,7 +108,7 @@ def _buckets() -> dict[str, str]:
 
 def _summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     kinds = collections.Counter(o["kind"] for o in outcomes)
-    problems = collections.Counter(problem.partition(":")[0].rstrip("s") for o in outcomes for problem in o["problems"])
+    problems = collections.Counter(problem.partition(":")[0] for o in outcomes for problem in o["problems"])
     by = collections.Counter((o["lane"], o["kind"], o.get("signal") or o.get("ending") or "") for o in outcomes)
     waits = [o["seconds"] for o in outcomes if o["kind"] == "kill" and "process" in o["lane"] and len(o["statuses"]) > 1
              and o["signal"] != "SIGTERM"]
@@ -116,7 +117,7 @@ def _summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         "counts": {" / ".join(key): n for key, n in sorted(by.items())},
         "moments": dict(collections.Counter(o["moment"] for o in outcomes if o.get("moment"))),
         "longest_end_of_survivors": max(waits, default=0.0),
-        "problems": {name: problems[kind.rstrip("s")] for kind, name in PROBLEMS.items()},
+        "problems": {name: problems[kind] for kind, name in PROBLEMS.items()},
         "failed": [o for o in outcomes if o["problems"]]}
 
 

@@ -71,7 +71,10 @@ def refused_or(function, *args):
 FIELDS = sorted(config_lib.flatten(config_lib.to_dict(Config(name="x"))))
 
 
-@given(st.lists(st.tuples(st.sampled_from(FIELDS) | TEXT, TEXT | st.integers().map(str) | st.floats().map(str)), max_size=4))
+VALUES = TEXT | st.integers().map(str) | st.floats().map(str)
+
+
+@given(st.lists(st.tuples(st.sampled_from(FIELDS) | TEXT, VALUES), max_size=4))
 def test_any_override_gives_a_config_or_a_sentence(overrides):
     found = refused_or(config_lib.override, tiny.config(), [f"--{name}={value}" for name, value in overrides])
     assert found is None or isinstance(found, Config)
@@ -135,7 +138,7 @@ def rows_of(folder, lines, packing):
         iterator.close()
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.lists(TEXT | st.text("ab ", max_size=300), min_size=1, max_size=6), st.sampled_from(["concat_and_split", "first_fit"]))
 def test_any_document_makes_rows_of_known_tokens(tmp_path_factory, texts, packing):
     folder = tmp_path_factory.mktemp("documents")
@@ -294,7 +297,8 @@ def test_a_shard_that_is_missing_is_named(tmp_path, change):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("shards") / "good", [{("a", False): documents(0, 5), ("a", True): documents(1, 2)}])
+    sections = {("a", False): documents(0, 5), ("a", True): documents(1, 2)}
+    return write_shards(tmp_path_factory.mktemp("shards") / "good", [sections])
 
 
 @given(st.data())
