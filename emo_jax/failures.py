@@ -8,6 +8,7 @@ import sys
 import threading
 
 from emo_jax.errors import InputError, RestartError, RunError
+from emo_jax.files import shortened
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: launchers restart on it
 FULL = ("No space left on device", "Disk quota exceeded")
@@ -57,4 +58,4 @@ def _in_one_line(args: threading.ExceptHookArgs) -> None:
 
 
 def _first_line(e: BaseException | None) -> str:
-    return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
+    return f"{type(e).__name__}: {shortened((str(e).strip() or 'no message').splitlines()[0], 400)}"

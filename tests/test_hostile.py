@@ -10,6 +10,7 @@ import pickle
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -89,7 +90,7 @@ def test_any_saved_config_gives_a_config_or_a_sentence(tree):
 LONG = ("bench", "completion", "study", "compile", "data")  # which have work without a file
 COMMANDS = st.sampled_from([c.name.split() for c in cli.COMMANDS if c.name.split()[0] not in LONG])
 WORDS = st.sampled_from(["--json", "--out", "--keep", "--data", "--step", "--subset", "--method", "--config", "--help", "-1",
-                         "1e400", "--debug", "--train.steps=2", "--model.d_model", "--=", "--.=", "/proc/x/y", "/dev/null", "~x"])
+                         "1e400", "--debug", "--train.steps=2", "--model.d_model", "--=", "--.=", "/proc/x/y", "/dev/null"])
 
 
 @settings(max_examples=40)
@@ -139,7 +140,8 @@ def rows_of(folder, lines, packing):
 
 
 @settings(max_examples=10)
-@given(st.lists(TEXT | st.text("ab ", max_size=300), min_size=1, max_size=6), st.sampled_from(["concat_and_split", "first_fit"]))
+@given(st.lists(TEXT | st.text("ab ", max_size=300), min_size=1, max_size=6),
+       st.sampled_from(["concat_and_split", "first_fit"]))
 def test_any_document_makes_rows_of_known_tokens(tmp_path_factory, texts, packing):
     folder = tmp_path_factory.mktemp("documents")
     lines = [json.dumps({"text": text, "source": text[:9]}).encode() + b"\n" for text in texts]
@@ -148,7 +150,7 @@ def test_any_document_makes_rows_of_known_tokens(tmp_path_factory, texts, packin
         return
     batches, config, count, tokenizer = made
     for rows in batches:
-        assert 0 <= rows["tokens"].min() and rows["tokens"].max() < tokenizer.vocab_size <= config.model.vocab_size
+        assert rows["tokens"].min() >= 0 and rows["tokens"].max() < tokenizer.vocab_size <= config.model.vocab_size
         assert rows["segment_ids"].max() <= config.data.max_documents_per_row and rows["document_ids"].max() < count
         assert np.isfinite(rows["loss_weights"]).all()
 
@@ -168,11 +170,11 @@ def step():
     """(config, a function from rows to the metrics of a step of new parameters), compiled once."""
     config = tiny.config(train=dict(batch_size=8, remat="none"), model=dict(num_layers=1))
     mesh = sharding.single_device_mesh()
-    taken, state = make_train_step(config, mesh), jax.tree.map(np.asarray, init_state(config, mesh))
+    taken, state = make_train_step(config, mesh), init_state(config, mesh)
 
     def take(rows):
         with jax.set_mesh(mesh):
-            start = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), state, init_state(config, mesh))
+            start = jax.tree.map(jnp.copy, state)  # as it is donated
             after, metrics = taken(start, {name: sharding.place(x, mesh, sharding.TOKENS) for name, x in rows.items()})
         return jax.tree.map(np.asarray, after.params), {name: np.asarray(x) for name, x in metrics.items()}
 
@@ -205,8 +207,8 @@ LENGTHS = st.lists(st.lists(st.integers(1, 40), max_size=8), max_size=8)
 def test_any_packing_gives_finite_numbers(step, lengths, weights, token):
     config, take = step
     params, metrics = take(packed(lengths, weights, token, config))
-    for tree in (params, metrics):
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    assert not [name for name, x in metrics.items() if not np.isfinite(x).all()]
     assert math.isclose(float(metrics["tokens"]), float((packed(lengths, weights, token, config)["segment_ids"] > 0).sum()))
 
 
