@@ -53,7 +53,7 @@ def _batch(lane: Lane, batch: range, seed: str, folder: Path, config: Path, undi
     if not pid:
         try:
             os.close(reading)
-            os.environ |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | lane.environment
+            os.environ |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | (lane.environment or {})
             with os.fdopen(writing, "w", 1) as file:
                 for found in _trials(lane, batch, seed, folder, config, undisturbed):
                     file.write(json.dumps(found) + "\n")

@@ -31,7 +31,7 @@ class Lane(NamedTuple):
     name: str
     processes: int = 1
     bucket: str = ""  # URL of a folder for its runs
-    environment: dict[str, str] = {}
+    environment: dict[str, str] | None = None
     overrides: tuple[str, ...] = ()
 
 

@@ -7,6 +7,7 @@ Nothing here may start a thread or a JAX backend in the process that forks: what
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import random
@@ -96,10 +97,8 @@ class Process:
         self.send(signal.SIGKILL)
         while self.poll() is None:
             time.sleep(0.005)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def says(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
