@@ -74,7 +74,8 @@ def parse_manifest(text: str, where: str) -> Manifest:
             raise ValueError(f"dtype={shortened(repr(manifest.dtype))} must be uint16 or uint32")
         return manifest
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise InputError(f"{where}: not the manifest of tokenized data ({type(e).__name__}: {shortened(str(e), 400)})") from None
+        why = f"{type(e).__name__}: {shortened(str(e), 400)}"
+        raise InputError(f"{where}: not the manifest of tokenized data ({why})") from None
 
 
 def parse_shard(tree: dict[str, Any]) -> Shard:
