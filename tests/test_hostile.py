@@ -12,6 +12,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
@@ -323,3 +324,20 @@ def test_no_file_outside_a_folder_of_token_files_is_read(tmp_path, shards, name)
     (folder / "manifest.json").write_text(json.dumps(tree))
     with pytest.raises(InputError, match="manifest.json|no such file"):
         open_source(DataConfig(path=str(folder), format="tokens"))
+
+
+STATE = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "x", "_split": "train"}
+
+
+@settings(max_examples=40)
+@given(changed(STATE) | st.sampled_from([{"_data_files": [{"filename": name}]} for name in OUTSIDE]))
+def test_any_description_of_a_saved_dataset_is_read_or_refused(tmp_path_factory, tree):
+    folder = tmp_path_factory.mktemp("saved") / "dataset"
+    folder.mkdir()
+    table = pa.table({"text": ["a b", "c"]})
+    for path in (folder / "data-00000-of-00001.arrow", folder.parent / "outside.safetensors"):
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps(tree))
+    source = refused_or(open_source, DataConfig(path=str(folder)))
+    assert source is None or len(source) % 2 == 0

@@ -44,7 +44,9 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
     description.require_exportable(layout, config)
     hf_files = found.run / HF_FILES
     if dtype == "auto":
-        dtype = read_json(hf_files / NOTE)["dtype"] if (hf_files / NOTE).is_file() else "float32"
+        dtype = read_json(hf_files / NOTE).get("dtype") if (hf_files / NOTE).is_file() else "float32"
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise InputError(f"{hf_files / NOTE}: dtype={dtype!r} is not that of a published tensor; give --dtype")
     if target.exists() and any(target.iterdir()):
         raise InputError(f"--out {out} is not an empty folder")
     if layout == "emo" and config.model.num_shared_experts > 1:

@@ -145,7 +145,8 @@ def _copy(plan: list[Entry], reader: Reader, importing: AnyPath, config: Config)
     identity = json.loads(json.dumps(identity))
     if note.is_file():
         state = read_json(note)
-        if state["identity"] != identity:
+        kinds = [type(state.get(name)) for name in ("done", "sum", "finite")]
+        if state.get("identity") != identity or kinds != [int, int, bool] or not 0 <= state["done"] <= len(plan):
             raise InputError(f"{importing} holds the beginning of another import; delete it or give another --out")
         done, sums = state["done"], BitSum(shapes, state["sum"], state["finite"])
         say(f"resuming the import after {done:,} of {len(plan):,} tensors")
