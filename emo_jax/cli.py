@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import re
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import emo_jax
-from emo_jax import failures
+from emo_jax import ending, failures
 from emo_jax.commands import (
     Command,
     bench,
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     command: Command = args.command
     logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
     logging.getLogger("emo_jax").setLevel(logging.INFO if command.logs or args.verbose else logging.WARNING)
+    ending.report = functools.partial(_say, args)
     try:
         if overrides and not command.overrides:
             raise InputError(f"emo-jax {command.name} has no config to override: {' '.join(overrides)}")
@@ -60,27 +62,43 @@ def main(argv: list[str] | None = None) -> int:
             overrides.append(f"--seed={args.seed}")
         args.overrides = overrides
         if command.devices:
-            from emo_jax import sharding
+            from emo_jax import processes
 
-            sharding.start_distributed()
+            processes.start_distributed()
         result = command.run(args)
         if is_primary():
             print(json.dumps(result.value) if args.json else result.text, flush=True)
-        return failures.RESTART if result.restart else 0
+        status = ending.RESTART if result.restart else 0
+        if liveness := _liveness():
+            liveness.leave(status)
+        return status
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = None
         return 0
     except (Exception, KeyboardInterrupt) as e:
+        if failures.may_be_of_another_process(e) and (liveness := _liveness()):
+            liveness.await_verdict()
         return _fail(args, *failures.explain(e))
+
+
+def _liveness() -> Any:
+    """`emo_jax.liveness` if several processes were started: importing it here would import JAX for every command."""
+    return sys.modules.get("emo_jax.liveness")
 
 
 def _fail(args, status: int, message: str) -> int:
     if args.debug:
         traceback.print_exc()
+    _say(args, status, message)
+    if liveness := _liveness():
+        liveness.fail(status, message)
+    return status
+
+
+def _say(args, status: int, message: str) -> None:
     print(f"emo-jax {args.command.name}: {message}", file=sys.stderr, flush=True)
     if args.json and is_primary():
         print(json.dumps({"error": message, "exit_status": status}), flush=True)
-    return status
 
 
 class _Parser(argparse.ArgumentParser):

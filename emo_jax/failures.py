@@ -7,11 +7,12 @@ import logging
 import sys
 import threading
 
+from emo_jax.ending import RESTART
 from emo_jax.errors import InputError, RestartError, RunError
 from emo_jax.files import shortened
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: launchers restart on it
 FULL = ("No space left on device", "Disk quota exceeded")
+DEVICES = ("JaxRuntimeError", "XlaRuntimeError")  # names, as importing JAX takes seconds
 
 
 def explain(e: BaseException) -> tuple[int, str]:
@@ -33,6 +34,17 @@ def explain(e: BaseException) -> tuple[int, str]:
         return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a "
                    f"smaller train.batch_size need less")
     return 1, f"internal error: {_first_line(e)}; --debug shows where, please report it"
+
+
+def may_be_of_another_process(e: BaseException) -> bool:
+    """Whether it may come from one of several processes that was lost meanwhile: nobody thought of it, or it is of the
+    devices, whose exchanges fail then."""
+    if isinstance(e, (InputError, RestartError, KeyboardInterrupt)):
+        return False
+    chain: list[BaseException] = [e]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    return "internal error" in explain(e)[1] or any(type(x).__name__ in DEVICES for x in chain)
 
 
 def hide_tracebacks() -> None:

@@ -145,16 +145,17 @@ def list_files(given: str) -> tuple[AnyPath, list[Listed]]:
         return _list_bucket(given)
     path = Path(given).expanduser()
     if path.is_file():
-        return path.parent, [_listed(path)]
+        return path.parent, [listed_file(path)]
     if path.is_dir():
-        return path, [_listed(p) for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        return path, [listed_file(p) for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     matches = glob.glob(str(path), recursive=True) if glob.has_magic(given) else []
     found = [Path(p) for p in sorted(matches) if Path(p).is_file()]
     root = Path(os.path.commonpath([p.parent for p in found])) if found else path
-    return root, [_listed(p) for p in found]
+    return root, [listed_file(p) for p in found]
 
 
-def _listed(path: Path) -> Listed:
+def listed_file(path: Path) -> Listed:
+    """A local file that is there."""
     stat = path.stat()
     return Listed(path, stat.st_size, str(stat.st_mtime_ns))
 
@@ -180,7 +181,8 @@ def _list_bucket(given: str) -> tuple[AnyPath, list[Listed]]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return str(info.get("ETag") or info.get("etag") or info.get("LastModified"))
+    """Of the content where the service says so: on GCS an MD5, or a CRC32C of what was composed."""
+    return str(info.get("md5Hash") or info.get("crc32c") or info.get("ETag") or info.get("etag") or info.get("LastModified"))
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

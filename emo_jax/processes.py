@@ -1,20 +1,73 @@
-"""What the processes of one run tell each other outside the training step: who reads which rows, where everybody's
-data stands, and whether somebody was asked to stop. With one process nothing here communicates."""
+"""The start of several processes of one run, and what they tell each other outside the training step: who reads which rows,
+and where everybody's data stands. With one process nothing here communicates."""
 
 from __future__ import annotations
+
+import itertools
+import os
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from emo_jax import sharding
+from emo_jax import liveness, sharding
+from emo_jax.errors import RestartError
+from emo_jax.relay import Relay
+
+BARRIER_S = 3600  # what one process does while the others wait takes less
+_barriers = itertools.count()
+
+
+def start_distributed() -> None:
+    """Joins the processes of one run: from EMO_JAX_COORDINATOR (host:port), EMO_JAX_NUM_PROCESSES and
+    EMO_JAX_PROCESS_ID where they are set, and by JAX's own detection under Slurm, Open MPI and on TPU pods. A second call
+    does nothing."""
+    if jax.distributed.is_initialized():
+        return
+    if "EMO_JAX_COORDINATOR" in os.environ:
+        if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _join(os.environ["EMO_JAX_COORDINATOR"], int(os.environ["EMO_JAX_NUM_PROCESSES"]),
+              int(os.environ["EMO_JAX_PROCESS_ID"]))
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        _join(*_detected())
+
+
+def _detected() -> tuple:
+    """(coordinator, number of processes, index of this one, local devices), as JAX finds them by itself."""
+    from jax._src.clusters import ClusterEnv
+
+    return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, initialization_timeout=300)
+
+
+def _join(coordinator: str, count: int, index: int, devices: list[int] | None = None) -> None:
+    relay = Relay(coordinator) if index else None
+    jax.config.update("jax_enable_preemption_service", True)
+    jax.distributed.initialize(relay.address if relay else coordinator, count, index, devices)
+    if relay:
+        relay.joined = True
+    liveness.watch(index, count, relay)
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come to the place of this name."""
-    if jax.process_count() > 1:
+    """Returns when every process has come to the place of this name. Raises `RestartError`, which names the missing, if one
+    does not come for long."""
+    if jax.process_count() == 1:
+        return
+    if (store := liveness.store()) is None:
         multihost_utils.sync_global_devices(name)
+        return
+    try:
+        store.wait_at_barrier(f"emo_jax/{next(_barriers)}/{name}", BARRIER_S * 1000)
+    except Exception as e:  # of JAX's own kind
+        raise RestartError(f"not all processes came to {name!r} within {BARRIER_S} s: {str(e).splitlines()[0]}") from None
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether this is the step after which all processes leave, because one of them got SIGTERM, or a notice that its machine
+    goes away. Every process asks after every step."""
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def gather(x: np.ndarray) -> np.ndarray:

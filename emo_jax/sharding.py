@@ -1,4 +1,4 @@
-"""Mesh axes, where every array lives on them, and the start of several processes.
+"""Mesh axes, and where every array lives on them.
 
 The mesh has five axes (size 1 where unused). All of them are Explicit: the sharding of an array is part of its type, and a
 wrong layout is an error while tracing. The batch is sharded over `data`, `fsdp` and `expert` (and `sequence` along T);
@@ -7,7 +7,6 @@ parameters over `fsdp`, experts over `expert`, hidden widths and heads over `ten
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,21 +38,6 @@ PARAMETER_SPECS = {
     "moe.down": P("expert", ("tensor", "fsdp"), None),  # [E, F, D]
     "mlp.gate": P(_FSDP, "tensor"), "mlp.up": P(_FSDP, "tensor"), "mlp.down": P("tensor", _FSDP),  # [D, F], [F, D]
 }
-
-
-def start_distributed() -> None:
-    """Joins the processes of one run: from EMO_JAX_COORDINATOR (host:port), EMO_JAX_NUM_PROCESSES and
-    EMO_JAX_PROCESS_ID where they are set, and by JAX's own detection under Slurm, Open MPI and on TPU pods. A second call
-    does nothing."""
-    if jax.distributed.is_initialized():
-        return
-    if "EMO_JAX_COORDINATOR" in os.environ:
-        if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(os.environ["EMO_JAX_COORDINATOR"], int(os.environ["EMO_JAX_NUM_PROCESSES"]),
-                                   int(os.environ["EMO_JAX_PROCESS_ID"]))
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:

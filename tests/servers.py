@@ -177,6 +177,7 @@ def _serve() -> None:
     logging.disable()
     http.server.HTTPServer.request_queue_size = 256  # else, of many connections at once, most wait for seconds
     objects.download = _with_generation(objects.download)
+    objects.insert, objects.delete = _conditional(objects.insert), _conditional(objects.delete)
     from gcp_storage_emulator.server import create_server  # which looks up the handlers as they are now
 
     s3 = ThreadedMotoServer(port=0, verbose=False)
@@ -205,6 +206,23 @@ def _with_generation(download):
             response.status = http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
         else:
             download(request, response, storage, *args, **kwargs)
+
+    return complete
+
+
+def _conditional(change):
+    """What Google's server does and the emulator does not: ifGenerationMatch is a condition, of a write and of a deletion."""
+
+    def complete(request, response, storage, *args, **kwargs):
+        name = request.params.get("object_id") or request.query.get("name", [""])[0]
+        try:
+            generation = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+        except Exception:  # no such object
+            generation = "0"
+        if request.query.get("ifGenerationMatch", [generation]) != [generation]:
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+        else:
+            change(request, response, storage, *args, **kwargs)
 
     return complete
 

@@ -17,7 +17,7 @@ from emo_jax.checkpoints.subset import full
 from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.errors import InputError
-from emo_jax.files import absolute_path, copy_tree, folder_path, make_folder, write_result
+from emo_jax.files import absolute_path, copy_tree, folder_path, make_folder, remove_tree, write_result
 from emo_jax.surgery.extract import extract
 from emo_jax.train.loop import train
 
@@ -89,10 +89,29 @@ def test_one_goes_on_after_a_save_cut_off_and_a_damaged_checkpoint_and_deletes_o
             (checkpoints / "3" / "params" / name.lstrip("/")).write_bytes(b"damaged")
     assert steps(checkpoints) == [2, 3]
     result = train(tiny_config(folder, *STEPS, "--checkpoint.keep_last=1"), copied)
-    assert result["resumed_from"] == 2 and "moved the damaged checkpoint of step 3" in capsys.readouterr().err
+    assert result["resumed_from"] == 2 and "checkpoints/3 is damaged; moved to" in capsys.readouterr().err
     assert steps(checkpoints) == [4] and {name.split("/")[1] for name in names(str(checkpoints))} == {"4"}
     assert steps(at(copied) / "damaged") == [3]
     assert series(at(copied)) == series(folder / "local")[:4]
+
+
+def test_what_is_wrong_in_a_bucket_is_set_aside_and_lost_checkpoints_are_not_begun_over(copied, folder, capsys):
+    run = at(copied)
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(before + b"note\n\xff\n")
+    (run / "config.json").write_bytes(b"\xff")
+    (run / "tokenizer.json").write_bytes(b"{}")
+    saved = json.loads((run / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    (run / "checkpoints" / "4" / "meta" / "metadata").write_text(json.dumps(saved | {"tokens": 0}))
+    result = train(tiny_config(folder, *STEPS), copied)
+    assert result["resumed_from"] == 2 and series(run) == series(folder / "local")[:4]
+    aside = {name.split("/")[1] for name in names(f"{copied}/damaged")}
+    assert aside == {"4", "config.json", "metrics.jsonl", "tokenizer.json"}
+    message = capsys.readouterr().err
+    assert "checkpoints/4: meta and data are not what was saved" in message and "metrics.jsonl has 2 lines" in message
+    remove_tree(run / "checkpoints")
+    with pytest.raises(InputError, match=f"{copied} holds a run that has saved checkpoints .its metrics end at step 4"):
+        train(tiny_config(folder, *STEPS), copied)
 
 
 def test_a_run_starts_from_a_checkpoint_in_a_bucket(done, folder, tmp_path):

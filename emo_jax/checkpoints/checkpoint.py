@@ -30,6 +30,7 @@ from emo_jax.files import AnyPath, absolute_path, copy_tree, make_folder, reason
 from emo_jax.phases import trained_config
 
 FOLDER = "checkpoints"
+SAVED = "saved.json"  # beside it: says that a checkpoint was completed here once
 
 
 @dataclasses.dataclass(frozen=True)

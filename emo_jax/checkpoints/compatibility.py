@@ -78,6 +78,13 @@ def same_rows(saved: Config, given: Config) -> bool:
 
 
 def same_source(saved: dict[str, Any], given: dict[str, Any]) -> bool:
-    """Whether two fingerprints are of the same documents and tokenizer. Those of older checkpoints have fewer parts."""
+    """Whether two fingerprints are of the same documents and tokenizer. Those of older checkpoints have fewer parts; contents
+    are compared where they are of one kind, such as of files that were moved from a bucket to a disk are not."""
     common = saved.keys() & given.keys()
+    if "content" in common and _kind(saved["content"]) != _kind(given["content"]):
+        common -= {"content"}
     return {"documents", "tokenizer"} <= common and all(saved[name] == given[name] for name in common)
+
+
+def _kind(content: Any) -> str:
+    return str(content).partition(":")[0]

@@ -15,6 +15,7 @@ import numpy as np
 
 from emo_jax import buckets
 from emo_jax.config import DataConfig
+from emo_jax.data.content import content_of_files
 from emo_jax.data.documents import Document, Recent, Source, UnreadableDocument, hash_text, require_unchanged
 from emo_jax.data.records import label_of, label_of_file, text_of, tokens_of
 from emo_jax.errors import InputError
@@ -31,7 +32,7 @@ class ArrayRecordSource(Source):
     def __init__(self, data: DataConfig, files: Sequence[Listed]):
         self.name, self._data = data.path, data
         self._paths, self._sizes = [str(f.path) for f in files], [f.size for f in files]
-        self._default_labels = [label_of_file(f.path) for f in files]
+        self._listed, self._default_labels = tuple(files), [label_of_file(f.path) for f in files]
         self._readers = Recent(_open, MAX_OPEN)
         with ThreadPoolExecutor(16) as pool:
             counts = list(track(pool.map(_count, self._paths), f"opening {self.name}", "files", total=len(files)))
@@ -41,6 +42,9 @@ class ArrayRecordSource(Source):
         self.labels = []
         self.fingerprint = hash_text(*(x for f, n in zip(files, counts) for x in (f.path.name, f.size, n)))
         self._kind = self._find_kind()
+
+    def content_hash(self) -> str:
+        return content_of_files(self._listed, self.name)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emo_jax.config import DataConfig
+from emo_jax.data.content import content_of_files
 from emo_jax.data.documents import Document, Recent, Source, UnreadableDocument, hash_text, require_unchanged
 from emo_jax.data.ranges import RangeReader
 from emo_jax.data.records import label_of, label_of_file, text_of, tokens_of
@@ -34,7 +35,7 @@ class ColumnSource(Source):
         self._tokens_field, self._text_field = data.tokens_field, data.text_field
         self._label_field = data.label_field
         self._paths, self._sizes = [str(f.path) for f in files], [f.size for f in files]
-        self._default_labels = [label_of_file(f.path) for f in files]
+        self._listed, self._default_labels = tuple(files), [label_of_file(f.path) for f in files]
         self._reader = RangeReader(int(data.cache_gb * 1e9), sizes=dict(zip(self._paths, self._sizes)))
         rows, blocks, names = [], [], []
         with ThreadPoolExecutor(THREADS) as pool:
@@ -60,6 +61,9 @@ class ColumnSource(Source):
     def _read(self, file: int, block: int, field: str) -> pa.Array | pa.ChunkedArray:
         """A column of a block of a file."""
         raise NotImplementedError
+
+    def content_hash(self) -> str:
+        return content_of_files(self._listed, self.name)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -65,6 +65,11 @@ class Source:
     def __getitem__(self, i: int) -> Document:
         raise NotImplementedError
 
+    def content_hash(self) -> str:
+        """"KIND:HASH" of all that its files hold, in order, wherever they lie and whatever they are called; comparable with one
+        of the same kind. See `content`."""
+        return ""
+
     def load(self, numbers: range) -> None:
         """Told of documents that will be read next, so that a bucket is asked for them at once."""
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from emo_jax.data.content import content_of_files
 from emo_jax.data.documents import Document, Source, hash_text
 from emo_jax.data.ranges import RangeReader
+from emo_jax.files import listed_file
 
 BYTES_PER_LABEL = 5_000_000
 DOCUMENT_BYTES = 20_000  # longer files are cut at line ends into documents of at most this size
@@ -43,6 +45,9 @@ class EmbeddedSource(Source):
         self._pieces = np.array(rows, np.int32).reshape(-1, 4)  # file, first byte, length, label
         self._reader = RangeReader()
         self.fingerprint = hash_text(*(x for path, label, pieces in files for x in (path.name, label, pieces)))
+
+    def content_hash(self) -> str:
+        return content_of_files([listed_file(Path(path)) for path in self._paths], self.name)
 
     def __len__(self) -> int:
         return len(self._pieces)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import gzip
+import hashlib
 import json
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ import numpy as np
 
 from emo_jax.buckets import is_url
 from emo_jax.config import DataConfig
+from emo_jax.data.content import content_of
 from emo_jax.data.documents import Document, Source, UnreadableDocument, cache_folder, hash_text
 from emo_jax.data.ranges import RangeReader
 from emo_jax.data.records import label_of, text_of, tokens_of
@@ -30,7 +32,7 @@ from emo_jax.files import AnyPath, Listed
 from emo_jax.progress import Progress, say
 
 MAX_LABELS = 1000  # more of them in one file mean that the label field is no label
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 class JsonlSource(Source):
@@ -49,6 +51,9 @@ class JsonlSource(Source):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def content_hash(self) -> str:
+        return content_of([file.sha256 for file in self._files])
 
     def load(self, numbers: range) -> None:
         self._reader.load(r for r in map(self._range, numbers) if is_url(r[0]))
@@ -96,6 +101,7 @@ class _IndexedFile:
             _build_index(file, self.folder, data)
         meta = json.loads((self.folder / "index.json").read_text())
         self.count, self.labels, self.skipped = meta["count"], meta["labels"], meta["skipped"]
+        self.sha256 = meta["sha256"]  # of its text, decompressed
         self.data_path = self.folder / "data.jsonl" if meta["decompressed"] else where
 
     @property
@@ -123,12 +129,12 @@ def _build_index(listed: Listed, folder: Path, data: DataConfig) -> None:
         path, compressed = listed.path, listed.path.suffix in (".gz", ".zst")
         if compressed:
             listed = _decompress(listed, temporary / "data.jsonl")
-        lines, codes, labels, skipped = _scan(listed, path, data)
+        lines, codes, labels, skipped, sha256 = _scan(listed, path, data)
         np.save(temporary / "lines.npy", lines)
         np.save(temporary / "label_codes.npy", codes)
         (temporary / "index.json").write_text(json.dumps(
             {"file": str(path), "count": len(codes), "labels": labels, "decompressed": compressed,
-             "skipped": skipped.counts()}))
+             "skipped": skipped.counts(), "sha256": sha256}))
         try:
             temporary.rename(folder)
         except OSError:  # another process was faster: the same index is there already
@@ -138,13 +144,15 @@ def _build_index(listed: Listed, folder: Path, data: DataConfig) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _scan(listed: Listed, path: AnyPath, data: DataConfig) -> tuple[np.ndarray, np.ndarray, list[str], Skipping]:
-    """(lines, label codes, labels) of the documents, and the count of lines that are none. path: for messages."""
+def _scan(listed: Listed, path: AnyPath, data: DataConfig) -> tuple[np.ndarray, np.ndarray, list[str], Skipping, str]:
+    """(lines, label codes, labels) of the documents, the count of lines that are none, and the SHA-256 of all. path: for
+    messages."""
     lines, codes, labels = array.array("q"), array.array("i"), {}
     progress, start = Progress(f"checking {path}", listed.size), 0
-    stem, skipping = path.name.split(".")[0], Skipping(data.max_skipped)
+    stem, skipping, digest = path.name.split(".")[0], Skipping(data.max_skipped), hashlib.sha256()
     with RangeReader(budget=0).open(str(listed.path), listed.size) as file:
         for number, raw in enumerate(file, 1):
+            digest.update(raw)
             if not raw.isspace():
                 try:
                     label = _check_line(raw, data, stem)
@@ -162,7 +170,7 @@ def _scan(listed: Listed, path: AnyPath, data: DataConfig) -> tuple[np.ndarray, 
     if not codes:
         raise InputError(f"{path}: no documents in it; expected one JSON object a line with the field "
                          f"{data.tokens_field or data.text_field!r}")
-    return np.array(lines, np.int64).reshape(-1, 2), np.array(codes, np.int32), list(labels), skipping
+    return np.array(lines, np.int64).reshape(-1, 2), np.array(codes, np.int32), list(labels), skipping, digest.hexdigest()
 
 
 def _check_line(raw: bytes, data: DataConfig, default_label: str) -> str:

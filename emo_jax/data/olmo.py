@@ -20,7 +20,7 @@ from emo_jax.data.shards import index_documents, pack_index
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.data.tokens import TokenFile, TokenSection, TokenSource
 from emo_jax.errors import InputError
-from emo_jax.files import Listed, given_path, replacing
+from emo_jax.files import Listed, given_path, list_files, replacing
 from emo_jax.progress import track
 
 _PIECE = 1 << 23  # tokens that are scanned at a time
@@ -36,16 +36,17 @@ def open_olmo(data: DataConfig, files: Sequence[Listed] | None) -> TokenSource:
     reader = RangeReader(int(data.cache_gb * 1e9), sizes={str(f.path): f.size for f in files or ()})
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
-    def index(item: tuple[str, str]) -> tuple[TokenFile, int]:
-        return _index_file(reader, item[1], dtype, tokenizer.eos_id)
+    def index(listed: Listed) -> tuple[TokenFile, int]:
+        return _index_file(reader, listed, dtype, tokenizer.eos_id)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        indexed = list(track(pool.map(index, named), f"finding the documents of {data.path}", "files", total=len(named)))
+        listed = files if files is not None else list(pool.map(_list, (path for _, path in named)))
+        indexed = list(track(pool.map(index, listed), f"finding the documents of {data.path}", "files", total=len(named)))
     sections = [TokenSection(i, label, False, 0, tokens, 0, file.documents)
                 for i, ((label, _), (file, tokens)) in enumerate(zip(named, indexed))]
     fingerprint = hash_text(*(x for (label, path), (_, tokens) in zip(named, indexed)
                               for x in (label, path.rpartition("/")[2], tokens)))
-    return TokenSource(data.path, [file for file, _ in indexed], sections, reader, tokenizer, fingerprint)
+    return TokenSource(data.path, [file for file, _ in indexed], sections, reader, tokenizer, fingerprint, list(listed))
 
 
 def read_mix(data: DataConfig) -> list[tuple[str, str]]:
@@ -69,19 +70,23 @@ def read_mix(data: DataConfig) -> list[tuple[str, str]]:
     return named
 
 
-def _index_file(reader: RangeReader, path: str, dtype: str, eos_id: int) -> tuple[TokenFile, int]:
+def _list(path: str) -> Listed:
+    found = list_files(path)[1]
+    if not found:
+        raise InputError(f"{path}: cannot be read (No such file or directory)")
+    return found[0]
+
+
+def _index_file(reader: RangeReader, listed: Listed, dtype: str, eos_id: int) -> tuple[TokenFile, int]:
     """(the file with its index, tokens)."""
-    try:
-        size = reader.size(path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
+    path, size = str(listed.path), listed.size
     first_byte, dtype = _header(reader, path, size, dtype)
     width = np.dtype(dtype).itemsize
     tokens, rest = divmod(size - first_byte, width)
     if rest or not tokens:
         raise InputError(f"{path}: {size - first_byte:,} bytes are no array of tokens of {width} bytes each (the type follows "
                          f"from the tokenizer's vocabulary)")
-    index = cache_folder() / "tokens" / f"{hash_text(path, size, first_byte, dtype, eos_id)}.index"
+    index = cache_folder() / "tokens" / f"{hash_text(path, size, listed.version, first_byte, dtype, eos_id)}.index"
     if not index.is_file():
         ends = _scan(reader, path, first_byte, dtype, tokens, eos_id)
         index.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -25,13 +26,14 @@ import numpy as np
 from absl import flags
 
 from emo_jax.config import Config, DataConfig
+from emo_jax.data import waiting
 from emo_jax.data.documents import MAX_LABELS, Source
 from emo_jax.data.filters import repetitive_rows
 from emo_jax.data.order import DocumentNumbers, DocumentOrder, split
 from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
 from emo_jax.data.row_clock import PARTS, RowClock
 from emo_jax.data.tokenizer import Tokenizer
-from emo_jax.errors import InputError, RunError
+from emo_jax.errors import InputError, RestartError, RunError
 
 COUNTS = ("skipped_documents", "dropped_rows")  # before a row, in its stream
 FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "document_ids")
@@ -127,10 +129,12 @@ class TrainIterator:
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            batch, states, seconds = next(self._iterator[0])
+            batch, states, seconds = waiting.pull(self._iterator[0])
         except InputError:
             raise
         except (RuntimeError, OSError, EOFError) as e:  # a worker that died, a file that went away
+            if "terminated unexpectedly" in str(e):
+                raise RestartError(f"a data worker ended ({_exit(str(e))}) while it read {self._streams.source.name}") from e
             raise RunError(f"reading the data of {self._streams.source.name} failed: {e}") from e
         for state in states:  # of the streams in turn
             self._states[self._taken % len(self._states)] = state
@@ -230,8 +234,17 @@ def array_to_states(array: np.ndarray) -> list[State]:
 def _close(iterator: list) -> None:
     """Ends the background thread and the worker processes. Grain's objects are collected here, because those that
     live until the interpreter is torn down complain."""
+    waiting.kill_stopped()
     iterator.pop().close()
     gc.collect()
+
+
+def _exit(message: str) -> str:
+    """How the worker ended that Grain's message is about."""
+    code = int(found[1]) if (found := re.search(r"exit code (-?\d+)", message)) else 0
+    if code >= 0:
+        return f"exit status {code}"
+    return f"killed by {signal.Signals(-code).name}" + (", as a machine does that is out of memory" if code == -9 else "")
 
 
 def _usable_workers(wanted: int, streams: int) -> int:
@@ -287,6 +300,7 @@ def _start_worker(index: int, count: int) -> None:
     training process still needs batches while it saves, and ends when the training process is gone."""
     parent = os.getppid()
     terminated = []
+    waiting.write_stacks_when_asked()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(time.monotonic()))
 

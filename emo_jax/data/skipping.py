@@ -63,6 +63,9 @@ class LenientSource(Source):
     def __getitem__(self, i: int) -> Document:
         return self._try(i, self._source.__getitem__, i) or Document("", UNREADABLE, int(i), np.zeros(0, np.int32))
 
+    def content_hash(self) -> str:
+        return self._source.content_hash()
+
     def load(self, numbers: range) -> None:
         self._source.load(numbers)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from emo_jax.buckets import is_url
 from emo_jax.config import DataConfig
+from emo_jax.data.content import content_of
 from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
 from emo_jax.data.ranges import RangeReader
 from emo_jax.data.skipping import Skipping
@@ -21,12 +23,14 @@ class TextSource(Source):
     def __init__(self, data: DataConfig, root: AnyPath, files: list[Listed]):
         self.name, self._files = data.path, [(str(f.path), f.size) for f in files]
         self._reader = RangeReader(int(data.cache_gb * 1e9), sizes=dict(self._files) if is_url(root) else {})
-        skipping, sizes, kept = Skipping(data.max_skipped), [], []
+        skipping, sizes, kept, self._hashes = Skipping(data.max_skipped), [], [], []
         for i in track(range(len(files)), f"checking {self.name}", "files"):
             if is_url(root) and i % AT_ONCE == 0:
                 self._reader.read_many([(path, 0, size) for path, size in self._files[i:i + AT_ONCE]])  # and keeps them
             try:
-                sizes.append(len(self._read(i).encode()))
+                text = self._read(i).encode()
+                sizes.append(len(text))
+                self._hashes.append(hashlib.sha256(text).hexdigest())
                 kept.append(i)
             except UnreadableDocument as e:
                 skipping.skip(e, i + 1)
@@ -41,6 +45,9 @@ class TextSource(Source):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def content_hash(self) -> str:
+        return content_of(self._hashes)
 
     def load(self, numbers: range) -> None:
         self._reader.load((path, 0, size) for path, size in self._files[numbers.start:numbers.stop] if is_url(path))

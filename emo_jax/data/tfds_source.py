@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from emo_jax.config import DataConfig
 from emo_jax.data.arrayrecord import require_readable
+from emo_jax.data.content import content_of_files
 from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
 from emo_jax.data.records import label_of, text_of, tokens_of
 from emo_jax.errors import InputError
-from emo_jax.files import given_path
+from emo_jax.files import given_path, list_files
 
 
 class TfdsSource(Source):
@@ -49,9 +51,14 @@ class TfdsSource(Source):
         names = getattr(features[data.label_field], "names", None) if data.label_field in features else None
         self._label_names = tuple(names or ())
         self.fingerprint = hash_text(builder.info.full_name, split, len(self._records))
+        shards = {path.name for path in map(PurePath, builder.info.splits[split.partition("[")[0]].filepaths)}
+        self._listed = [f for f in list_files(str(builder.data_path))[1] if f.path.name in shards]
         if not isinstance(self._records[0][self._field], np.ndarray if self._tokens else (bytes, str)):
             raise InputError(f"data.{setting}={self._field!r} of {path} is {features[self._field]!r}; expected "
                              f"{'token ids' if self._tokens else 'text'}")
+
+    def content_hash(self) -> str:
+        return content_of_files(self._listed, self.name)
 
     def __len__(self) -> int:
         return len(self._records)

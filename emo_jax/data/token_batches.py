@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import grain
 import numpy as np
 
+from emo_jax.data import waiting
 from emo_jax.data.pipeline import FIELDS, row_labels
 from emo_jax.data.row_clock import PARTS
 from emo_jax.data.stream import RowStream
@@ -44,7 +45,7 @@ class TokenBatches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            batch, counts, seconds = next(self._iterator[0])
+            batch, counts, seconds = waiting.pull(self._iterator[0])
         except OSError as e:  # a file that went away
             raise RunError(f"reading the data of {self.stream.source.name} failed: {e}") from e
         self.read += 1

@@ -14,6 +14,7 @@ import numpy as np
 
 from emo_jax.buckets import errors, is_url
 from emo_jax.config import DataConfig
+from emo_jax.data.content import content_of_files
 from emo_jax.data.documents import Document, Encoder, Source, hash_text
 from emo_jax.data.order import DocumentRanges
 from emo_jax.data.ranges import RangeReader
@@ -21,7 +22,7 @@ from emo_jax.data.shards import MANIFEST, STRIDE, index_bytes, parse_manifest
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.data.verify import verify
 from emo_jax.errors import InputError
-from emo_jax.files import given_path, reason
+from emo_jax.files import Listed, given_path, reason
 
 MAX_HELD_OUT = 2_000  # held-out documents of a section that are looked at
 
@@ -49,16 +50,20 @@ class TokenSection:
 
 
 class TokenSource(Source):
-    """Documents are numbered in the order of the sections."""
+    """Documents are numbered in the order of the sections. fingerprint: without `listed`, of the hashes in the manifest."""
 
     def __init__(self, name: str, files: Sequence[TokenFile], sections: Sequence[TokenSection], reader: RangeReader,
-                 tokenizer: Tokenizer, fingerprint: str):
+                 tokenizer: Tokenizer, fingerprint: str, listed: Sequence[Listed] = ()):
         self.name, self.fingerprint, self.tokenizer = name, fingerprint, tokenizer
         self.files, self.sections, self.reader = tuple(files), tuple(sections), reader
         self.labels = sorted({s.label for s in sections})
         self.first_documents = np.cumsum([0] + [s.documents for s in sections])
         self.is_remote = any("://" in file.path for file in files)
+        self._listed = tuple(listed)  # the files, where no manifest has their hashes
         self._summaries: dict[int, np.ndarray] = {}
+
+    def content_hash(self) -> str:
+        return content_of_files(self._listed, self.name) if self._listed else f"manifest:{self.fingerprint}"
 
     def __len__(self) -> int:
         return int(self.first_documents[-1])

@@ -16,6 +16,7 @@ from emo_jax.config import Config, MeshConfig, override
 from emo_jax.files import AnyPath, make_folder
 from emo_jax.surgery.extract import extract
 from emo_jax.train import loop
+from emo_jax.train.holder import hold
 
 START = "start"  # the extracted model, in the folder of the run
 
@@ -41,14 +42,14 @@ def finetune_config(small: Config, start: AnyPath, data: str, overrides: Sequenc
 def finetune(found: Checkpoint, subset: Subset, out: str | AnyPath, data: str = "", overrides: Sequence[str] = (),
              evaluations: Iterable = ()) -> dict[str, Any]:
     """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
-    folder = make_folder(out)
-    require_of(subset, found)
-    start = folder / START
-    if not steps(start / FOLDER):
-        extract(found, subset, start)
-    small = open_checkpoint(start)
-    subset.save(folder / "subset.json")
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.exists() and (start / "tokenizer.json").exists():
-        tokenizer.write_bytes((start / "tokenizer.json").read_bytes())
-    return loop.train(finetune_config(small.config, start, data, overrides), folder, evaluations)
+    with hold(folder := make_folder(out)) as holder:
+        require_of(subset, found)
+        start = folder / START
+        if not steps(start / FOLDER):
+            extract(found, subset, start)
+        small = open_checkpoint(start)
+        subset.save(folder / "subset.json")
+        tokenizer = folder / "tokenizer.json"
+        if not tokenizer.exists() and (start / "tokenizer.json").exists():
+            tokenizer.write_bytes((start / "tokenizer.json").read_bytes())
+        return loop.train_held(finetune_config(small.config, start, data, overrides), folder, evaluations, holder)

@@ -7,6 +7,7 @@ the state. Whatever the mesh, workers or restarts, step k sees the same rows; on
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,22 +15,25 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from emo_jax import compat, processes, sharding
-from emo_jax.checkpoints.checkpoint import FOLDER
+from emo_jax import compat, ending, processes, sharding
+from emo_jax.checkpoints.checkpoint import FOLDER, steps
 from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
+from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RunError
-from emo_jax.files import AnyPath
+from emo_jax.files import AnyPath, make_folder
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
 from emo_jax.train import run_folder, start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
-from emo_jax.train.metrics import Log
+from emo_jax.train.holder import Holder, HolderLost, hold
+from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
 from emo_jax.train.optimizer import reset_moments
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
+from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 
-AGREEMENT_EVERY = 10  # steps, at most, after which several processes agree on whether to stop
+SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
 
 
 def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_over: bool = False) -> dict[str, Any]:
@@ -41,7 +45,15 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
-    sharding.start_distributed()
+    processes.start_distributed()
+    sharding.make_mesh(config)  # if that cannot be, nothing is written
+    with hold(make_folder(out)) as holder:
+        return train_held(config, out, evaluations, holder, start_over)
+
+
+def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder: Holder | None,
+               start_over: bool = False) -> dict[str, Any]:
+    """`train` into a folder that this run holds already."""
     mesh = sharding.make_mesh(config)
     folder = run_folder.open_folder(config, out)
     run_folder.cache_compilation(folder)
@@ -61,7 +73,7 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_
         if not left:
             say(f"{folder} is at its last step, {position.step}: nothing to do")
         _describe(phase_at(config, position.step).config, mesh, documents, position)
-        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations).run()
+        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder).run()
 
 
 def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, position: start.Position) -> None:
@@ -81,12 +93,14 @@ class TrainingLoop:
     evaluate: Any = None  # an `Evaluation`, if documents are held out
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
+    first_of_phase: int  # the step before its first in this start
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
-                 left: Sequence[Phase], evaluations: Iterable = ()):
+                 left: Sequence[Phase], evaluations: Iterable = (), holder: Holder | None = None):
         self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
-        self.place, self.make_evaluations = position.place, tuple(evaluations)
+        self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
+        self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
         self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
@@ -94,6 +108,7 @@ class TrainingLoop:
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
+        ending.last_good = self._found_good
         try:
             with StopSignals() as stop:
                 for phase in self.left:
@@ -102,6 +117,9 @@ class TrainingLoop:
                     if stopped:
                         break
                 self._finish(stopped)
+        except HolderLost:
+            self.log.abandon()
+            raise
         except BaseException as e:
             kept = self._last_good()
             if isinstance(e, RunError):
@@ -109,6 +127,8 @@ class TrainingLoop:
                 raise type(e)(f"{e}; {kept}{advice}") from e
             raise
         finally:
+            self.watchdog.close()
+            ending.last_good = str
             if self.batches is not None:
                 self.batches.close()
             self.log.close()
@@ -116,6 +136,7 @@ class TrainingLoop:
 
     def _begin(self, phase: Phase) -> None:
         """Everything that the steps of a phase need; the step itself compiles when it is first taken."""
+        self.watchdog.at("the start of a phase", long=True)
         before = None
         if self.batches is not None:
             before = self.phase.config
@@ -134,6 +155,7 @@ class TrainingLoop:
             made = (make(c, self.mesh, self.documents) for make in self.make_evaluations)
             self.other_evaluations = [evaluation for evaluation in made if evaluation is not None]
         self.log.begin(self.step, c, self.batches.labels)
+        self.first_of_phase = self.step
 
     def _say_phase(self, phase: Phase) -> None:
         stage = f"stage {phase.stage}, " if self.config.stages else ""
@@ -143,29 +165,31 @@ class TrainingLoop:
     def _steps_of_phase(self, stop: StopSignals) -> str | None:
         """The signal that stopped it."""
         while self.step < self.phase.until:
-            self._one_step()
+            if self.holder is not None:
+                self.holder.check()
+            try:
+                self._one_step()
+            except Interrupted:
+                return stop.requested
             if self.saved_step is not None:
                 self.saved_mark.note()
-            if self._agreed_to_stop(stop):
-                return stop.requested or "a signal to another process"
+            if stop.requested_after(self.step):
+                return stop.requested
             self._between_steps()
         return None
 
     def _one_step(self) -> None:
         assert self.batches is not None
+        began, first = time.monotonic(), self.step < self.first_of_phase + MAX_STEPS_IN_FLIGHT  # which compile
+        self.watchdog.at(DATA, long=first)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
+        self.watchdog.at(f"step {self.step + 1}", long=first)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
         self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
-
-    def _agreed_to_stop(self, stop: StopSignals) -> bool:
-        """Every process leaves after the same step: alone at once, with others at the next agreement."""
-        if jax.process_count() == 1:
-            return stop.requested is not None
-        every = min(self.config.train.log_every, AGREEMENT_EVERY)
-        return self.step % every == 0 and processes.any_process(stop.requested is not None)
+        self.watchdog.stepped(began)
 
     def _between_steps(self) -> None:
         t, every = self.config.train, self.config.checkpoint.every
@@ -178,6 +202,7 @@ class TrainingLoop:
             self._save()
 
     def _evaluate(self) -> None:
+        self.watchdog.at(EVALUATION, long=True)
         self.log.flush()
         result = self.evaluate(self.state.params)
         if not math.isfinite(result["loss"]):
@@ -190,6 +215,9 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """Only a state after finite steps is saved: the log is read up to here first."""
+        self.watchdog.at(SAVING, long=True)
+        if self.holder is not None:
+            self.holder.confirm()
         self.log.flush()
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
@@ -201,6 +229,7 @@ class TrainingLoop:
         self.log.restart_clock(self.step)
 
     def _finish(self, stopped: str | None) -> None:
+        self.watchdog.at(SAVING, long=True)
         if stopped:
             self.log.say(f"stopping after step {self.step} ({stopped}): saving")
         if self.saved_step != self.step:
@@ -211,11 +240,26 @@ class TrainingLoop:
 
     def _last_good(self) -> str:
         """Lets the last save finish and says where the run can go on."""
-        try:
-            self.writer.close()
-        except RunError as failed:
-            return str(failed)
+        failed: list[RunError] = []
+
+        def close() -> None:
+            try:
+                self.writer.close()
+            except RunError as e:
+                failed.append(e)
+
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(None if jax.process_count() == 1 else SAVING_S)
+        if failed:
+            return str(failed[0])
         return f"{self.writer.last_good()} in {self.out / FOLDER}. The same command goes on from there"
+
+    def _found_good(self) -> str:
+        """Where the run can go on if it ends now, whatever its threads do."""
+        found = steps(self.out / FOLDER)
+        kept = f"the last good checkpoint is of step {max(found)}" if found else "there is no checkpoint yet"
+        return f"{kept} in {self.out / FOLDER}. The same command goes on from there"
 
     def _result(self, stopped: str | None, seconds: float) -> dict[str, Any]:
         return {

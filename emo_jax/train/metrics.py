@@ -43,7 +43,7 @@ def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int
     for line in [*lines, end]:
         try:
             record = json.loads(line)
-            valid = type(record) is dict and type(record.get("step")) is int
+            valid = type(record) is dict and type(record.get("step")) is int and not record.keys().isdisjoint(("loss", "eval"))
         except (ValueError, RecursionError):
             record, valid = None, False
         if valid:
@@ -295,6 +295,11 @@ class Log:
     def save(self) -> None:
         """Whoever goes on from here finds the metrics up to here."""
         self._mirror.upload()
+
+    def abandon(self) -> None:
+        """The run's folder is another's: nothing more goes there."""
+        self._mirror.abandon()
+        self._mirror = NoLog()
 
     def close(self) -> None:
         for part in (self._progress, self._events, self._file, self._mirror):

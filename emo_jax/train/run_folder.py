@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
-from emo_jax import buckets
+from emo_jax import buckets, processes
 from emo_jax import config as config_lib
-from emo_jax.checkpoints.checkpoint import FOLDER, is_step, move_step, newest, steps
+from emo_jax.checkpoints.checkpoint import FOLDER, SAVED, is_step, move_step, newest, steps
 from emo_jax.checkpoints.compatibility import require_same_model
 from emo_jax.config import Config
 from emo_jax.errors import InputError, RunError
@@ -26,7 +26,6 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TENSORBOARD = "tensorboard"
 SET_ASIDE = "damaged"
-SAVED = "saved.json"  # says that a checkpoint was completed here once
 
 
 def open_folder(config: Config, out: str | AnyPath) -> AnyPath:
@@ -60,8 +59,12 @@ def read_config(path: AnyPath) -> Config:
 
 def prepare(config: Config, out: AnyPath) -> None:
     """Makes place for what the run writes, once it is certain that it goes on here."""
-    if not is_primary():
-        return
+    if is_primary():
+        _prepare(config, out)
+    processes.wait_for_all("the run's folder")
+
+
+def _prepare(config: Config, out: AnyPath) -> None:
     try:
         for path in sorted((out / FOLDER).iterdir()) if (out / FOLDER).is_dir() else ():
             if path.name.isdigit() and not (is_step(path.name) and path.is_dir()):  # which a save would stumble over
