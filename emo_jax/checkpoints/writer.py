@@ -23,7 +23,7 @@ class CheckpointWriter:
         self._saver = Saver(folder, self._kept)
 
     def save(self, step: int, items: dict[str, Any], config: Config, *, tokens: int, source: dict[str, Any],
-             position: dict[str, Any] | None, loss: float | None = None) -> None:
+             position: dict[str, Any] | None, loss: float | None = None, **more: Any) -> None:
         """Returns when the arrays have left the devices. `items`: {"params", "opt_state"}; `loss`: the evaluation loss that
         `keep_best` ranks by; the others as in `describe`.
 
@@ -34,7 +34,7 @@ class CheckpointWriter:
             raise RunError(f"the state after step {step} is not finite and was not saved")
         if step in self._saver.steps():
             return
-        described = describe(config, step, tokens, source, sums, position, held_out_loss=loss)
+        described = describe(config, step, tokens, source, sums, position, held_out_loss=loss, **more)
         if loss is not None:
             self._losses[step] = loss
         try:

@@ -20,15 +20,16 @@ from emo_jax.checkpoints.checkpoint import FOLDER, steps
 from emo_jax.checkpoints.writer import CheckpointWriter
 from emo_jax.config import Config, mesh_shape
 from emo_jax.data.waiting import Interrupted
-from emo_jax.errors import RunError
+from emo_jax.errors import RestartError, RunError
 from emo_jax.files import AnyPath, make_folder
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
-from emo_jax.train import run_folder, start
+from emo_jax.train import bad_steps, run_folder, start
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
 from emo_jax.train.holder import Holder, HolderLost, hold
 from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
 from emo_jax.train.optimizer import reset_moments
+from emo_jax.train.rollback import RollBack, SkippedRows, roll_back
 from emo_jax.train.signals import StopSignals
 from emo_jax.train.step import make_train_step
 from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
@@ -62,18 +63,28 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
     for phase in plan:
         mesh_shape(phase.config, mesh.size)
     documents = DocumentsOfPhases(folder)
-    with compat.set_mesh(mesh):
-        position = start.resume(config, mesh, folder, documents.of)
-        if position is None:
-            run_folder.require_new(config, folder, start_over)
-            position = start.initial_position(config, mesh, origin, documents.of)
-        left = [phase for phase in plan if phase.until > position.step]
-        check_phases(left, documents.of, mesh, position.place)
-        run_folder.prepare(config, folder)
-        if not left:
-            say(f"{folder} is at its last step, {position.step}: nothing to do")
-        _describe(phase_at(config, position.step).config, mesh, documents, position)
-        return TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder).run()
+    while True:
+        with compat.set_mesh(mesh):
+            position = start.resume(config, mesh, folder, documents.of)
+            if position is None:
+                run_folder.require_new(config, folder, start_over)
+                position = start.initial_position(config, mesh, origin, documents.of)
+            left = [phase for phase in plan if phase.until > position.step]
+            check_phases(left, documents.of, mesh, position.place)
+            run_folder.prepare(config, folder)
+            if not left:
+                say(f"{folder} is at its last step, {position.step}: nothing to do")
+            _describe(phase_at(config, position.step).config, mesh, documents, position)
+            loop = TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder)
+            del position
+            try:
+                return loop.run()
+            except RollBack as found:
+                bad = found
+            del loop.state  # there is room for one
+            roll_back(folder, bad)
+            if processes.any_process(loop.stop.requested is not None):
+                raise RestartError("asked to stop while rolling back: the same command goes on from there")
 
 
 def _describe(config: Config, mesh: Mesh, all_documents: DocumentsOfPhases, position: start.Position) -> None:
@@ -93,6 +104,7 @@ class TrainingLoop:
     evaluate: Any = None  # an `Evaluation`, if documents are held out
     other_evaluations: Sequence = ()
     train_step: Callable[..., Any]
+    before_left_out: dict[str, Any] | None = None  # the data's position while rows are left out, until the step after them
     first_of_phase: int  # the step before its first in this start
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
@@ -104,13 +116,15 @@ class TrainingLoop:
         self.log = Log(config, out, position.step, position.tokens, is_primary())
         self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
+        self.skipped_rows = SkippedRows(out)
+        self.stop = StopSignals()
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
         ending.last_good = self._found_good
         try:
-            with StopSignals() as stop:
+            with self.stop as stop:
                 for phase in self.left:
                     self._begin(phase)
                     stopped = self._steps_of_phase(stop)
@@ -147,6 +161,8 @@ class TrainingLoop:
             self._say_phase(phase)
         if phase.resets_optimizer and self.step == phase.first_step:
             self.state = self.state._replace(opt_state=jax.jit(reset_moments, donate_argnums=0)(self.state.opt_state))
+        if phase.starts_stage and self.step == phase.first_step:  # losses of other documents, or rows, compare with nothing
+            self.state = self.state._replace(recent=bad_steps.from_json(None, self.state.recent))
         self.train_step = make_train_step(c, self.mesh, self.documents.tokenizer.eos_id)
         group = processes.row_group(self.mesh, c.train.batch_size)
         self.batches = batches_of(self.config, phase, self.all_documents, group, self.place)
@@ -182,7 +198,12 @@ class TrainingLoop:
         assert self.batches is not None
         began, first = time.monotonic(), self.step < self.first_of_phase + MAX_STEPS_IN_FLIGHT  # which compile
         self.watchdog.at(DATA, long=first)
+        left_out = self.skipped_rows.before(self.step + 1)
+        self.before_left_out = self.batches.position() if left_out else None
+        for _ in range(left_out):
+            next(self.batches)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
+        self.before_left_out = None
         self.watchdog.at(f"step {self.step + 1}", long=first)
         self.state, metrics = self.train_step(self.state, batch)
         self.step += 1
@@ -198,7 +219,7 @@ class TrainingLoop:
         if evaluate:
             self._evaluate()
         best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])
-        if last or self.step % every == 0 or best:
+        if last or ((self.step % every == 0 or best) and self.log.is_good()):
             self._save()
 
     def _evaluate(self) -> None:
@@ -206,7 +227,8 @@ class TrainingLoop:
         self.log.flush()
         result = self.evaluate(self.state.params)
         if not math.isfinite(result["loss"]):
-            raise RunError(f"the held-out loss is {result['loss']} after step {self.step}")
+            raise RunError(f"the held-out loss is {result['loss']} after step {self.step}, though that of the steps is finite",
+                           "look at the held-out documents, or lower optimizer.learning_rate")
         self.evaluated = {self.step: result}
         self.log.evaluation(self.step, "held_out", result)
         for evaluate in self.other_evaluations:
@@ -222,8 +244,9 @@ class TrainingLoop:
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation = self.evaluated.get(self.step)
         self.writer.save(self.step, {"params": self.state.params, "opt_state": self.state.opt_state}, self.config,
-                         tokens=self.log.tokens, source=self.documents.fingerprint, position=self.batches.position(),
-                         loss=evaluation["loss"] if evaluation else None)
+                         tokens=self.log.tokens, source=self.documents.fingerprint,
+                         position=self.before_left_out or self.batches.position(),
+                         loss=evaluation["loss"] if evaluation else None, recent=bad_steps.to_json(self.state.recent))
         self.saved_step = self.step
         self.log.save()
         self.log.restart_clock(self.step)

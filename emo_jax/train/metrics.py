@@ -20,20 +20,20 @@ import numpy as np
 from emo_jax.chips import peak_flops
 from emo_jax.config import Config, flatten
 from emo_jax.data.documents import MAX_LABELS
-from emo_jax.errors import RunError
 from emo_jax.files import AnyPath, write_text
 from emo_jax.progress import duration
 from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.mirror import Mirror
+from emo_jax.train.rollback import METRICS, Watch
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
            "experts_max_load", "dropped_tokens", "loss_tokens")
-PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean", "experts_per_document")
+PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean", "experts_per_document",
+             "grad_norm_by_layer", "param_norm_by_layer")
 # What all_to_all's receive buffers needed, over the steps since the last record: the largest, and the sum.
 BUFFERS = {"required_capacity_factor": max, "fallback_steps": operator.add}
 MAX_STEPS_IN_FLIGHT = 4
-METRICS = "metrics.jsonl"
 
 
 def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -86,7 +86,7 @@ class TensorBoard:
             if isinstance(value, dict):
                 self.write(step, value, f"{prefix}{name}/")
             elif isinstance(value, list):
-                for layer, v in enumerate(value):
+                for layer, v in enumerate(v for v in value if v is not None):
                     self._writer.add_scalar(f"{prefix}{name}/layer_{layer:02d}", v, step)
             elif isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(prefix + name, value, step)
@@ -167,6 +167,15 @@ class Rate:
         self.restart(step, tokens)
 
 
+def _finite_or_null(x: Any) -> Any:
+    """JSON has no number for what a skipped step may have."""
+    if isinstance(x, dict):
+        return {name: _finite_or_null(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [_finite_or_null(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 class NoLog:
     """In place of the writers in processes that write nothing."""
 
@@ -175,9 +184,10 @@ class NoLog:
 
 
 class Log:
-    """Collects the metrics of every step, checks that they are finite, and writes those of logged steps.
+    """Collects the metrics of every step, looks for bad steps, and writes those of logged steps.
 
-    `add` never waits for the step it is given; `flush` does. Only the primary process writes, all of them check.
+    `add` never waits for the step it is given, but for one some steps before it; `flush` does. Only the primary process writes,
+    all of them look.
     """
 
     def __init__(self, config: Config, out: AnyPath, step: int, tokens: int, primary: bool):
@@ -197,6 +207,8 @@ class Log:
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
         self._peak_tokens_per_second: float | None = None
         self.say = self._progress.say
+        self._watch = Watch(config, out, self.say)
+        self._skipped = 0  # steps since the last record
 
     def begin(self, step: int, config: Config, labels: list[str]) -> None:
         """The next steps are those of a phase. `labels`: of its documents."""
@@ -211,31 +223,36 @@ class Log:
         return step % self._config.train.log_every == 0 or step == self._config.train.steps
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        needed = ("loss", "grad_norm", "tokens", "label_nats", "label_tokens", *BUFFERS)
+        needed = ("loss", "grad_norm", "verdict", "tokens", "loss_tokens", "label_nats", "label_tokens", *BUFFERS)
         kept = metrics if self.is_logged(step) else {name: metrics[name] for name in needed if name in metrics}
         self._pending.append((step, dict(kept)))
         self._rate.dispatched = step
-        if len(self._pending) > MAX_STEPS_IN_FLIGHT:
-            self._pending[-1 - MAX_STEPS_IN_FLIGHT][1]["loss"].block_until_ready()
+        self.flush(until=step - MAX_STEPS_IN_FLIGHT)
 
     def flush(self, until: int | None = None) -> None:
-        """Reads the steps up to `until` (default: all). Raises `RunError` at the first that is not finite."""
+        """Reads the steps up to `until` (default: all). Raises what `Watch.see` does."""
         while self._pending and (until is None or self._pending[0][0] <= until):
             step, metrics = self._pending.popleft()
             metrics = jax.device_get(metrics)
             if "expert_load_max" in metrics:
                 metrics["experts_max_load"] = metrics["expert_load_max"].max()
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(metrics[name]):
-                    self._pending.clear()
-                    raise RunError(f"{name} is {float(metrics[name])} at step {step}",
-                                   "lower optimizer.learning_rate or look at the documents of the next steps")
+            try:
+                skipped = self._watch.see(step, metrics)
+            except BaseException:
+                self._pending.clear()
+                raise
+            self._skipped += skipped
             self.tokens += int(metrics["tokens"])
             self._count_buffers(step, metrics)
-            if "label_nats" in metrics:
+            if "label_nats" in metrics and not skipped:
                 self._by_label += np.stack([metrics["label_nats"], metrics["label_tokens"]])
             if self.is_logged(step):
-                self._write(step, metrics)
+                self._write(step, metrics | {"skipped": skipped})
+
+    def is_good(self) -> bool:
+        """Whether the last step was, so that its state is one to go back to."""
+        self.flush()
+        return self._watch.is_good
 
     def _count_buffers(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         for name, join in BUFFERS.items():
@@ -247,20 +264,21 @@ class Log:
                      f"more than kernels.buffer_factor={self._config.kernels.buffer_factor}, and was computed by ring; "
                      "fallback_steps in metrics.jsonl counts how often")
 
-    def _write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
         self._rate.mark(step, self.tokens)
         record: dict[str, Any] = {"step": step, "tokens": self.tokens}
         record |= {name: float(metrics[name]) for name in SCALARS if name in metrics} | self._buffers
-        self._buffers = {}
+        record |= {"skipped_steps": self._skipped} | ({"skipped": True} if metrics["skipped"] else {})
+        self._buffers, self._skipped = {}, 0
         record["tokens_per_second"] = self._rate.tokens_per_second
         if self._peak_tokens_per_second:
             record["mfu"] = self._rate.tokens_per_second / self._peak_tokens_per_second
         record["data_wait_fraction"] = self.data_wait.fraction
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
         record |= self._label_means()
-        self.last = record
-        self._file.write(record)
-        self._events.write(step, record)
+        self.last = _finite_or_null(record)
+        self._file.write(self.last)
+        self._events.write(step, self.last)
         self._mirror.changed()
         pace = self._rate.seconds_per_step
         self._progress.update(record, pace and pace * (self._config.train.steps - step))

@@ -31,6 +31,7 @@ from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
 from emo_jax.phases import phase_at, trained_config
 from emo_jax.progress import is_primary, say
+from emo_jax.train import bad_steps
 from emo_jax.train.evaluate import Evaluation
 from emo_jax.train.run_folder import set_aside
 from emo_jax.train.step import TrainState, abstract_state, init_state
@@ -147,6 +148,7 @@ def initial_position(config: Config, mesh: Mesh, origin: Checkpoint | None,
     if origin is None:
         return Position(_initial_state(config, mesh), 0, 0, None)
     state = restore_state(origin, abstract_state(config, mesh))
+    state = state._replace(recent=bad_steps.from_json(None, state.recent))  # its documents may have other losses
     place = Place(origin.position(), origin.config, origin.meta["source"])
     phase = phase_at(config, origin.step).config
     same = place.goes_on(phase, documents_of(phase))
@@ -224,7 +226,8 @@ def _require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[
 def restore_state(found: Checkpoint, target: TrainState) -> TrainState:
     """The training state, laid out as `target` (of `abstract_state`) asks. Raises `DamagedCheckpoint`."""
     items = found.restore({"params": target.params, "opt_state": target.opt_state})
-    return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding), **items)
+    return TrainState(step=jax.device_put(np.int32(found.step), target.step.sharding),
+                      recent=bad_steps.from_json(found.meta.get("recent"), target.recent), **items)
 
 
 def _set_aside(out: AnyPath, damaged: list[int]) -> None:

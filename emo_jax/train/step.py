@@ -24,6 +24,7 @@ from emo_jax.data.documents import MAX_LABELS
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
 from emo_jax.sharding import BATCH, reshard
+from emo_jax.train import bad_steps
 from emo_jax.train.optimizer import learning_rate, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ Batch = dict[str, Array]
 class TrainState(NamedTuple):
     params: model.Params
     opt_state: Any
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""]  # of the run: those taken and those skipped
+    recent: bad_steps.Recent
 
 
 def init_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -44,7 +46,8 @@ def init_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     with jax.set_mesh(mesh):
         opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
         step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)()
-    return TrainState(params, opt_state, step)
+        recent = jax.jit(bad_steps.nothing_yet, out_shardings=shardings.recent)()
+    return TrainState(params, opt_state, step, recent)
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -52,14 +55,15 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     params = model.abstract_params(config)
     opt_state = jax.eval_shape(make_optimizer(config).init, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    return sharding.abstract(TrainState(params, opt_state, step), mesh)
+    return sharding.abstract(TrainState(params, opt_state, step, jax.eval_shape(bad_steps.nothing_yet)), mesh)
 
 
 def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Any:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state. Metrics are fp32: scalars `loss` (nats a
-    token), `total_loss`, the auxiliary losses (unweighted), `grad_norm`, `learning_rate`, `tokens`, `loss_tokens`, and
-    arrays [L] of what the routers did (see `RouterStats`). A batch that has `labels` [B, T], of each token's document, gives
-    `label_nats` and `label_tokens` [MAX_LABELS]: sums over the tokens with a loss."""
+    token), `total_loss`, the auxiliary losses (unweighted), `grad_norm`, `learning_rate`, `tokens`, `loss_tokens`; arrays [L],
+    `grad_norm_by_layer`, `param_norm_by_layer` and what the routers did (see `RouterStats`); and the `verdict` on the step, a
+    `bad_steps.Verdict`: if it is skipped, parameters and optimizer stay as they are. A batch that has `labels` [B, T], of each
+    token's document, gives `label_nats` and `label_tokens` [MAX_LABELS]: sums over the tokens with a loss."""
     execution = model.Execution.of(config, mesh, eos_id)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     M = config.train.microbatches
@@ -72,15 +76,18 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
                         loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
         objective = Objective(execution, totals, state.step)
         (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
+        metrics, grad_norm = sums.metrics(config, totals), optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
+            taken, recent, verdict = bad_steps.judge(state.recent, metrics["loss"], grad_norm, config)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-        metrics = sums.metrics(config, totals) | {
-            "total_loss": total, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step),
-            "tokens": totals.tokens, "loss_tokens": totals.loss_tokens}
+            params, opt_state = bad_steps.taken_or_not(taken, (params, opt_state), (state.params, state.opt_state))
+        metrics |= {"total_loss": total, "grad_norm": grad_norm, "learning_rate": schedule(state.step),
+                    "tokens": totals.tokens, "loss_tokens": totals.loss_tokens, "verdict": verdict,
+                    "grad_norm_by_layer": norm_by_layer(grads), "param_norm_by_layer": norm_by_layer(state.params)}
         if "labels" in batch:
             metrics |= {"label_nats": sums.of_labels, "label_tokens": _by_label(batch["loss_weights"], batch["labels"])}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, recent), metrics
 
     options = compiler_options(mesh.devices.flat[0])
     return _with_mesh(jax.jit(train_step, donate_argnums=0, compiler_options=options), mesh)
@@ -221,6 +228,11 @@ class Objective(NamedTuple):
         tokens_g1 = jnp.maximum(tokens_g, 1.0)[:, None]
         return share * jnp.mean(losses.load_balancing_loss(scores_BTR, counts_gR, mask_BT, c.model.routed_top_k,
                                                            tokens_g1, tokens_g1))
+
+
+def norm_by_layer(params: model.Params) -> Float[Array, "L"]:
+    """Of everything that a layer has."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x), axis=range(1, x.ndim)) for x in jax.tree.leaves(params["layers"])))
 
 
 def segment_document_ids(batch: Batch, execution: model.Execution) -> Int[Array, "B N"]:
