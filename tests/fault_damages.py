@@ -29,16 +29,16 @@ CUT = 2 * STEPS // 3  # steps of the run that is damaged; an evaluation ends it,
 BATCH = 40  # trials of one process
 
 
-def damage_runs(lane: Lane, count: int, seed: str, folder: Path) -> list[dict[str, Any]]:
-    """What came of every damage: {"kind": "damage", "fault", "problems", "ending": "went on" or "refused"}."""
+def damage_runs(lane: Lane, count: int, seed: str, folder: Path, until: float) -> Iterator[dict[str, Any]]:
+    """What came of every damage until that time: {"kind": "damage", "fault", "problems", "ending": "went on" or "refused"}."""
     config = fault_runs.write_config(folder)
     undisturbed = in_child(_train_and_read, str(config), str(folder / "undisturbed"), STEPS)
     in_child(_train_and_read, str(config), str(folder / "cut"), CUT)
-    outcomes: list[dict[str, Any]] = []
-    while len(outcomes) < count:
-        batch = range(len(outcomes), min(count, len(outcomes) + BATCH))
-        outcomes += _batch(lane, batch, seed, folder, config, undisturbed)
-    return outcomes
+    done = 0
+    while done < count and time.monotonic() < until:
+        for found in _batch(lane, range(done, min(count, done + BATCH)), seed, folder, config, undisturbed):
+            done += 1
+            yield found
 
 
 def _train_and_read(config: str, out: str, steps: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _train_and_read(config: str, out: str, steps: int) -> dict[str, Any]:
     return result(out)
 
 
-def _batch(lane: Lane, batch: range, seed: str, folder: Path, config: Path, undisturbed: dict) -> list[dict[str, Any]]:
+def _batch(lane: Lane, batch: range, seed: str, folder: Path, config: Path, undisturbed: dict) -> Iterator[dict[str, Any]]:
     """Trials of one process, as many as there are before it hangs or dies."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -64,21 +64,21 @@ def _batch(lane: Lane, batch: range, seed: str, folder: Path, config: Path, undi
         finally:
             os._exit(0)
     os.close(writing)
-    found, buffer, problem = [], b"", ""
-    while len(found) < len(batch) and not problem:
+    done, buffer, problem = 0, b"", ""
+    while done < len(batch) and not problem:
         if not select.select([reading], [], [], HANG)[0]:
             problem = f"hang: no end within {HANG:.0f} s"
         elif more := os.read(reading, 1 << 16):
             *lines, buffer = (buffer + more).split(b"\n")
-            found += [json.loads(line) for line in lines]
+            done += len(lines)
+            yield from map(json.loads, lines)
         else:
             problem = "traceback: the process died"
     if problem:
         os.kill(pid, 9)
-        found.append({"kind": "damage", "fault": f"trial {batch[len(found)]}", "problems": [problem], "ending": "none"})
+        yield {"kind": "damage", "fault": f"trial {batch[done]}", "problems": [problem], "ending": "none"}
     os.waitpid(pid, 0)
     os.close(reading)
-    return found
 
 
 def _trials(lane: Lane, batch: range, seed: str, folder: Path, config: Path, undisturbed: dict) -> Iterator[dict[str, Any]]:

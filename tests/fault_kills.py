@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +55,10 @@ def draw_fault(draw: random.Random, lane: Lane) -> Fault:
     return Fault(number, name, draw.uniform(0, MOMENTS[name][1]), victims)
 
 
-def kill_runs(lane: Lane, kills: int, seed: str, folder: Path) -> list[dict[str, Any]]:
-    """What came of every kill, and of every run that was finished after some: {"kind", "fault", "problems"}."""
-    draw, outcomes, number = random.Random(seed), [], 0
+def kill_runs(lane: Lane, kills: int, seed: str, folder: Path, until: float) -> Iterator[dict[str, Any]]:
+    """What came of every kill, and of every run that was finished after some: {"kind", "fault", "problems"}. No more kills
+    come after the time `until`."""
+    draw, number = random.Random(seed), 0
     config = fault_runs.write_config(folder)
     undisturbed = _undisturbed(lane, config, folder)
     while kills > 0:
@@ -64,15 +66,13 @@ def kill_runs(lane: Lane, kills: int, seed: str, folder: Path) -> list[dict[str,
         number += 1
         while not run.finished and not run.broken:
             found = run.attempt(draw_fault(draw, lane) if kills > 0 else None)
-            kills -= found["kind"] == "kill"
-            outcomes.append(found)
+            kills = kills - (found["kind"] == "kill") if time.monotonic() < until else 0
+            yield found
         problems = differences(in_child(result, run.out, environment=lane.environment), undisturbed) if run.finished else []
-        outcomes.append({"kind": "run", "fault": f"after {run.kills} kills", "problems": problems})
-        if problems or run.broken:
-            outcomes[-1]["kept"] = str(run.folder)
-        else:
+        kept = {"kept": str(run.folder)} if problems or run.broken else {}
+        yield {"kind": "run", "fault": f"after {run.kills} kills", "problems": problems} | kept
+        if not kept:
             shutil.rmtree(run.folder)
-    return outcomes
 
 
 def _undisturbed(lane: Lane, config: Path, folder: Path) -> dict[str, Any]:

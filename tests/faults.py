@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import shutil
 import sys
@@ -31,8 +32,9 @@ WEIGHTS = {1: 12, 2: 3, 4: 1}  # of the kills, by processes; a bucket counts as 
 
 
 def faults(seed: int, kills: int, damages: int, processes: tuple[int, ...] = (1, 2), hosts: int = 0, bucket: bool = False,
-           folder: Path | None = None) -> dict[str, Any]:
-    """Lets that many faults happen, in lanes that run at once. Returns counts, and all that went wrong."""
+           folder: Path | None = None, minutes: float = math.inf) -> dict[str, Any]:
+    """Lets that many faults happen, or as many as there is time for, in lanes that run at once. Returns counts, and all that
+    went wrong."""
     folder, began = Path(folder or tempfile.mkdtemp(prefix="emo_jax_faults_")), time.monotonic()
     environment = _buckets() if bucket else {}
     lanes = [Lane(f"{n} process{'es' if n > 1 else ''}", n) for n in (*processes, *([hosts] if hosts else []))]
@@ -42,7 +44,7 @@ def faults(seed: int, kills: int, damages: int, processes: tuple[int, ...] = (1,
     jobs = [(kill_runs, lane, _share(kills, weights, i)) for i, lane in enumerate(lanes)]
     on = [lane for lane in lanes if lane.processes == 1]
     jobs += [(damage_runs, lane, _share(damages, [1 if x.bucket else 12 for x in on], i)) for i, lane in enumerate(on)]
-    started = {_in_lane(job, f"{seed}-{n}", folder / f"lane{n}"): (job, folder / f"lane{n}")
+    started = {_in_lane(job, f"{seed}-{n}", folder / f"lane{n}", began + 60 * minutes): (job, folder / f"lane{n}")
                for n, job in enumerate(jobs) if job[2]}
     outcomes = []
     while started:
@@ -50,8 +52,8 @@ def faults(seed: int, kills: int, damages: int, processes: tuple[int, ...] = (1,
         if pid not in started:
             continue
         (_, lane, _), where = started.pop(pid)
-        lines = (where / "outcomes.json").read_text() if (where / "outcomes.json").exists() else "[]"
-        found = json.loads(lines) + ([{"kind": "lane", "problems": ["status: the lane failed"]}] if status else [])
+        found = [json.loads(line) for line in (where / "outcomes.jsonl").read_text().splitlines()]
+        found += [{"kind": "lane", "problems": ["status: the lane failed"]}] if status else []
         outcomes += [outcome | {"lane": lane.name} for outcome in found]
     summary = _summary(outcomes) | {"seed": seed, "seconds": round(time.monotonic() - began), "folder": str(folder)}
     if not summary["failed"]:
@@ -63,8 +65,8 @@ def _share(total: int, weights: list[int], i: int) -> int:
     return total * sum(weights[:i + 1]) // sum(weights) - total * sum(weights[:i]) // sum(weights)
 
 
-def _in_lane(job: tuple, seed: str, folder: Path) -> int:
-    """The process id of one that does it and leaves `outcomes.json` in `folder`."""
+def _in_lane(job: tuple, seed: str, folder: Path, until: float) -> int:
+    """The process id of one that does it and leaves `outcomes.jsonl` in `folder`."""
     function, lane, count = job
     folder.mkdir(parents=True)
     pid = os.fork()
@@ -74,8 +76,9 @@ def _in_lane(job: tuple, seed: str, folder: Path) -> int:
     try:
         if lane.bucket:
             lane = lane._replace(bucket=f"{lane.bucket}/{function.__name__}-{os.getpid()}")
-        outcomes = function(lane, count, seed, folder)
-        (folder / "outcomes.json").write_text(json.dumps(outcomes))
+        with (folder / "outcomes.jsonl").open("w", buffering=1) as file:
+            for outcome in function(lane, count, seed, folder, until):
+                file.write(json.dumps(outcome) + "\n")
         status = 0
     except BaseException:
         import traceback
@@ -130,8 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hosts", type=int, default=4, help="also runs of so many processes, a device each; 0: none")
     parser.add_argument("--bucket", action="store_true", help="also in buckets of loopback servers")
     parser.add_argument("--folder", type=Path, help="for the runs; default: a temporary one")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no more faults come")
     a = parser.parse_args(argv)
-    found = faults(a.seed, a.kills, a.damages, tuple(int(n) for n in a.processes.split(",") if n), a.hosts, a.bucket, a.folder)
+    found = faults(a.seed, a.kills, a.damages, tuple(int(n) for n in a.processes.split(",") if n), a.hosts, a.bucket, a.folder,
+                   a.minutes)
     for key in ("counts", "moments", "problems"):
         print(f"\n{key}")
         for name, n in found[key].items():
