@@ -12,6 +12,7 @@ from emo_jax.errors import InputError, RestartError, RunError
 from emo_jax.files import shortened
 
 FULL = ("No space left on device", "Disk quota exceeded")
+EXCHANGES = ("Gloo", "NCCL", "DEADLINE_EXCEEDED", "UNAVAILABLE", "coordination service")  # which a slow or lost process fails
 DEVICES = ("JaxRuntimeError", "XlaRuntimeError")  # names, as importing JAX takes seconds
 
 
@@ -30,6 +31,8 @@ def explain(e: BaseException) -> tuple[int, str]:
         return 1, f"{e.filename}: {e.strerror}{what}" if e.filename else f"{e.strerror}{what}"
     if any(text in str(e) for text in FULL):  # as the libraries that write arrays say it
         return 1, f"the disk is full: {_first_line(e)}"
+    if type(e).__name__ in DEVICES and any(text in str(e) for text in EXCHANGES):
+        return RESTART, f"the exchange between processes failed: {_first_line(e)}"
     if "RESOURCE_EXHAUSTED" in str(e):
         return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a "
                    f"smaller train.batch_size need less")

@@ -32,9 +32,9 @@ WEIGHTS = {1: 12, 2: 3, 4: 1}  # of the kills, by processes; a bucket counts as 
 
 
 def faults(seed: int, kills: int, damages: int, processes: tuple[int, ...] = (1, 2), hosts: int = 0, bucket: bool = False,
-           folder: Path | None = None, minutes: float = math.inf) -> dict[str, Any]:
-    """Lets that many faults happen, or as many as there is time for, in lanes that run at once. Returns counts, and all that
-    went wrong."""
+           folder: Path | None = None, minutes: float = math.inf, at_once: int = 4) -> dict[str, Any]:
+    """Lets that many faults happen, or as many as there is time for, in lanes of which so many run at once. Returns counts, and
+    all that went wrong."""
     folder, began = Path(folder or tempfile.mkdtemp(prefix="emo_jax_faults_")), time.monotonic()
     environment = _buckets() if bucket else {}
     lanes = [Lane(f"{n} process{'es' if n > 1 else ''}", n) for n in (*processes, *([hosts] if hosts else []))]
@@ -44,10 +44,13 @@ def faults(seed: int, kills: int, damages: int, processes: tuple[int, ...] = (1,
     jobs = [(kill_runs, lane, _share(kills, weights, i)) for i, lane in enumerate(lanes)]
     on = [lane for lane in lanes if lane.processes == 1]
     jobs += [(damage_runs, lane, _share(damages, [1 if x.bucket else 12 for x in on], i)) for i, lane in enumerate(on)]
-    started = {_in_lane(job, f"{seed}-{n}", folder / f"lane{n}", began + 60 * minutes): (job, folder / f"lane{n}")
-               for n, job in enumerate(jobs) if job[2]}
-    outcomes = []
-    while started:
+    waiting = [(n, job) for n, job in enumerate(jobs) if job[2]]
+    started, outcomes = {}, []
+    while started or waiting:
+        while waiting and len(started) < at_once:
+            n, job = waiting.pop(0)
+            where = folder / f"lane{n}"
+            started[_in_lane(job, f"{seed}-{n}", where, began + 60 * minutes)] = job, where
         pid, status = os.wait()
         if pid not in started:
             continue
@@ -134,9 +137,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bucket", action="store_true", help="also in buckets of loopback servers")
     parser.add_argument("--folder", type=Path, help="for the runs; default: a temporary one")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no more faults come")
+    parser.add_argument("--at-once", type=int, default=4, help="lanes that run at once")
     a = parser.parse_args(argv)
     found = faults(a.seed, a.kills, a.damages, tuple(int(n) for n in a.processes.split(",") if n), a.hosts, a.bucket, a.folder,
-                   a.minutes)
+                   a.minutes, a.at_once)
     for key in ("counts", "moments", "problems"):
         print(f"\n{key}")
         for name, n in found[key].items():

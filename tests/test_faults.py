@@ -8,6 +8,9 @@ from pathlib import Path
 
 import fault_runs
 import pytest
+from tiny_run import records, tiny_config
+
+from emo_jax.train import loop
 
 TESTS = Path(__file__).parent
 CACHE = {"JAX_COMPILATION_CACHE_DIR": fault_runs.CACHE}
@@ -60,3 +63,19 @@ def test_a_disk_that_can_only_be_read_is_refused(disk, tmp_path):
     found = train(tmp_path, out)
     assert found.returncode == 2
     assert found.stderr == f"emo-jax train: --out {out} cannot be written: Read-only file system\n"
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path, monkeypatch):
+    """Of the step at which it stopped; at the last step there is nothing to stop."""
+    evaluations = ("train.eval_every=2", "train.steps=4")
+    loop.train(tiny_config(tmp_path, *evaluations), tmp_path / "whole")
+    monkeypatch.setattr(loop.StopSignals, "requested", "SIGTERM", raising=False)
+    monkeypatch.setattr(loop.StopSignals, "requested_after", lambda self, step: step in (2, 4))
+    monkeypatch.setattr(loop.StopSignals, "__init__", lambda self: None)
+    monkeypatch.setattr(loop.StopSignals, "__enter__", lambda self: self)
+    monkeypatch.setattr(loop.StopSignals, "__exit__", lambda *_: None)
+    ends = [loop.train(tiny_config(tmp_path, *evaluations), tmp_path / "run") for _ in range(2)]
+    assert [(end["stopped"], end["step"]) for end in ends] == [("SIGTERM", 2), (None, 4)]
+    for kind in (False, True):
+        found, whole = (map(fault_runs.without_clock, records(tmp_path / name, kind)) for name in ("run", "whole"))
+        assert list(found) == list(whole)

@@ -119,6 +119,7 @@ class TrainingLoop:
         self.skipped_rows = SkippedRows(out)
         self.stop = StopSignals()
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
+        self.owes_evaluation = not position.evaluated
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
@@ -180,6 +181,9 @@ class TrainingLoop:
 
     def _steps_of_phase(self, stop: StopSignals) -> str | None:
         """The signal that stopped it."""
+        if self.owes_evaluation and self.phase.first_step < self.step and self._evaluation_is_due():
+            self._evaluate()
+        self.owes_evaluation = False
         while self.step < self.phase.until:
             if self.holder is not None:
                 self.holder.check()
@@ -189,7 +193,7 @@ class TrainingLoop:
                 return stop.requested
             if self.saved_step is not None:
                 self.saved_mark.note()
-            if stop.requested_after(self.step):
+            if stop.requested_after(self.step) and self.step < self.config.train.steps:
                 return stop.requested
             self._between_steps()
         return None
@@ -212,10 +216,12 @@ class TrainingLoop:
             self.log.flush(until=self.step - 1)
         self.watchdog.stepped(began)
 
+    def _evaluation_is_due(self) -> bool:
+        t = self.config.train
+        return self.evaluate is not None and (self.step == t.steps or (t.eval_every > 0 and self.step % t.eval_every == 0))
+
     def _between_steps(self) -> None:
-        t, every = self.config.train, self.config.checkpoint.every
-        last = self.step == t.steps
-        evaluate = self.evaluate is not None and (last or (t.eval_every > 0 and self.step % t.eval_every == 0))
+        every, last, evaluate = self.config.checkpoint.every, self.step == self.config.train.steps, self._evaluation_is_due()
         if evaluate:
             self._evaluate()
         best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])

@@ -110,6 +110,7 @@ class Position:
     step: int
     tokens: int
     place: Place | None  # None: at the first document
+    evaluated: bool = True  # False: it was stopped before an evaluation that may be due after this step
 
 
 def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]:
@@ -188,7 +189,8 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
             continue
         _set_aside(out, damaged)
         say(f"resuming from step {step} of {folder}")
-        return Position(state, step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]))
+        return Position(state, step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]),
+                        evaluated=found.meta.get("held_out_loss") is not None)
     if damaged:
         raise InputError(f"none of the checkpoints in {folder} can be read (steps {', '.join(map(str, damaged))}, "
                          f"messages above); nothing was changed. To start anew, give another --out")

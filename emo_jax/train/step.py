@@ -72,7 +72,8 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
                     "the experts of all microbatches", M)
 
     def train_step(state: TrainState, batch: Batch):
-        totals = Totals(tokens=jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+        tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+        totals = Totals(tokens=jnp.maximum(tokens, 1.0),  # all may be padding
                         loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
         objective = Objective(execution, totals, state.step)
         (total, sums), grads = _over_microbatches(objective, state.params, batch, M)
@@ -83,7 +84,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
             params: Any = optax.apply_updates(state.params, updates)
             params, opt_state = bad_steps.taken_or_not(taken, (params, opt_state), (state.params, state.opt_state))
         metrics |= {"total_loss": total, "grad_norm": grad_norm, "learning_rate": schedule(state.step),
-                    "tokens": totals.tokens, "loss_tokens": totals.loss_tokens, "verdict": verdict,
+                    "tokens": tokens, "loss_tokens": totals.loss_tokens, "verdict": verdict,
                     "grad_norm_by_layer": norm_by_layer(grads), "param_norm_by_layer": norm_by_layer(state.params)}
         if "labels" in batch:
             metrics |= {"label_nats": sums.of_labels, "label_tokens": _by_label(batch["loss_weights"], batch["labels"])}
