@@ -6,6 +6,7 @@ import errno
 import logging
 import sys
 import threading
+from collections.abc import Iterator
 
 from emo_jax.ending import RESTART
 from emo_jax.errors import InputError, RestartError, RunError
@@ -20,8 +21,9 @@ def explain(e: BaseException) -> tuple[int, str]:
     """(exit status, message) of an exception that ended a command."""
     if isinstance(e, InputError):
         return 2, str(e)
+    exchange = [x for x in _chain(e) if type(x).__name__ in DEVICES and any(text in str(x) for text in EXCHANGES)]
     if isinstance(e, RunError):
-        return RESTART if isinstance(e, RestartError) else 1, str(e)
+        return RESTART if exchange or isinstance(e, RestartError) else 1, str(e)
     if isinstance(e, KeyboardInterrupt):
         return 1, "interrupted"
     if isinstance(e, MemoryError):
@@ -31,8 +33,8 @@ def explain(e: BaseException) -> tuple[int, str]:
         return 1, f"{e.filename}: {e.strerror}{what}" if e.filename else f"{e.strerror}{what}"
     if any(text in str(e) for text in FULL):  # as the libraries that write arrays say it
         return 1, f"the disk is full: {_first_line(e)}"
-    if type(e).__name__ in DEVICES and any(text in str(e) for text in EXCHANGES):
-        return RESTART, f"the exchange between processes failed: {_first_line(e)}"
+    if exchange:
+        return RESTART, f"the exchange between processes failed: {_first_line(exchange[0])}"
     if "RESOURCE_EXHAUSTED" in str(e):
         return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a "
                    f"smaller train.batch_size need less")
@@ -44,10 +46,14 @@ def may_be_of_another_process(e: BaseException) -> bool:
     devices, whose exchanges fail then."""
     if isinstance(e, (InputError, RestartError, KeyboardInterrupt)):
         return False
-    chain: list[BaseException] = [e]
-    while following := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(following)
-    return "internal error" in explain(e)[1] or any(type(x).__name__ in DEVICES for x in chain)
+    return "internal error" in explain(e)[1] or any(type(x).__name__ in DEVICES for x in _chain(e))
+
+
+def _chain(e: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what it came from."""
+    while e is not None:
+        yield e
+        e = e.__cause__ or e.__context__
 
 
 def hide_tracebacks() -> None:

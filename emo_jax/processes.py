@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from emo_jax import liveness, sharding
+from emo_jax import ending, liveness, sharding
 from emo_jax.errors import RestartError
 from emo_jax.relay import Relay
 
+JOIN_S = 110.0  # between the first and the last process of a run that are started
 BARRIER_S = 3600  # what one process does while the others wait takes less
 _barriers = itertools.count()
 
@@ -44,7 +46,12 @@ def _detected() -> tuple:
 def _join(coordinator: str, count: int, index: int, devices: list[int] | None = None) -> None:
     relay = Relay(coordinator) if index else None
     jax.config.update("jax_enable_preemption_service", True)
+    late = threading.Timer(JOIN_S, ending.end, [f"the {count} processes of this run did not all come to {coordinator} within "
+                                                f"{JOIN_S:.0f} s: one is lost, or was not started"])
+    late.daemon = True
+    late.start()  # as JAX aborts, after its own time
     jax.distributed.initialize(relay.address if relay else coordinator, count, index, devices)
+    late.cancel()
     if relay:
         relay.joined = True
     liveness.watch(index, count, relay)
