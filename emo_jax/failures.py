@@ -13,7 +13,7 @@ from emo_jax.errors import InputError, RestartError, RunError
 from emo_jax.files import shortened
 
 FULL = ("No space left on device", "Disk quota exceeded")
-EXCHANGES = ("Gloo", "NCCL", "DEADLINE_EXCEEDED", "UNAVAILABLE", "coordination service")  # which a slow or lost process fails
+EXCHANGES = ("Gloo ", "NCCL ", "coordination service")  # in messages of what a slow or lost process made fail
 DEVICES = ("JaxRuntimeError", "XlaRuntimeError")  # names, as importing JAX takes seconds
 
 
@@ -21,7 +21,7 @@ def explain(e: BaseException) -> tuple[int, str]:
     """(exit status, message) of an exception that ended a command."""
     if isinstance(e, InputError):
         return 2, str(e)
-    exchange = [x for x in _chain(e) if type(x).__name__ in DEVICES and any(text in str(x) for text in EXCHANGES)]
+    exchange = [x for x in _chain(e) if any(text in str(x) for text in EXCHANGES)]
     if isinstance(e, RunError):
         return RESTART if exchange or isinstance(e, RestartError) else 1, str(e)
     if isinstance(e, KeyboardInterrupt):
@@ -34,7 +34,7 @@ def explain(e: BaseException) -> tuple[int, str]:
     if any(text in str(e) for text in FULL):  # as the libraries that write arrays say it
         return 1, f"the disk is full: {_first_line(e)}"
     if exchange:
-        return RESTART, f"the exchange between processes failed: {_first_line(exchange[0])}"
+        return RESTART, f"the exchange between processes failed: {_first_line(exchange[-1])}"
     if "RESOURCE_EXHAUSTED" in str(e):
         return 1, (f"out of device memory: {_first_line(e)}\nmore devices, a larger train.microbatches, train.remat=full or a "
                    f"smaller train.batch_size need less")
@@ -46,7 +46,8 @@ def may_be_of_another_process(e: BaseException) -> bool:
     devices, whose exchanges fail then."""
     if isinstance(e, (InputError, RestartError, KeyboardInterrupt)):
         return False
-    return "internal error" in explain(e)[1] or any(type(x).__name__ in DEVICES for x in _chain(e))
+    status, message = explain(e)
+    return status == RESTART or "internal error" in message or any(type(x).__name__ in DEVICES for x in _chain(e))
 
 
 def _chain(e: BaseException | None) -> Iterator[BaseException]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import fault_runs
 from damage import damage
-from fault_kills import HANG, TRACEBACKS, Lane
+from fault_kills import TRACEBACKS, Lane, hang
 from fault_runs import STEPS, differences, in_child, result
 
 from emo_jax import cli
@@ -66,8 +66,8 @@ def _batch(lane: Lane, batch: range, seed: str, folder: Path, config: Path, undi
     os.close(writing)
     done, buffer, problem = 0, b"", ""
     while done < len(batch) and not problem:
-        if not select.select([reading], [], [], HANG)[0]:
-            problem = f"hang: no end within {HANG:.0f} s"
+        if not select.select([reading], [], [], limit := hang())[0]:
+            problem = f"hang: no end within {limit:.0f} s"
         elif more := os.read(reading, 1 << 16):
             *lines, buffer = (buffer + more).split(b"\n")
             done += len(lines)

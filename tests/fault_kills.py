@@ -3,6 +3,7 @@ all its numbers are those of a run that nothing happened to."""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -16,7 +17,7 @@ from fault_runs import STEPS, Process, differences, in_child, result, start_run
 
 from emo_jax.checkpoints.checkpoint import FOLDER
 
-HANG = 120.0  # seconds without an end, after which a run hangs
+HANG = 120.0  # seconds without an end, after which a run hangs, on cores of its own
 SURVIVORS = 30.0  # seconds within which the others of a lost process end
 RESTART = 75
 TRACEBACKS = ("Traceback (most recent call last)", "internal error", "emo-jax: thread ")
@@ -108,12 +109,12 @@ class _Run:
         for victim in fault.victims if fault and happened else ():
             started[victim].send(getattr(signal, fault.signal))
         stopped = [started[v] for v in fault.victims] if fault and happened and fault.signal == "SIGSTOP" else []
-        late = _wait([p for p in started if p not in stopped], HANG)
+        late = _wait([p for p in started if p not in stopped], hang())
         for process in stopped:
             process.send(signal.SIGCONT)
-        late = _wait(stopped, HANG) or late
+        late = _wait(stopped, hang()) or late
         if late:
-            problems.append(f"hang: {sum(p.poll() is None for p in started)} of {len(started)} still run after {HANG:.0f} s")
+            problems.append(f"hang: {sum(p.poll() is None for p in started)} of {len(started)} still run after {time.monotonic() - asked:.0f} s")
         for process in started:
             process.clean()
         seconds = max(p.ended for p in started) - asked if happened else 0.0
@@ -149,7 +150,7 @@ class _Run:
         """Whether the moment of `fault` came before the run's end."""
         wanted, began = MOMENTS[fault.moment][0], time.monotonic()
         while wanted and not self._has_come(wanted, started[0]):
-            if any(p.poll() is not None for p in started) or time.monotonic() - began > HANG:
+            if any(p.poll() is not None for p in started) or time.monotonic() - began > hang():
                 return False
             time.sleep(0.003)
         time.sleep(fault.delay)
@@ -167,6 +168,11 @@ class _Run:
             return {p.name for p in folder.iterdir() if "tmp" in p.name}
         except OSError:
             return set()
+
+
+def hang() -> float:
+    """Seconds after which a run hangs, on cores that are shared."""
+    return min(HANG * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 6 * HANG)
 
 
 def _wait(started: list[Process], seconds: float) -> bool:
