@@ -114,7 +114,8 @@ class _Run:
             process.send(signal.SIGCONT)
         late = _wait(stopped, hang()) or late
         if late:
-            problems.append(f"hang: {sum(p.poll() is None for p in started)} of {len(started)} still run after {time.monotonic() - asked:.0f} s")
+            running = sum(p.poll() is None for p in started)
+            problems.append(f"hang: {running} of {len(started)} still run after {time.monotonic() - asked:.0f} s")
         for process in started:
             process.clean()
         seconds = max(p.ended for p in started) - asked if happened else 0.0
