@@ -19,6 +19,7 @@ from emo_jax.checkpoints.checkpoint import FOLDER
 
 HANG = 120.0  # seconds without an end, after which a run hangs, on cores of its own
 SURVIVORS = 30.0  # seconds within which the others of a lost process end
+JOINING = 120.0  # ... if it was lost before it joined them: nobody can tell that from one that starts late
 RESTART = 75
 TRACEBACKS = ("Traceback (most recent call last)", "internal error", "emo-jax: thread ")
 # When it happens: (what has been said or made by then, seconds after that at most, how often)
@@ -143,7 +144,8 @@ class _Run:
                 allowed = {0}
             if process.status not in allowed:
                 problems.append(f"status: process {i} of {len(started)} ended with {process.status}")
-        if fault and fault.signal != "SIGTERM" and len(started) > 1 and seconds > SURVIVORS:
+        limit = JOINING if any("did not all come" in text for text in said) else SURVIVORS
+        if fault and fault.signal != "SIGTERM" and len(started) > 1 and seconds > limit:
             problems.append(f"late: the others ended after {seconds:.0f} s")
         return problems
 

@@ -74,7 +74,11 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path, monkeypa
     monkeypatch.setattr(loop.StopSignals, "__init__", lambda self: None)
     monkeypatch.setattr(loop.StopSignals, "__enter__", lambda self: self)
     monkeypatch.setattr(loop.StopSignals, "__exit__", lambda *_: None)
-    ends = [loop.train(tiny_config(tmp_path, *evaluations), tmp_path / "run") for _ in range(2)]
+    ends = [loop.train(tiny_config(tmp_path, *evaluations), tmp_path / "run")]
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(True)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:  # killed after it was made up for, before the next checkpoint
+        file.writelines(line for line in lines if '"eval"' in line and json.loads(line)["step"] == 2)
+    ends.append(loop.train(tiny_config(tmp_path, *evaluations), tmp_path / "run"))
     assert [(end["stopped"], end["step"]) for end in ends] == [("SIGTERM", 2), (None, 4)]
     for kind in (False, True):
         found, whole = (map(fault_runs.without_clock, records(tmp_path / name, kind)) for name in ("run", "whole"))

@@ -113,7 +113,7 @@ class TrainingLoop:
         self.state, self.step, self.first_step = position.state, position.step, position.step
         self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
         self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
-        self.log = Log(config, out, position.step, position.tokens, is_primary())
+        self.log = Log(config, out, position.step, position.tokens, is_primary(), position.evaluated)
         self.writer, self.saved_mark = CheckpointWriter(out, config.checkpoint), run_folder.SavedMark(out)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.skipped_rows = SkippedRows(out)
