@@ -32,7 +32,7 @@ def store() -> Any:
     only place that knows where JAX keeps it."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return getattr(getattr(distributed, "global_state", None), "client", None)
 
 
 class Liveness:
@@ -100,7 +100,7 @@ class Liveness:
             ending.end(message, status)
 
     def _named(self, index: int) -> str:
-        host = self._hosts[index]
+        host = self._hosts.get(index)
         return f"process {index} of {self._count}" + (f" on {host}" if host else "")
 
     def mark(self, status: int, message: str) -> None:
@@ -129,7 +129,7 @@ _watch: Liveness | None = None
 def watch(index: int, count: int, relay: Relay | None) -> None:
     """Begins to watch the other processes of this run, if there are any."""
     global _watch
-    if count > 1 and _watch is None:
+    if count > 1 and _watch is None and store() is not None:
         _watch = Liveness(index, count, relay)
         ending.before = _watch.mark
 

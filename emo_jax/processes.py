@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from emo_jax.relay import Relay
 
 JOIN_S = 110.0  # between the first and the last process of a run that are started
 BARRIER_S = 3600  # what one process does while the others wait takes less
+_PROXIES, _NO_PROXY = ("grpc_proxy", "https_proxy", "http_proxy"), "no_grpc_proxy"
 _barriers = itertools.count()
 
 
@@ -37,24 +39,32 @@ def start_distributed() -> None:
 
 
 def _detected() -> tuple:
-    """(coordinator, number of processes, index of this one, local devices), as JAX finds them by itself."""
-    from jax._src.clusters import ClusterEnv
+    """(coordinator, number of processes, index of this one, local devices), as JAX finds them by itself; () where this JAX has
+    another way to ask."""
+    try:
+        from jax._src.clusters import ClusterEnv
 
-    return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, initialization_timeout=300)
+        return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, initialization_timeout=300)
+    except (ImportError, AttributeError, TypeError):
+        return ()
 
 
-def _join(coordinator: str, count: int, index: int, devices: list[int] | None = None) -> None:
-    relay = Relay(coordinator) if index else None
+def _join(coordinator: str | None = None, count: int | None = None, index: int | None = None,
+          devices: Sequence[int] | None = None) -> None:
+    """None: as JAX detects, without a relay."""
+    relay = Relay(coordinator) if coordinator and index else None
+    if relay and any(name in os.environ for name in _PROXIES):  # behind which gRPC would look for the relay
+        os.environ[_NO_PROXY] = ",".join(filter(None, (os.environ.get(_NO_PROXY, os.environ.get("no_proxy")), "127.0.0.1")))
     jax.config.update("jax_enable_preemption_service", True)
-    late = threading.Timer(JOIN_S, ending.end, [f"the {count} processes of this run did not all come to {coordinator} within "
-                                                f"{JOIN_S:.0f} s: one is lost, or was not started"])
+    late = threading.Timer(JOIN_S, ending.end, [f"the processes of this run did not all come to {coordinator or 'the first'} "
+                                                f"within {JOIN_S:.0f} s: one is lost, or was not started"])
     late.daemon = True
     late.start()  # as JAX aborts, after its own time
     jax.distributed.initialize(relay.address if relay else coordinator, count, index, devices)
     late.cancel()
     if relay:
         relay.joined = True
-    liveness.watch(index, count, relay)
+    liveness.watch(jax.process_index() if index is None else index, count or jax.process_count(), relay)
 
 
 def wait_for_all(name: str) -> None:

@@ -22,7 +22,7 @@ from emo_jax.train.holder import Holder
 from emo_jax.files import given_path
 Holder(given_path(sys.argv[1], "--out")).take()
 print("held", flush=True)
-time.sleep(600)
+time.sleep(200)
 """
 
 

@@ -132,9 +132,9 @@ class TrainingLoop:
                     if stopped:
                         break
                 self._finish(stopped)
-        except HolderLost:
-            self.log.abandon()
-            raise
+        except HolderLost as e:  # at once: what threads of this process still write would go into another's folder
+            ending.last_good = str
+            ending.end(str(e), status=1)
         except BaseException as e:
             kept = self._last_good()
             if isinstance(e, RunError):

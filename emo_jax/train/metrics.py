@@ -316,11 +316,6 @@ class Log:
         """Whoever goes on from here finds the metrics up to here."""
         self._mirror.upload()
 
-    def abandon(self) -> None:
-        """The run's folder is another's: nothing more goes there."""
-        self._mirror.abandon()
-        self._mirror = NoLog()
-
     def close(self) -> None:
         for part in (self._progress, self._events, self._file, self._mirror):
             part.close()

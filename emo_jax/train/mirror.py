@@ -47,11 +47,6 @@ class Mirror:
         else:
             say(f"the files are in {self.folder}")
 
-    def abandon(self) -> None:
-        """Uploads nothing more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _upload(self) -> bool:
         began = time.monotonic()
         try:

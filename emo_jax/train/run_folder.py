@@ -109,7 +109,7 @@ class SavedMark:
 def require_new(config: Config, out: AnyPath, start_over: bool) -> None:
     """For a run without a checkpoint. Raises `InputError` if one was completed here, unless told to start over: then moves
     what that run logged aside."""
-    logged = [record["step"] for record in records_and_foreign_lines(_read_metrics(out))[0]]
+    logged = [record["step"] for record in records_and_foreign_lines(_read(out / METRICS))[0]]
     if start_over:
         for path in (out / METRICS, out / TENSORBOARD, out / SAVED):
             if is_primary() and _is_there(path):
@@ -160,22 +160,23 @@ def _is_there(path: AnyPath) -> bool:
 
 
 def _check_tokenizer(out: AnyPath, expected: str | None) -> None:
-    """Moves the run's tokenizer aside where it is not the one of its checkpoint; it is made again from the documents."""
+    """Moves the run's tokenizer aside where it is not the one of its checkpoint; it is made again from the documents.
+    expected: the beginning of its SHA-256."""
     path = out / TOKENIZER
     if not is_primary() or not _is_there(path):
         return
     if not path.is_file():
         set_aside(out, path, "is not a file")
-    elif expected is not None and hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)] != expected:
+    elif expected and not hashlib.sha256(_read(path)).hexdigest().startswith(str(expected)):
         set_aside(out, path, "is not the tokenizer that the run was trained with")
 
 
-def _read_metrics(out: AnyPath) -> bytes:
-    path = out / METRICS
+def _read(path: AnyPath) -> bytes:
+    """Nothing where there is no file."""
     try:
         return path.read_bytes() if path.is_file() else b""
-    except (OSError, *buckets.errors(out)) as e:
-        raise InputError(f"{path} cannot be read ({reason(e)}); the run goes on in it") from None
+    except (OSError, *buckets.errors(path)) as e:
+        raise InputError(f"{path} cannot be read ({reason(e)}); it belongs to the run in --out") from None
 
 
 def _check_metrics(out: AnyPath) -> None:
@@ -184,7 +185,7 @@ def _check_metrics(out: AnyPath) -> None:
     if _is_there(path) and not path.is_file():
         set_aside(out, path, "is not a file")
         return
-    records, foreign = records_and_foreign_lines(_read_metrics(out))
+    records, foreign = records_and_foreign_lines(_read(path))
     if foreign:
         set_aside(out, path, f"has {foreign} lines that are no records of steps; the {len(records)} others are kept")
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
