@@ -13,10 +13,11 @@ import json
 import logging
 import re
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import emo_jax
-from emo_jax import ending
+from emo_jax import ending, failures
 from emo_jax.commands import (
     Command,
     bench,
@@ -35,7 +36,7 @@ from emo_jax.commands import (
     train,
 )
 from emo_jax.commands.arguments import take_overrides
-from emo_jax.errors import InputError, RestartError, RunError
+from emo_jax.errors import InputError
 from emo_jax.progress import is_primary
 
 COMMANDS = (train.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND,
@@ -46,8 +47,11 @@ GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerge
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv, overrides = take_overrides(list(sys.argv[1:] if argv is None else argv))
+    """argv: as typed; None: this process is that command, to its end."""
+    own, (argv, overrides) = argv is None, take_overrides(list(sys.argv[1:] if argv is None else argv))
     args = parser().parse_args(argv)
+    if own and not args.debug:
+        failures.hide_tracebacks()
     command: Command = args.command
     logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
     logging.getLogger("emo_jax").setLevel(logging.INFO if command.logs or args.verbose else logging.WARNING)
@@ -69,24 +73,13 @@ def main(argv: list[str] | None = None) -> int:
         if liveness := _liveness():
             liveness.leave(status)
         return status
-    except InputError as e:
-        return _fail(args, 2, str(e))
-    except RunError as e:
-        return _fail(args, ending.RESTART if isinstance(e, RestartError) else 1, str(e))
-    except KeyboardInterrupt:
-        return _fail(args, 1, "interrupted")
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = None
         return 0
-    except MemoryError as e:
-        return _fail(args, 1, f"out of memory: {e}")
-    except Exception as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            if liveness := _liveness():
-                liveness.await_verdict()
-            raise
-        return _fail(args, 1, f"out of device memory: {str(e).splitlines()[0]}\nmore devices, a larger "
-                     f"train.microbatches, train.remat=full or a smaller train.batch_size need less")
+    except (Exception, KeyboardInterrupt) as e:
+        if failures.may_be_of_another_process(e) and (liveness := _liveness()):
+            liveness.await_verdict()
+        return _fail(args, *failures.explain(e))
 
 
 def _liveness() -> Any:
@@ -95,6 +88,8 @@ def _liveness() -> Any:
 
 
 def _fail(args, status: int, message: str) -> int:
+    if args.debug:
+        traceback.print_exc()
     _say(args, status, message)
     if liveness := _liveness():
         liveness.fail(status, message)
@@ -145,4 +140,5 @@ def _add(top, commands, name: str, command: Command) -> None:
                          else "seed of what this command draws; the model's own stays")
     one.add_argument("--json", action="store_true", help="the result as one JSON object on the last line")
     one.add_argument("-v", "--verbose", action="store_true", help="also which kernels and dispatch were chosen")
+    one.add_argument("--debug", action="store_true", help="where a failure came from, with the calls that led there")
 

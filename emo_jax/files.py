@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Generator
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from emo_jax import buckets
@@ -95,6 +95,14 @@ def make_folder(given: str | AnyPath, flag: str = "--out") -> AnyPath:
     except Exception as e:  # those of a bucket are of many kinds
         raise InputError(f"{flag} {given} cannot be written: {reason(e)}") from None
     return folder
+
+
+def inside(folder: AnyPath, name: Any, where: AnyPath | str) -> AnyPath:
+    """The file of a `folder` that some data, read from `where`, names. Raises `InputError` for a name that leads out of it."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name and "\\" not in name else ()
+    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+        raise InputError(f"{where}: {shortened(repr(name))} is no name of a file in its folder")
+    return folder / name
 
 
 def remove_tree(folder: AnyPath) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -12,10 +13,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from emo_jax import liveness, sharding
+from emo_jax import ending, liveness, sharding
 from emo_jax.errors import RestartError
 from emo_jax.relay import Relay
 
+JOIN_S = 110.0  # between the first and the last process of a run that are started
 BARRIER_S = 3600  # what one process does while the others wait takes less
 _PROXIES, _NO_PROXY = ("grpc_proxy", "https_proxy", "http_proxy"), "no_grpc_proxy"
 _barriers = itertools.count()
@@ -54,7 +56,12 @@ def _join(coordinator: str | None = None, count: int | None = None, index: int |
     if relay and any(name in os.environ for name in _PROXIES):  # behind which gRPC would look for the relay
         os.environ[_NO_PROXY] = ",".join(filter(None, (os.environ.get(_NO_PROXY, os.environ.get("no_proxy")), "127.0.0.1")))
     jax.config.update("jax_enable_preemption_service", True)
+    late = threading.Timer(JOIN_S, ending.end, [f"the processes of this run did not all come to {coordinator or 'the first'} "
+                                                f"within {JOIN_S:.0f} s: one is lost, or was not started"])
+    late.daemon = True
+    late.start()  # as JAX aborts, after its own time
     jax.distributed.initialize(relay.address if relay else coordinator, count, index, devices)
+    late.cancel()
     if relay:
         relay.joined = True
     liveness.watch(jax.process_index() if index is None else index, count or jax.process_count(), relay)

@@ -27,7 +27,7 @@ from emo_jax.checkpoints.orbax import COMMITTED, restore_tree
 from emo_jax.config import Config
 from emo_jax.config_rules import MAX_INT
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, absolute_path, copy_tree, make_folder, remove_tree, write_text
+from emo_jax.files import AnyPath, absolute_path, copy_tree, make_folder, reason, remove_tree, shortened, write_text
 from emo_jax.phases import trained_config
 
 FOLDER = "checkpoints"
@@ -82,7 +82,7 @@ class Checkpoint:
         try:
             tree = restore_tree(self.path / item, target)
         except Exception as e:
-            error = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}"
+            error = f"{type(e).__name__}: {shortened(reason(e), 400)}"  # TensorStore's go on for pages
         if processes.any_process(error is not None):
             raise DamagedCheckpoint(f"checkpoint {self.path}: {item} cannot be read ({error or 'on another process'})")
         total, _ = _checksum(tree)

@@ -44,7 +44,10 @@ def export_checkpoint(path: str, out: str, form: str = "hf", dtype: str = "auto"
     description.require_exportable(layout, config)
     hf_files = found.run / HF_FILES
     if dtype == "auto":
-        dtype = read_json(hf_files / NOTE)["dtype"] if (hf_files / NOTE).is_file() else "float32"
+        found_dtype = read_json(hf_files / NOTE).get("dtype") if (hf_files / NOTE).is_file() else "float32"
+        if not isinstance(found_dtype, str) or found_dtype not in DTYPES:
+            raise InputError(f"{hf_files / NOTE}: dtype={found_dtype!r} is not that of a published tensor; give --dtype")
+        dtype = found_dtype
     if target.exists() and any(target.iterdir()):
         raise InputError(f"--out {out} is not an empty folder")
     if layout == "emo" and config.model.num_shared_experts > 1:

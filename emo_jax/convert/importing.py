@@ -28,7 +28,7 @@ from emo_jax.convert.layouts import Entry, entries, experts_of_layer, same_eleme
 from emo_jax.convert.tensors import Reader, read_json
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, copy_file, given_path, remove_tree, write_json, write_text
+from emo_jax.files import AnyPath, copy_file, given_path, remove_tree, shortened, write_json, write_text
 from emo_jax.progress import Progress, say
 
 HF_FILES = "hugging_face"
@@ -96,14 +96,10 @@ def _with_tokenizer(config: Config, folder: AnyPath, published: dict[str, Any]) 
     path = folder / "tokenizer.json"
     if not path.is_file():
         return config, None
-    eos = published.get("eos_token_id")
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    token = None
+    ids, token = _token_ids(published, folder / "config.json"), None
     if ids:
-        vocabulary = read_json(path)
-        known = {t["id"]: t["content"] for t in vocabulary.get("added_tokens", [])}
-        known |= {i: t for t, i in (vocabulary.get("model", {}).get("vocab") or {}).items() if i in ids}
-        token = known.get(ids[0])
+        vocabulary = _tokens_of(path)
+        token = vocabulary.get(ids[0])
         if token is None:
             raise InputError(f"{folder / 'config.json'}: eos_token_id={ids[0]} is no token of {path}")
     config = dataclasses.replace(config, data=dataclasses.replace(
@@ -115,8 +111,26 @@ def _with_tokenizer(config: Config, folder: AnyPath, published: dict[str, Any]) 
 def published_end_ids(run: AnyPath) -> list[int]:
     """The tokens that end a text by the generation config of an imported model, if it has one."""
     path = run / HF_FILES / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.is_file() else None
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return _token_ids(read_json(path), path) if path.is_file() else []
+
+
+def _token_ids(published: dict[str, Any], where: AnyPath) -> list[int]:
+    """Those of `eos_token_id`: none, one, or a list."""
+    ids = published.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{where}: eos_token_id={shortened(repr(ids))} must be token ids")
+    return ids
+
+
+def _tokens_of(path: AnyPath) -> dict[int, str]:
+    """The tokens of a tokenizer.json by id, without making a tokenizer."""
+    content = read_json(path)
+    try:
+        known = {i: t for t, i in ((content.get("model") or {}).get("vocab") or {}).items()}
+        return known | {t["id"]: t["content"] for t in content.get("added_tokens") or []}
+    except (AttributeError, TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: not a tokenizer.json (its tokens cannot be read)") from None
 
 
 # ---- copying --------------------------------------------------------------------------------------------------------
@@ -131,7 +145,8 @@ def _copy(plan: list[Entry], reader: Reader, importing: AnyPath, config: Config)
     identity = json.loads(json.dumps(identity))
     if note.is_file():
         state = read_json(note)
-        if state["identity"] != identity:
+        kinds = [type(state.get(name)) for name in ("done", "sum", "finite")]
+        if state.get("identity") != identity or kinds != [int, int, bool] or not 0 <= state["done"] <= len(plan):
             raise InputError(f"{importing} holds the beginning of another import; delete it or give another --out")
         done, sums = state["done"], BitSum(shapes, state["sum"], state["finite"])
         say(f"resuming the import after {done:,} of {len(plan):,} tensors")

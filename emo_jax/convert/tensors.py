@@ -18,7 +18,7 @@ import numpy as np
 
 from emo_jax.data.ranges import RangeReader
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, list_files, write_json
+from emo_jax.files import AnyPath, inside, list_files, reason, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +52,8 @@ class Reader:
             weight_map = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise InputError(f"{self.path / INDEX}: lacks weight_map, the file of every tensor")
-            return [self.path / name for name in sorted(set(weight_map.values()))]
+            found = {str(inside(self.path, name, self.path / INDEX)): name for name in weight_map.values()}
+            return [self.path / name for name in sorted(found.values())]
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise InputError(f"{self.path}: no *.safetensors file there")
@@ -82,13 +83,11 @@ def _read_header(file: AnyPath, reader: RangeReader) -> dict[str, Located]:
             raise ValueError
         header = json.loads(reader.read(str(file), 8, min(length, size - 8)))
         header.pop("__metadata__", None)
-        found = {name: Located(file, 8 + length + item["data_offsets"][0],
-                               DTYPES.get(item["dtype"]),  # ty: ignore[invalid-argument-type]  None is refused below
-                               tuple(item["shape"])) for name, item in header.items()}
+        found = {name: _located(file, 8 + length, **item) for name, item in header.items()}
         end = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, struct.error):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise InputError(f"{file}: not a safetensors file (its header cannot be read)") from None
     for name, located in found.items():
         if located.dtype is None:
@@ -97,6 +96,17 @@ def _read_header(file: AnyPath, reader: RangeReader) -> dict[str, Located]:
     if size < end:
         raise InputError(f"{file}: cut off; its header asks for {end:,} bytes, it has {size:,}")
     return found
+
+
+def _located(file: AnyPath, data: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Located:
+    """data: the byte at which offsets begin. Raises `ValueError` for what is no place in a file."""
+    start, end = data_offsets
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end)):
+        raise ValueError
+    found = DTYPES.get(dtype)
+    if found is not None and end - start != math.prod(shape) * found.itemsize:
+        raise ValueError
+    return Located(file, data + start, found, tuple(shape))  # ty: ignore[invalid-argument-type]  None is refused by the caller
 
 
 class Planned(NamedTuple):
@@ -153,8 +163,10 @@ def read_json(path: AnyPath) -> dict:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not JSON ({e})") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({reason(e)})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, not {type(value).__name__}")
     return value

@@ -15,7 +15,7 @@ from emo_jax.data.arrow_messages import BATCH, DICTIONARY, SCHEMA, messages
 from emo_jax.data.columns import ColumnSource
 from emo_jax.data.documents import Recent, cache_folder, hash_text
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, Listed, replacing
+from emo_jax.files import AnyPath, Listed, inside, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,7 +110,7 @@ def saved_files(folder: AnyPath, files: Sequence[Listed], split: str) -> list[Li
         folder /= split
     if (state := folder / "state.json") not in there:
         return []
-    named = [folder / f["filename"] for f in _json(state, "_data_files")]
+    named = [inside(folder, f.get("filename") if isinstance(f, dict) else f, state) for f in _json(state, "_data_files")]
     for path in named:
         if path not in there:
             raise InputError(f"{path}: no such file, though the dataset names it")
@@ -120,7 +120,7 @@ def saved_files(folder: AnyPath, files: Sequence[Listed], split: str) -> list[Li
 def _json(path: AnyPath, field: str) -> list:
     try:
         return list(json.loads(path.read_text())[field])
-    except (OSError, ValueError, KeyError, TypeError, *errors(path)) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, *errors(path)) as e:
         raise InputError(f"{path}: not the description of a saved dataset ({type(e).__name__}: {e})") from None
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import typing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from emo_jax.errors import InputError
+from emo_jax.files import shortened
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -67,19 +69,33 @@ def parse_manifest(text: str, where: str) -> Manifest:
         tree = json.loads(text)
         if tree.pop("format") != "emo_jax tokens" or tree.pop("version") != VERSION:
             raise ValueError(f"its format is not 'emo_jax tokens' of version {VERSION}")
-        return _build(Manifest, tree | {"shards": tuple(map(parse_shard, tree.pop("shards")))})
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise InputError(f"{where}: not the manifest of tokenized data ({type(e).__name__}: {e})") from None
+        manifest = _build(Manifest, tree | {"shards": tuple(map(parse_shard, tree.pop("shards")))})
+        if manifest.dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype={shortened(repr(manifest.dtype))} must be uint16 or uint32")
+        return manifest
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        why = f"{type(e).__name__}: {shortened(str(e), 400)}"
+        raise InputError(f"{where}: not the manifest of tokenized data ({why})") from None
 
 
 def parse_shard(tree: dict[str, Any]) -> Shard:
-    return _build(Shard, tree | {"sections": tuple(_build(Section, x) for x in tree["sections"])})
+    shard = _build(Shard, tree | {"sections": tuple(_build(Section, x) for x in tree["sections"])})
+    for name in ("tokens", "documents"):
+        if sum(getattr(s, name) for s in shard.sections) != getattr(shard, name):
+            raise ValueError(f"{name}={getattr(shard, name)} of {shard.file} are not those of its sections")
+    if any("/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") for name in (shard.file, shard.index)):
+        raise ValueError(f"{shortened(repr((shard.file, shard.index)))} are no names of files in its folder")
+    return shard
 
 
 def _build(kind: Any, fields: dict[str, Any]) -> Any:
-    wrong = set(fields) ^ {f.name for f in dataclasses.fields(kind)}
-    if wrong:
-        raise ValueError(f"{kind.__name__} has other fields than expected: {sorted(wrong)}")
+    hints = typing.get_type_hints(kind)
+    if wrong := set(fields) ^ set(hints):
+        raise ValueError(f"{kind.__name__} has other fields than expected: {sorted(map(shortened, wrong))}")
+    for name, value in fields.items():
+        wanted = typing.get_origin(hints[name]) or hints[name]
+        if type(value) is not wanted or (wanted is int and not 0 <= value < 2**62):
+            raise ValueError(f"{kind.__name__}.{name}={shortened(repr(value))} is not as expected")
     return kind(**fields)
 
 

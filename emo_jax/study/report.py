@@ -50,11 +50,11 @@ def read(folder: str | Path) -> Variants:
         try:
             found = json.loads(path.read_text())
             variants.setdefault(path.parent.parent.name, {})[int(found["seed"])] = found
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise InputError(f"{path}: not the measures of a model ({type(e).__name__}: {e})") from None
         first = variants[paths[0].parent.parent.name]
         for name in ("data", "labels", "step"):
-            if found[name] != next(iter(first.values()))[name]:
+            if found.get(name) != next(iter(first.values())).get(name):
                 raise InputError(f"{path}: {name} differs from {paths[0]}; measure all models alike")
     if not variants:
         raise InputError(f"{folder}: no VARIANT/SEED/measures.json; make them with `emo-jax study measure`")

@@ -131,11 +131,12 @@ class TrainingLoop:
             self.writer.require_room()
         self.saved_mark = run_folder.SavedMark(out)
         self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
-        self.log = Log(config, out, position.step, position.tokens, is_primary())
+        self.log = Log(config, out, position.step, position.tokens, is_primary(), position.evaluated)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.skipped_rows = SkippedRows(out)
         self.replicas, self.stop = ReplicaCheck(mesh, config.faults.check_replicas_every), StopSignals()
         self.evaluated: dict[int, dict[str, Any]] = {}  # the latest evaluation, by its step
+        self.owes_evaluation = not position.evaluated
 
     def run(self) -> dict[str, Any]:
         began, stopped = time.monotonic(), None
@@ -197,6 +198,9 @@ class TrainingLoop:
 
     def _steps_of_phase(self, stop: StopSignals) -> str | None:
         """The signal that stopped it."""
+        if self.owes_evaluation and self.phase.first_step < self.step and self._evaluation_is_due():
+            self._evaluate()
+        self.owes_evaluation = False
         while self.step < self.phase.until:
             if self.holder is not None:
                 self.holder.check()
@@ -207,7 +211,7 @@ class TrainingLoop:
             self.writer.check()
             if self.saved_step is not None:
                 self.saved_mark.note()
-            if stop.requested_after(self.step):
+            if stop.requested_after(self.step) and self.step < self.config.train.steps:
                 return stop.requested
             self._between_steps()
         return None
@@ -232,10 +236,12 @@ class TrainingLoop:
             self.log.flush(until=self.step - 1)
         self.watchdog.stepped(began)
 
+    def _evaluation_is_due(self) -> bool:
+        t = self.config.train
+        return self.evaluate is not None and (self.step == t.steps or (t.eval_every > 0 and self.step % t.eval_every == 0))
+
     def _between_steps(self) -> None:
-        t, every = self.config.train, self.config.checkpoint.every
-        last = self.step == t.steps
-        evaluate = self.evaluate is not None and (last or (t.eval_every > 0 and self.step % t.eval_every == 0))
+        every, last, evaluate = self.config.checkpoint.every, self.step == self.config.train.steps, self._evaluation_is_due()
         if evaluate:
             self._evaluate()
         best = evaluate and self.writer.ranks_as_best(self.evaluated[self.step]["loss"])

@@ -56,11 +56,13 @@ def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int
 
 
 class MetricsFile:
-    """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened."""
+    """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened, and evaluations of that
+    step where they are not in its checkpoint (`evaluated`), as they are made again."""
 
-    def __init__(self, path: AnyPath, resumed_at: int):
+    def __init__(self, path: AnyPath, resumed_at: int, evaluated: bool = True):
         records, _ = records_and_foreign_lines(path.read_bytes() if path.exists() else b"")
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= resumed_at))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] < resumed_at or (
+            record["step"] == resumed_at and (evaluated or "eval" not in record))))
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -207,7 +209,7 @@ class Log:
     all of them look.
     """
 
-    def __init__(self, config: Config, out: AnyPath, step: int, tokens: int, primary: bool):
+    def __init__(self, config: Config, out: AnyPath, step: int, tokens: int, primary: bool, evaluated: bool = True):
         self.tokens = tokens  # tokens seen up to the last flushed step
         self.last: dict[str, Any] = {}  # the last written record
         self._config, self._pending = config, deque()
@@ -220,7 +222,7 @@ class Log:
         self.data_wait = self._rate.data_wait
         self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, METRICS)
         folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
-        self._file = MetricsFile(folder / METRICS, step) if primary else NoLog()
+        self._file = MetricsFile(folder / METRICS, step, evaluated) if primary else NoLog()
         self._events = TensorBoard(Path(folder / "tensorboard"), step) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
         self._peak_tokens_per_second: float | None = None

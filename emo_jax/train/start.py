@@ -111,6 +111,7 @@ class Position:
     step: int
     tokens: int
     place: Place | None  # None: at the first document
+    evaluated: bool = True  # False: it was stopped before an evaluation that may be due after this step
 
 
 def find_start(config: Config, out: AnyPath) -> tuple[Config, Checkpoint | None]:
@@ -189,7 +190,8 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
             continue
         _set_aside(out, damaged)
         say(f"resuming from step {found.step} of {path.parent}")
-        return Position(state, found.step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]))
+        return Position(state, found.step, found.meta["tokens"], Place(found.position(), found.config, found.meta["source"]),
+                        evaluated=found.meta.get("held_out_loss") is not None)
     if damaged:
         raise InputError(f"none of the checkpoints in {out / FOLDER} can be read (steps {', '.join(p.name for p in damaged)}, "
                          f"messages above); nothing was changed. To start anew, give another --out")

@@ -72,7 +72,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
                     "the experts of all microbatches", M)
 
     def train_step(state: TrainState, batch: Batch):
-        totals = Totals.of(batch)
+        totals, tokens = Totals.of(batch), jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
         objective = Objective(execution, totals, state.step)
         (total, sums), grads = over_microbatches(objective, state.params, batch, M)
         metrics, grad_norm = sums.metrics(config, totals), optax.tree.norm(grads)
@@ -82,7 +82,7 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
             params: Any = optax.apply_updates(state.params, updates)
             params, opt_state = bad_steps.taken_or_not(taken, (params, opt_state), (state.params, state.opt_state))
         metrics |= {"total_loss": total, "grad_norm": grad_norm, "learning_rate": schedule(state.step),
-                    "tokens": totals.tokens, "loss_tokens": totals.loss_tokens, "verdict": verdict,
+                    "tokens": tokens, "loss_tokens": totals.loss_tokens, "verdict": verdict,
                     "grad_norm_by_layer": norm_by_layer(grads), "param_norm_by_layer": norm_by_layer(state.params)}
         if "labels" in batch:
             metrics |= {"label_nats": sums.of_labels, "label_tokens": _by_label(batch["loss_weights"], batch["labels"])}
@@ -123,7 +123,7 @@ class Totals(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Totals:
-        return cls(tokens=jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+        return cls(tokens=jnp.maximum(jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), 1.0),  # all may be padding
                    loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
 
 
