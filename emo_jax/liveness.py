@@ -145,7 +145,7 @@ def fail(status: int, message: str) -> None:
 def await_verdict() -> None:
     """After an error that a lost process may be the cause of: returns only if none is lost."""
     if _watch is not None:
-        time.sleep(LOST_S + 2 * BEAT_S)
+        time.sleep(LOST_S + 4 * BEAT_S)  # the first process notices, and tells the others
         ending.wait()
 
 

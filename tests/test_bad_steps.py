@@ -216,8 +216,9 @@ def test_a_kill_during_the_rollback_changes_nothing(moment, folder, tmp_path, po
     overrides = (*CHEAP, "train.steps=14", "checkpoint.every=3", "checkpoint.keep_last=9")
     poison(keys[5:13])
     with monkeypatch.context() as patch:
-        name = {"before the checkpoints are moved": "set_aside", "before the rows are written down": "write_json"}[moment]
-        patch.setattr(rollback, name, killed)
+        place, name = {"before the checkpoints are moved": (rollback.tiers, "forget"),
+                       "before the rows are written down": (rollback, "write_json")}[moment]
+        patch.setattr(place, name, killed)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_config(folder, *overrides), tmp_path / "run")
     train(tiny_config(folder, *overrides), tmp_path / "run")

@@ -162,10 +162,10 @@ class TrainingLoop:
             raise
         finally:
             self.watchdog.close()
-            ending.last_good = str
             if self.batches is not None:
                 self.batches.close()
             self.log.close()
+        ending.last_good = str  # else the thread that watches other processes may yet have to say it
         return self._result(stopped, time.monotonic() - began)
 
     def _begin(self, phase: Phase) -> None:
