@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up an environment and passes the tests: bash launch/test.sh [--fast] [--clients] [--newest] [--gpu] [pytest arguments]
 #
-# --fast: without the tests marked slow; at most 3 minutes on 2 cores. --clients: also installs stock PyTorch, transformers
-# and lm-evaluation-harness, and runs the tests against them; EMO_JAX_TORCH is the requirement for a torch without CUDA
+# --fast: without the tests marked slow. --long (an argument of pytest here): also the tests marked long. --clients: also
+# installs stock PyTorch, transformers and lm-evaluation-harness, and runs the tests against them; EMO_JAX_TORCH is the requirement for a torch without CUDA
 # where the index serves it with (a file or URL of a wheel, or torch==2.13.0+cpu). --newest: in an environment of its own,
 # Python 3.12 or later (PYTHON, default python3.12) and the newest JAX; deprecation warnings are errors, but for those below.
 # --gpu: tests/test_gpu.py alone, on the GPU of this machine, Python 3.12 or later.

@@ -5,7 +5,7 @@ import os
 import sys
 
 from jaxtyping import install_import_hook
-from slow_tests import FAST, SLOW
+from slow_tests import FAST, LONG, SLOW
 
 GPU = os.environ.get("EMO_JAX_TEST_PLATFORM") == "gpu"  # `launch/test.sh --gpu`: test_gpu.py and nothing else
 if GPU:
@@ -26,9 +26,17 @@ left_out = [file for file, packages in CLIENTS.items() if not all(map(importlib.
 collect_ignore = [*left_out, *([] if GPU else ["test_gpu.py"])]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also the tests marked long")
+
+
+def pytest_collection_modifyitems(config, items):
+    names = {item: item.nodeid.rpartition("tests/")[2] for item in items}
+    if not config.option.long:
+        config.hook.pytest_deselected(items=[item for item in items if names[item].startswith(LONG)])
+        items[:] = [item for item in items if not names[item].startswith(LONG)]
     for item in items:
-        name = item.nodeid.rpartition("tests/")[2]
+        name = names[item]
         if name.startswith(SLOW) and not name.startswith(FAST):
             item.add_marker("slow")
         if name.startswith(tuple(CLIENTS)):

@@ -1,4 +1,18 @@
-"""What `launch/test.sh --fast` leaves out, by the beginning of a test's name: most of the time."""
+"""Which tests are left out, by the beginning of a test's name: SLOW by `launch/test.sh --fast`, LONG unless `--long` is given
+(other moments and shapes of what a test that always runs shows too)."""
+
+LONG = (
+    "test_bad_steps.py::test_a_step_that_is_not_finite_changes_nothing_but_the_step[2",
+    "test_bad_steps.py::test_a_stop_while",
+    "test_bad_steps.py::test_a_damaged_list",
+    "test_descriptions.py::test_a_run_whose_checkpoints_are_gone_starts_over_only_when_told_to[lost1",
+    "test_lost_processes.py::test_a_killed_process_is_named_by_all",
+    "test_lost_processes.py::test_a_stopped_process",
+    "test_lost_processes.py::test_a_run_names",
+    "test_replay.py::test_a_step_again_has_the_same_bits_and_its_parts_add_up[2-0]",
+    "test_replay.py::test_on_another_mesh",
+    "test_watchdog.py::test_a_worker_that_works_no_more_is_named[Signals.SIGSTOP",
+)
 
 SLOW = (
     "test_bad_steps.py::test_a_",
