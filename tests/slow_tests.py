@@ -2,6 +2,14 @@
 (other moments and shapes of what a test that always runs shows too)."""
 
 LONG = (
+    "test_bad_steps.py::test_a_kill_during_the_rollback_changes_nothing[before the rows",
+    "test_bad_steps.py::test_a_learning_rate_that_diverges",
+    "test_bucket_runs.py::test_an_export_to_a_bucket_and_back_is_bit_exact[gs]",
+    "test_bucket_runs.py::test_an_import_into_a_bucket_that_was_stopped_goes_on[gs]",
+    "test_bucket_runs.py::test_one_goes_on_after_a_save_cut_off_and_a_damaged_checkpoint_and_deletes_old_ones[gs]",
+    "test_bucket_runs.py::test_what_is_wrong_in_a_bucket_is_set_aside_and_lost_checkpoints_are_not_begun_over[gs]",
+    "test_data_pipeline.py::test_batches_do_not_depend_on_hosts_or_workers[first_fit]",
+    "test_replicas.py::test_gradients_that_are_not_the_same_twice",
     "test_bad_steps.py::test_a_step_that_is_not_finite_changes_nothing_but_the_step[2",
     "test_bad_steps.py::test_a_stop_while",
     "test_bad_steps.py::test_a_damaged_list",

@@ -94,7 +94,7 @@ def test_a_number_out_of_its_range_is_named_itself(name):
     ("model.norm_eps=-1e-06", "more than 0"), ("model.init_std=-0.02", "more than 0"),
     ("seed=-1", "in 0..2^63 - 1"), (f"seed={2**63}", "in 0..2^63 - 1"), (f"train.steps={2**31}", "at most 2147483647"),
     ("kernels.buffer_factor=0.5", "at least 1, or 0"), ("mesh.data=0", "at least 1, or -1"),
-    ("kernels.grouped_matmul='nope'", "'fused', 'megablox', 'batched', 'blocked', 'reference'"),
+    ("kernels.grouped_matmul='nope'", "'fused', 'megablox', 'mosaic', 'batched', 'blocked', 'reference'"),
     ("kernels.attention='nope'", "'splash', 'flash', 'blocked', 'reference'"),
 ])
 def test_a_field_out_of_range_names_what_is_allowed(capsys, override, allowed):

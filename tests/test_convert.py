@@ -173,7 +173,7 @@ GATE = "model.layers.1.mlp.gate.weight"
     (dict(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM.*expected EmoForCausalLM or Olmo2"),
     (dict(tie_word_embeddings=True), "tie_word_embeddings=True is not supported; only False is"),
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
-    (dict(hidden_size="64"), "hidden_size='64' must be a number"),
+    (dict(hidden_size="64"), "hidden_size='64' must be an integer"),
 ])
 def test_what_is_wrong_is_named(change, message, tmp_path):
     source = copy("emo", tmp_path / "hf", **change)
@@ -218,7 +218,7 @@ def test_export_refuses_what_it_cannot_write(tmp_path):
     content = json.loads(meta.read_text())
     content["checksums"]["params"]["sum"] ^= 1
     meta.write_text(json.dumps(content))
-    with pytest.raises(DamagedCheckpoint, match="checksum"):
+    with pytest.raises(DamagedCheckpoint, match="their seal differs"):
         export_checkpoint(str(run), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -27,7 +27,7 @@ from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError, RunError
 from emo_jax.train.loop import train
 
-FAULTS = int(os.environ.get("EMO_JAX_FAULTS", "6"))  # random damages, each of a copy of a run that is then gone on with
+FAULTS = int(os.environ.get("EMO_JAX_FAULTS", "3"))  # random damages, each of a copy of a run that is then gone on with
 FIXTURES = Path(__file__).parent / "fixtures"
 RUN = ("mesh.data=2", "mesh.expert=2", "checkpoint.every=2", "checkpoint.keep_last=9")
 

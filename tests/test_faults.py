@@ -18,12 +18,12 @@ CACHE = {"JAX_COMPILATION_CACHE_DIR": fault_runs.CACHE}
 
 def test_kills_and_damages_change_no_number():
     """The long form: `python tests/faults.py --seed N --kills 500 --damages 500 --bucket`."""
-    argv = ["--seed=1", "--kills=4", "--damages=4", "--processes=1,2", "--hosts=0"]
+    argv = ["--seed=1", "--kills=2", "--damages=3", "--processes=1", "--hosts=0"]
     found = subprocess.run([sys.executable, str(TESTS / "faults.py"), *argv], capture_output=True, text=True, timeout=900,
                            env=os.environ | CACHE)
     result = json.loads(found.stdout.splitlines()[-1])
     assert not result["failed"] and not any(result["problems"].values()), found.stdout[-5000:]
-    assert found.returncode == 0 and (result["kills"], result["damages"]) == (4, 4) and result["finished_runs"] >= 2
+    assert found.returncode == 0 and (result["kills"], result["damages"]) == (2, 3) and result["finished_runs"] >= 1
 
 
 @pytest.fixture

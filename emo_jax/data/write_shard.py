@@ -35,10 +35,10 @@ def write_shard(job: Tokenization, number: int, report: Report = silent) -> Shar
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what runs at the same time
     name = job.name(number)
     # In the order of the source at first: a file without a name, which ends with this process.
-    with tempfile.TemporaryFile(dir=job.unfinished if isinstance(job.out, Path) else None) as spool:
-        with room_for(job, f"{name}.npy"):
-            spooled = _spool(job, number, spool, report)
-            spool.flush()
+    folder = job.unfinished if isinstance(job.out, Path) else None
+    with room_for(job, f"{name}.npy"), tempfile.TemporaryFile(dir=folder) as spool:  # a full disk fails its closing, too
+        spooled = _spool(job, number, spool, report)
+        spool.flush()
         order = np.argsort(spooled.section_of_document, kind="stable")
         lengths = spooled.lengths[order]
         tokens = put(job, f"{name}.npy", _copied(spool, spooled.lengths, order, job.dtype.itemsize))
