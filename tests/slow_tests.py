@@ -4,6 +4,9 @@
 LONG = (
     "test_bad_steps.py::test_a_kill_during_the_rollback_changes_nothing[before the rows",
     "test_bad_steps.py::test_a_learning_rate_that_diverges",
+    "test_bad_steps.py::test_a_run_whose_every_step",
+    "test_bucket_runs.py::test_a_run_in_a_bucket_goes_on_with_the_losses_of_an_uninterrupted_one[gs]",
+    "test_bucket_runs.py::test_a_run_starts_from_a_checkpoint_in_a_bucket[gs]",
     "test_bucket_runs.py::test_an_export_to_a_bucket_and_back_is_bit_exact[gs]",
     "test_bucket_runs.py::test_an_import_into_a_bucket_that_was_stopped_goes_on[gs]",
     "test_bucket_runs.py::test_one_goes_on_after_a_save_cut_off_and_a_damaged_checkpoint_and_deletes_old_ones[gs]",
