@@ -15,6 +15,7 @@ from emo_jax.checkpoints import subset as subset_lib
 from emo_jax.checkpoints.checkpoint import COMMITTED, move_step, open_checkpoint, steps
 from emo_jax.checkpoints.subset import full
 from emo_jax.convert.exporting import export_checkpoint
+from emo_jax.convert.formats import Options
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.errors import InputError
 from emo_jax.files import absolute_path, copy_tree, folder_path, make_folder, remove_tree, write_result
@@ -139,8 +140,8 @@ def test_a_subset_and_the_model_it_leaves_are_written_to_a_bucket(done, folder, 
 
 def test_an_export_to_a_bucket_and_back_is_bit_exact(done, folder, tmp_path):
     small = 60_000  # bytes of a file, so that there are several
-    export_checkpoint(done, f"{done}/hf", shard_bytes=small)
-    export_checkpoint(str(folder / "local"), str(tmp_path / "hf"), step=4, shard_bytes=small)
+    export_checkpoint(done, f"{done}/hf", options=Options(shard_bytes=small))
+    export_checkpoint(str(folder / "local"), str(tmp_path / "hf"), step=4, options=Options(shard_bytes=small))
     local = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert {name: (at(done) / "hf" / name).read_bytes() for name in local} == local and len(local) > 5
     assert names(f"{done}/hf") == {f"/{name}" for name in local}

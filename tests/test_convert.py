@@ -15,6 +15,7 @@ from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.convert import importing, tensors
 from emo_jax.convert.description import require_same
 from emo_jax.convert.exporting import export_checkpoint
+from emo_jax.convert.formats import Options
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.convert.layouts import entries
 from emo_jax.errors import InputError
@@ -75,7 +76,7 @@ def test_out_of_a_checkpoint_and_back_is_bit_exact(changes, tmp_path):
             params["layers"]["moe"][name][1, 8:15] = 0
         params["layers"]["moe"]["router"] = params["layers"]["moe"]["router"].copy()
         params["layers"]["moe"]["router"][1, :, 8:] = 0
-    export_checkpoint(str(run), str(tmp_path / "hf"), shard_bytes=30_000)
+    export_checkpoint(str(run), str(tmp_path / "hf"), options=Options(shard_bytes=30_000))
     import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "back"))
     found, _, back = open_params(tmp_path / "back")
     require_same(config.model, found.model, config.name, tmp_path)

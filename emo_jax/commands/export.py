@@ -6,21 +6,25 @@ from argparse import ArgumentParser, Namespace
 
 from emo_jax.commands import Command, Result, arguments
 
+FORMATS = ("hf", "qwen2_moe", "deepseek", "llama")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def add(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser)
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--format", default="hf", choices=("hf", "qwen2_moe", "deepseek", "llama"),
+    parser.add_argument("--format", default="hf", choices=FORMATS, metavar="FORMAT",
                         help="hf: the published architecture (remote code). qwen2_moe (or deepseek), llama: the same "
-                        "function of MoE and dense models in stock transformers and vLLM")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                        help="auto: as imported, else float32")
+                        "function of MoE and dense models in stock transformers and vLLM. One of " + ", ".join(FORMATS))
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE",
+                        help="auto: as imported, else float32. One of " + ", ".join(DTYPES))
 
 
 def run(args: Namespace) -> Result:
     from emo_jax.convert.exporting import export_checkpoint
+    from emo_jax.convert.formats import Options
 
-    result = export_checkpoint(args.checkpoint, args.out, args.format, args.dtype, args.step)
+    result = export_checkpoint(args.checkpoint, args.out, args.format, args.step, Options(args.dtype))
     return Result(result, f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB ({result['architecture']}, "
                           f"{result['dtype']}) in {result['out']}")
 

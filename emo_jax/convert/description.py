@@ -1,36 +1,21 @@
-"""The `config.json` of a published checkpoint <-> our config.
-
-Read: EmoForCausalLM (standard MoE checkpoints too: they differ in training only) and Olmo2NoQKNormPrenormForCausalLM.
-Written: these, and the architectures of stock transformers and vLLM that compute the same function.
-"""
+"""The `config.json` of a published checkpoint -> our config: EmoForCausalLM (standard MoE checkpoints too: they differ in
+training only) and Olmo2NoQKNormPrenormForCausalLM."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from emo_jax.config import Config, DataConfig, ModelConfig, RouterConfig, flatten
-from emo_jax.convert.layouts import experts_of_layer
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, shortened
 
 LAYOUT_OF = {"EmoForCausalLM": "emo", "Olmo2NoQKNormPrenormForCausalLM": "dense"}
-REMOTE_CODE = {  # where stock transformers finds the published code, with trust_remote_code
-    "emo": {"AutoConfig": "allenai/Emo_1b14b_1T--configuration_emo.EmoConfig",
-            "AutoModelForCausalLM": "allenai/Emo_1b14b_1T--modeling_emo.EmoForCausalLM"},
-    "dense": {"AutoConfig": "allenai/Dense_1b_130B--configuration_olmo2_noqknorm_prenorm.Olmo2NoQKNormPrenormConfig",
-              "AutoModelForCausalLM":
-                  "allenai/Dense_1b_130B--modeling_olmo2_noqknorm_prenorm.Olmo2NoQKNormPrenormForCausalLM"},
-}
 # Published switches that our model has in one position only.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "norm_topk_prob": False,
          "rope_scaling": None, "always_active_experts": None, "always_active_experts_per_layer": None,
          "dense_intermediate_size": None, "dense_mlp_bias": False}
 
-
-# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_model(published: dict[str, Any], where: AnyPath) -> tuple[str, ModelConfig]:
@@ -106,64 +91,3 @@ def require_same(given: ModelConfig, found: ModelConfig, name: str, where: AnyPa
     different = [f"model.{k}={ours[k]!r} ({where} has {theirs[k]!r})" for k in ours if ours[k] != theirs[k]]
     if different:
         raise InputError(f"config {name} is of another model: " + ", ".join(different))
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def written_keys(layout: str, c: Config, dtype: str) -> dict[str, Any]:
-    """The config.json of our model in a layout."""
-    m = c.model
-    common: dict[str, Any] = {
-        "attention_dropout": 0.0, "dtype": dtype, "head_dim": m.head_dim, "hidden_act": "silu",
-        "hidden_size": m.d_model,
-        "initializer_range": m.init_std, "intermediate_size": m.d_ff, "max_position_embeddings": c.data.sequence_length,
-        "num_attention_heads": m.num_heads, "num_hidden_layers": m.num_layers, "num_key_value_heads": m.num_kv_heads,
-        "rms_norm_eps": m.norm_eps, "rope_scaling": None, "rope_theta": m.rope_theta, "tie_word_embeddings": False,
-        "use_cache": True, "vocab_size": m.vocab_size}
-    if layout == "llama":
-        return common | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
-                         "mlp_bias": False}
-    if layout == "qwen2_moe":
-        return common | {
-            "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "qkv_bias": True,
-            "num_experts": m.num_routed_experts, "num_experts_per_tok": m.routed_top_k, "norm_topk_prob": False,
-            "moe_intermediate_size": m.d_ff, "shared_expert_intermediate_size": max(m.num_shared_experts * m.d_ff, 1),
-            "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
-            "output_router_logits": False, "router_aux_loss_coef": 0.0}
-    common |= {"attention_bias": False, "auto_map": REMOTE_CODE[layout]}
-    if m.head_dim * m.num_heads == m.d_model:  # the published code derives it
-        del common["head_dim"]
-    if layout == "dense":
-        return common | {"architectures": ["Olmo2NoQKNormPrenormForCausalLM"], "model_type": "olmo2_noqknorm_prenorm"}
-    uneven = m.experts_per_layer or None
-    return common | {
-        "architectures": ["EmoForCausalLM"], "model_type": "emo", "num_experts": m.num_experts,
-        "num_experts_per_layer": list(uneven) if uneven else None, "num_experts_per_tok": m.top_k,
-        "num_shared_experts": m.num_shared_experts,
-        "num_shared_experts_per_layer": [m.num_shared_experts] * m.num_layers if uneven else None,
-        "always_active_experts": None, "always_active_experts_per_layer": None, "dense_intermediate_size": None,
-        "dense_mlp_bias": False, "norm_topk_prob": False, "output_router_logits": True, "router_aux_loss_coef": 0.01}
-
-
-def require_exportable(layout: str, c: Config) -> None:
-    """`InputError` where the architecture of the layout cannot express the model."""
-    m = c.model
-    moe = layout in ("emo", "qwen2_moe")
-    if moe != bool(m.num_experts):
-        kind = "MoE" if moe else "dense"
-        raise InputError(f"--format {layout} is for {kind} models; model.num_experts={m.num_experts}")
-    if m.num_experts and c.router.semantics != "emo_v1":
-        raise InputError(f"router.semantics={c.router.semantics} cannot be exported: the weights of its experts are "
-                         f"normalised over the chosen ones and scaled; the published emo_v1 knows neither")
-    if layout == "emo" and min(m.experts_per_layer, default=m.top_k) < m.top_k:
-        raise InputError(f"the published code chooses model.top_k={m.top_k} experts in every layer; layer "
-                         f"{int(np.argmin(m.experts_per_layer))} has {min(m.experts_per_layer)}")
-    if layout == "qwen2_moe":
-        if m.head_dim * m.num_heads != m.d_model:
-            raise InputError(f"--format qwen2_moe needs model.head_dim x model.num_heads = model.d_model, not "
-                             f"{m.head_dim} x {m.num_heads} for {m.d_model}")
-        counts = {experts_of_layer(m, i) for i in range(m.num_layers)}
-        if len(counts) > 1:
-            raise InputError(f"--format qwen2_moe needs the same number of experts in every layer, not "
-                             f"model.experts_per_layer={m.experts_per_layer}; --format hf allows it")

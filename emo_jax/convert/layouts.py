@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emo_jax.config import ModelConfig
+from emo_jax.config import Config, ModelConfig
+from emo_jax.errors import InputError
 
 Convert = Callable[[Any], np.ndarray]  # takes an array; `to_theirs` of None where nothing of ours is behind a tensor
 
@@ -68,6 +69,29 @@ def entries(layout: str, m: ModelConfig) -> Iterator[Entry]:
 
 def experts_of_layer(m: ModelConfig, layer: int) -> int:
     return m.experts_per_layer[layer] if m.experts_per_layer else m.num_experts
+
+
+# ---- what a format may need of a model ------------------------------------------------------------------------------
+
+
+def require_experts(c: Config, form: str) -> None:
+    """`InputError` unless it is an MoE model with the router of the published checkpoints."""
+    if not c.model.num_experts:
+        raise InputError(f"--format {form} is for MoE models; model.num_experts=0")
+    require_v1(c)
+
+
+def require_v1(c: Config) -> None:
+    if c.router.semantics != "emo_v1":
+        raise InputError(f"router.semantics={c.router.semantics} cannot be exported: the weights of its experts are "
+                         f"normalised over the chosen ones and scaled; the published emo_v1 knows neither")
+
+
+def require_same_experts(c: Config, form: str) -> None:
+    counts = {experts_of_layer(c.model, i) for i in range(c.model.num_layers)}
+    if len(counts) > 1:
+        raise InputError(f"--format {form} needs the same number of experts in every layer, not "
+                         f"model.experts_per_layer={c.model.experts_per_layer}; --format hf allows it")
 
 
 # ---- kinds of tensors -----------------------------------------------------------------------------------------------
