@@ -53,6 +53,7 @@ setup(
         "parquet": parquet,
         "report": report,
         "eval": evaluation,
+        "gguf": ["gguf>=0.17"],
         "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
         "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
                  *buckets["gcs"], *buckets["s3"], "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],

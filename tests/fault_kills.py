@@ -119,7 +119,7 @@ class _Run:
             problems.append(f"hang: {running} of {len(started)} still run after {time.monotonic() - asked:.0f} s")
         for process in started:
             process.clean()
-        seconds = max(p.ended for p in started) - asked if happened else 0.0
+        seconds = max(p.ended for p in started if p not in stopped) - asked if happened else 0.0
         problems += self._problems(started, fault if happened else None, seconds)
         self.finished = all(p.status == 0 for p in started)
         self.broken = any(not x.startswith(("traceback", "late")) for x in problems)

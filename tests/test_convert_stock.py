@@ -8,10 +8,12 @@ import tiny
 import torch
 import transformers
 from published import golden, open_params, outputs, save_new
+from safetensors.numpy import load_file, save_file
 
 from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.checkpoints.subset import full
 from emo_jax.convert.exporting import export_checkpoint
+from emo_jax.convert.formats import Options
 from emo_jax.convert.importing import import_checkpoint
 from emo_jax.surgery.extract import extract
 
@@ -50,6 +52,39 @@ def test_own_models_with_grouped_queries_and_any_number_of_shared_experts(shared
     ours, _, _ = outputs(*open_params(run), tokens)
     _, theirs, _ = stock(tmp_path / "hf", tokens)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * np.abs(ours).max())
+
+
+def test_the_later_router_with_its_normalised_scaled_weights(tmp_path):
+    run, _ = save_new(tiny.config(router=dict(semantics="emo_v2")), tmp_path / "run")
+    found = open_checkpoint(run)
+    kept = (np.arange(15) + np.arange(2)[:, None]) % 3 != 0  # 10 of 15 routed experts, others in every layer
+    extract(found, full(found.config).with_mask(kept), tmp_path / "small")
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
+    for name, allowed in (("run", None), ("small", kept)):
+        export_checkpoint(str(tmp_path / name), str(tmp_path / f"{name}-hf"), "qwen2_moe")
+        ours, _, _ = outputs(*open_params(run), tokens, allowed=allowed)
+        _, theirs, _ = stock(tmp_path / f"{name}-hf", tokens)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(ours).max())
+        np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def test_the_gate_of_the_shared_expert_is_a_half_to_the_bit_and_not_zero(tmp_path):
+    folder, io = golden("emo")
+    import_checkpoint(str(folder), str(tmp_path / "run"))
+    logits = []
+    for gate in (None, 0.0):
+        out = tmp_path / f"gate{gate}"
+        export_checkpoint(str(tmp_path / "run"), str(out), "qwen2_moe")
+        weights = load_file(out / "model.safetensors")
+        for name in [name for name in weights if "shared_expert_gate" in name]:
+            assert weights[name].all()
+            weights[name] = weights[name] if gate is None else np.full_like(weights[name], gate)
+        save_file(weights, out / "model.safetensors", {"format": "pt"})
+        logits.append(stock(out, io["input_ids"])[1])
+    np.testing.assert_array_equal(*logits)
+    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "half"), "qwen2_moe", options=Options("float16"))
+    weights = load_file(tmp_path / "half/model.safetensors")
+    assert all(w.all() for name, w in weights.items() if "shared_expert_gate" in name)
 
 
 def test_an_extracted_subset_is_a_smaller_model_there(tmp_path):

@@ -6,8 +6,8 @@ from argparse import ArgumentParser, Namespace
 
 from emo_jax.commands import Command, Result, arguments
 
-FORMATS = ("hf", "qwen2_moe", "deepseek", "llama")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("hf", "qwen2_moe", "deepseek", "llama", "gguf")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "f32", "bf16", "f16", "q8_0", "q4_0")
 
 
 def add(parser: ArgumentParser) -> None:
@@ -15,9 +15,9 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--format", default="hf", choices=FORMATS, metavar="FORMAT",
                         help="hf: the published architecture (remote code). qwen2_moe (or deepseek), llama: the same "
-                        "function of MoE and dense models in stock transformers and vLLM. One of " + ", ".join(FORMATS))
+                        "function of MoE and dense models in stock transformers, vLLM and mlx-lm. gguf: one file for llama.cpp")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE",
-                        help="auto: as imported, else float32. One of " + ", ".join(DTYPES))
+                        help="one of " + ", ".join(DTYPES) + "; auto: as imported, else float32 (gguf: f16)")
 
 
 def run(args: Namespace) -> Result:

@@ -21,6 +21,7 @@ from emo_jax.files import folder_path, list_files, make_folder, remove_tree, rep
 from emo_jax.progress import track
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # other names of dtypes
 DEFAULTS = formats.Options()
 
 
@@ -48,6 +49,7 @@ def _dtype(asked: str, found: Checkpoint, chosen: formats.Format) -> str:
         if not isinstance(asked, str) or asked not in DTYPES:
             raise InputError(f"{note}: dtype={asked!r} is not that of a published tensor; give --dtype")
         return asked if asked in chosen.dtypes else chosen.dtypes[0]
+    asked = SHORT.get(asked, asked)
     if asked not in chosen.dtypes:
         raise InputError(f"--dtype {asked}: this format has {', '.join(chosen.dtypes)}")
     return asked

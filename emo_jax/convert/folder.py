@@ -12,7 +12,7 @@ from emo_jax.config import Config
 from emo_jax.convert.exporting import DTYPES, arrays
 from emo_jax.convert.formats import Options
 from emo_jax.convert.importing import HF_FILES, NOTE, ROUTER_ROWS
-from emo_jax.convert.layouts import entries
+from emo_jax.convert.layouts import Entry
 from emo_jax.convert.tensors import Planned, read_json, write_folder
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.files import AnyPath, copy_file, write_json
@@ -22,13 +22,13 @@ UNTOUCHED = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "output
              "use_cache", "num_shared_experts_per_layer")
 
 
-def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, keys: dict[str, Any],
+def write(found: Checkpoint, folder: AnyPath, options: Options, plan: list[Entry], keys: dict[str, Any],
           as_imported: bool = False) -> dict[str, Any]:
     """Fills the folder. `keys`: of config.json, what the architecture needs beside the `common_keys`. `as_imported`: keys of
     the imported config.json that we do not know of stay."""
-    plan, dtype = list(entries(layout, found.config.model)), DTYPES[options.dtype]
-    write_folder(folder, [Planned(e.name, e.shape) for e in plan],
-                 (np.ascontiguousarray(a.astype(dtype, copy=False)) for a in arrays(plan, found)), dtype, options.shard_bytes)
+    dtype = DTYPES[options.dtype]
+    write_folder(folder, [Planned(e.name, e.shape) for e in plan], (_cast(a, dtype) for a in arrays(plan, found)), dtype,
+                 options.shard_bytes)
     tokenizer = _write_tokenizer(found, folder)
     ids = _token_ids(found, tokenizer)
     if not (folder / "generation_config.json").exists():  # the imported one
@@ -41,6 +41,14 @@ def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, key
     # The last one: without it, a folder in a bucket is no model.
     write_json(folder / "config.json", dict(sorted((k, v) for k, v in ours.items() if v is not ...)), indent=2)
     return {"architecture": ours["architectures"][0], "tensors": len(plan), "tokenizer": tokenizer is not None}
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What is not 0 stays not 0, as the gate of a shared expert must; only float16 would make it so."""
+    cast = np.ascontiguousarray(values.astype(dtype, copy=False))
+    if dtype == np.float16:
+        cast[(cast == 0) & (values != 0)] = np.finfo(np.float16).smallest_subnormal
+    return cast
 
 
 def common_keys(c: Config, dtype: str) -> dict[str, Any]:

@@ -37,8 +37,9 @@ NORMS = {
 }
 
 
-def entries(layout: str, m: ModelConfig) -> Iterator[Entry]:
-    """Every tensor of a published checkpoint of this model, in the order in which it is written."""
+def entries(layout: str, m: ModelConfig, routed_scale: float = 1.0) -> Iterator[Entry]:
+    """Every tensor of a published checkpoint of this model, in the order in which it is written. `routed_scale`: what their
+    routed experts give is so many times ours (their weights being less)."""
     if layout == "olmo_core":
         yield from _olmo_core(m)
         return
@@ -50,7 +51,7 @@ def entries(layout: str, m: ModelConfig) -> Iterator[Entry]:
         yield from _attention(m, i, {n: f"{p}self_attn.{n}_proj.weight" for n in "qkvo"})
         if layout == "qwen2_moe":  # vLLM does not know this architecture without biases
             for n, heads in (("q", m.num_heads), ("k", m.num_kv_heads), ("v", m.num_kv_heads)):
-                yield _zeros(f"{p}self_attn.{n}_proj.bias", heads * m.head_dim)
+                yield _constant(f"{p}self_attn.{n}_proj.bias", (heads * m.head_dim,))
         if layout in ("dense", "llama"):
             yield from _swiglu(f"{p}mlp.", ("layers", "mlp"), (i,), m.d_model, m.d_ff)
             continue
@@ -60,7 +61,8 @@ def entries(layout: str, m: ModelConfig) -> Iterator[Entry]:
         yield _router(f"{p}mlp.gate.weight", i, routed, dead, m)
         for e in range(routed + dead):
             row = e if e < routed else m.num_experts - shared + e - routed
-            yield from _swiglu(f"{p}mlp.experts.{e}.", ("layers", "moe"), (i, row), m.d_model, m.d_ff)
+            scale = routed_scale if e < routed else 1.0
+            yield from _swiglu(f"{p}mlp.experts.{e}.", ("layers", "moe"), (i, row), m.d_model, m.d_ff, scale)
         if layout == "qwen2_moe":
             yield from _gated_shared_expert(f"{p}mlp.", i, m)
     yield _plain("model.norm.weight", ("final_norm",), (), (m.d_model,))
@@ -72,13 +74,6 @@ def experts_of_layer(m: ModelConfig, layer: int) -> int:
 
 
 # ---- what a format may need of a model ------------------------------------------------------------------------------
-
-
-def require_experts(c: Config, form: str) -> None:
-    """`InputError` unless it is an MoE model with the router of the published checkpoints."""
-    if not c.model.num_experts:
-        raise InputError(f"--format {form} is for MoE models; model.num_experts=0")
-    require_v1(c)
 
 
 def require_v1(c: Config) -> None:
@@ -105,15 +100,17 @@ def _plain(name, leaf, index, shape) -> Entry:
     return Entry(name, shape, leaf, index, _same, _same)
 
 
-def _zeros(name, *shape) -> Entry:
-    return Entry(name, shape, (), (), _same, lambda _: np.zeros(shape, np.float32))
+def _constant(name, shape, value: float = 0.0) -> Entry:
+    return Entry(name, shape, (), (), _same, lambda _: np.full(shape, value, np.float32))
 
 
-def _linear(name, leaf, index, ours, inputs: int = 1) -> Entry:
-    """A matrix whose part `ours` of our array has its `inputs` first axes as input and the others as output."""
+def _linear(name, leaf, index, ours, inputs: int = 1, scale: float = 1.0) -> Entry:
+    """A matrix whose part `ours` of our array has its `inputs` first axes as input and the others as output; theirs is
+    `scale` times ours."""
     n_in, n_out = int(np.prod(ours[:inputs])), int(np.prod(ours[inputs:]))
+    factor = np.float32(scale)
     return Entry(name, (n_out, n_in), leaf, index,
-                 lambda x: x.T.reshape(ours), lambda x: x.reshape(n_in, n_out).T)
+                 lambda x: x.T.reshape(ours) / factor, lambda x: factor * x.reshape(n_in, n_out).T)
 
 
 def _attention(m: ModelConfig, i: int, names: dict[str, str]) -> Iterator[Entry]:
@@ -122,10 +119,10 @@ def _attention(m: ModelConfig, i: int, names: dict[str, str]) -> Iterator[Entry]
     yield _linear(names["o"], ("layers", "attention", "o"), (i,), (m.num_heads, m.head_dim, m.d_model), inputs=2)
 
 
-def _swiglu(prefix, leaf, index, width, hidden) -> Iterator[Entry]:
+def _swiglu(prefix, leaf, index, width, hidden, scale: float = 1.0) -> Iterator[Entry]:
     for n in ("gate", "up"):
         yield _linear(f"{prefix}{n}_proj.weight", (*leaf, n), index, (width, hidden))
-    yield _linear(f"{prefix}down_proj.weight", (*leaf, "down"), index, (hidden, width))
+    yield _linear(f"{prefix}down_proj.weight", (*leaf, "down"), index, (hidden, width), scale=scale)
 
 
 def _router(name, layer, routed, dead, m: ModelConfig) -> Entry:
@@ -141,17 +138,18 @@ def _router(name, layer, routed, dead, m: ModelConfig) -> Entry:
 
 
 def _gated_shared_expert(prefix: str, i: int, m: ModelConfig) -> Iterator[Entry]:
-    """Qwen2-MoE multiplies its shared expert by sigmoid(gate . x). With a zero gate that is exactly 1/2, and a doubled
-    down projection makes up for it exactly, as doubling a floating-point number loses nothing. Several shared experts
-    are one of their joint width; without any, one of width 1 that is zero."""
+    """Qwen2-MoE multiplies its shared expert by sigmoid(gate . x). With a gate so small that is exactly 1/2 in float32, and a
+    doubled down projection makes up for it exactly, as doubling a floating-point number loses nothing. The gate is not 0
+    because llama.cpp divides by gate . x. Several shared experts are one of their joint width; without any, one of width 1
+    that is zero."""
     table, D, S = ("layers", "moe"), m.d_model, m.num_shared_experts
     width, rows = max(S * m.d_ff, 1), (i, slice(m.num_experts - S, m.num_experts))
 
-    yield _zeros(f"{prefix}shared_expert_gate.weight", 1, D)
+    yield _constant(f"{prefix}shared_expert_gate.weight", (1, D), 1e-10)
     names = {n: f"{prefix}shared_expert.{n}_proj.weight" for n in ("gate", "up", "down")}
     if not S:
         for n, shape in (("gate", (1, D)), ("up", (1, D)), ("down", (D, 1))):
-            yield _zeros(names[n], *shape)
+            yield _constant(names[n], shape)
         return
     for n in ("gate", "up"):  # [S, D, F] <-> [S F, D]
         yield Entry(names[n], (width, D), (*table, n), rows,

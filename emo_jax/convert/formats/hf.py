@@ -12,7 +12,7 @@ from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
 from emo_jax.convert import folder as folder_lib
 from emo_jax.convert.formats import Format, Options
-from emo_jax.convert.layouts import require_v1
+from emo_jax.convert.layouts import entries, require_v1
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
 
@@ -55,7 +55,7 @@ def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any
             "num_shared_experts_per_layer": [m.num_shared_experts] * m.num_layers if uneven else None,
             "always_active_experts": None, "always_active_experts_per_layer": None, "dense_intermediate_size": None,
             "dense_mlp_bias": False, "norm_topk_prob": False, "output_router_logits": True, "router_aux_loss_coef": 0.01}
-    return folder_lib.write(found, folder, options, layout, keys, as_imported=True)
+    return folder_lib.write(found, folder, options, list(entries(layout, m)), keys, as_imported=True)
 
 
 FORMAT = Format(("float32", "bfloat16", "float16"), require, write)
