@@ -21,6 +21,7 @@ class Options(NamedTuple):
 
     dtype: str = "auto"  # one of the format's; auto: that of the checkpoint it was imported from, else the format's first
     shard_bytes: int = 5 * 10**9  # of one safetensors file
+    subset: str = ""  # file, of a format that needs one
 
 
 class Format(NamedTuple):
@@ -31,6 +32,7 @@ class Format(NamedTuple):
     dtypes: tuple[str, ...]
     require: Callable[[Config], None]
     write: Callable[[Checkpoint, AnyPath, Options], dict[str, Any]]
+    needs_subset: bool = False
 
 
 def get(name: str) -> Format:
