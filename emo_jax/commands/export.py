@@ -18,16 +18,28 @@ def add(parser: ArgumentParser) -> None:
                         "function of MoE and dense models in stock transformers and vLLM. One of " + ", ".join(FORMATS))
     parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE",
                         help="auto: as imported, else float32. One of " + ", ".join(DTYPES))
+    parser.add_argument("--code", default="own", choices=("own", "published"), metavar="CODE",
+                        help="of --format hf: own puts our modeling code into the folder (transformers 4.57 and 5, offline); "
+                        "published names the published code on the hub (transformers 4.57)")
+    parser.add_argument("--license", default="", metavar="ID", help="the hub's name of the licence, for the model card")
+    parser.add_argument("--push", default="", metavar="REPO", help="also upload the folder to this repository of the hub, "
+                        "ORGANISATION/NAME (extra hub; log in with `hf auth login` or HF_TOKEN)")
 
 
 def run(args: Namespace) -> Result:
+    from emo_jax.convert import hub
     from emo_jax.convert.exporting import export_checkpoint
     from emo_jax.convert.formats import Options
 
-    result = export_checkpoint(args.checkpoint, args.out, args.format, args.step, Options(args.dtype))
+    push = hub.Push.checked(args.push, args.out) if args.push else None
+    options = Options(args.dtype, code=args.code, license=args.license, repo=args.push)
+    result = export_checkpoint(args.checkpoint, args.out, args.format, args.step, options)
+    if push:
+        result |= {"pushed": push(result["out"])}
     return Result(result, f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB ({result['architecture']}, "
-                          f"{result['dtype']}) in {result['out']}")
+                          f"{result['dtype']}) in {result['out']}" + (f", {result['pushed']}" if push else ""))
 
 
 COMMAND = Command("export", "write a checkpoint for transformers and vLLM", add, run, (
-    "emo-jax export runs/emo --out HF", "emo-jax export runs/law --format qwen2_moe --dtype bfloat16 --out HF"))
+    "emo-jax export runs/emo --out HF --license apache-2.0 --push me/emo",
+    "emo-jax export runs/law --format qwen2_moe --dtype bfloat16 --out HF"))

@@ -9,23 +9,25 @@ import numpy as np
 
 from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
+from emo_jax.convert.card import model_card
 from emo_jax.convert.exporting import DTYPES, arrays
 from emo_jax.convert.formats import Options
 from emo_jax.convert.importing import HF_FILES, NOTE, ROUTER_ROWS
 from emo_jax.convert.layouts import entries
 from emo_jax.convert.tensors import Planned, read_json, write_folder
 from emo_jax.data.tokenizer import Tokenizer
-from emo_jax.files import AnyPath, copy_file, write_json
+from emo_jax.files import AnyPath, copy_file, write_json, write_text
 
 # Keys that an imported config.json keeps: they are no part of the model.
-UNTOUCHED = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "router_aux_loss_coef",
+UNTOUCHED = ("bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "router_aux_loss_coef",
              "use_cache", "num_shared_experts_per_layer")
 
 
 def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, keys: dict[str, Any],
-          as_imported: bool = False) -> dict[str, Any]:
-    """Fills the folder. `keys`: of config.json, what the architecture needs beside the `common_keys`. `as_imported`: keys of
-    the imported config.json that we do not know of stay."""
+          as_imported: bool = False, leave_out: tuple[str, ...] = (), usage: str = "") -> dict[str, Any]:
+    """Fills the folder. `keys`: of config.json, what the architecture needs beside the `common_keys` less `leave_out`.
+    `as_imported`: keys of the imported config.json that we do not know of stay. `usage`: what of `card.USAGE` the model card
+    shows; by default the layout's."""
     plan, dtype = list(entries(layout, found.config.model)), DTYPES[options.dtype]
     write_folder(folder, [Planned(e.name, e.shape) for e in plan],
                  (np.ascontiguousarray(a.astype(dtype, copy=False)) for a in arrays(plan, found)), dtype, options.shard_bytes)
@@ -33,13 +35,15 @@ def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, key
     ids = _token_ids(found, tokenizer)
     if not (folder / "generation_config.json").exists():  # the imported one
         write_json(folder / "generation_config.json", {"do_sample": True} | ids, indent=2)
-    ours: dict[str, Any] = common_keys(found.config, options.dtype) | keys | ids | {"bos_token_id": None}
+    ours = {key: value for key, value in common_keys(found.config, options.dtype).items() if key not in leave_out}
+    ours |= keys | ids | {"bos_token_id": None}
     imported = found.run / HF_FILES / "config.json"
     if as_imported and imported.is_file():
         published = read_json(imported)  # it may have more keys than we know of
         ours = published | {key: value for key, value in ours.items() if key not in published or key not in UNTOUCHED}
+    write_text(folder / "README.md", model_card(found, options, ours["architectures"][0], usage or layout))
     # The last one: without it, a folder in a bucket is no model.
-    write_json(folder / "config.json", dict(sorted((k, v) for k, v in ours.items() if v is not ...)), indent=2)
+    write_json(folder / "config.json", dict(sorted(ours.items())), indent=2)
     return {"architecture": ours["architectures"][0], "tensors": len(plan), "tokenizer": tokenizer is not None}
 
 
@@ -78,5 +82,6 @@ def _write_tokenizer(found: Checkpoint, target: AnyPath) -> Tokenizer | None:
         pad = "<|pad|>" if tokenizer.token_id("<|pad|>") is not None else tokenizer.eos_token
         write_json(target / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "pad_token": pad,
+            "padding_side": "left", "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False, "model_max_length": found.config.data.sequence_length}, indent=2)
     return tokenizer
