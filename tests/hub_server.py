@@ -86,8 +86,8 @@ class Hub:
             return 200, {"files": [{"path": f["path"], "uploadMode": lfs(f["path"]), "shouldIgnore": False, "oid": None}
                                    for f in json.loads(body)["files"]]}, None
         if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
-            return 200, {"transfer": "basic", "objects": [
-                o | {"actions": {"upload": {"href": f"{self.url}/upload/{o['oid']}"}}} for o in json.loads(body)["objects"]]}, None
+            to = lambda o: {"actions": {"upload": {"href": f"{self.url}/upload/{o['oid']}"}}}
+            return 200, {"transfer": "basic", "objects": [o | to(o) for o in json.loads(body)["objects"]]}, None
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             for line in body.splitlines():
                 kind, value = (entry := json.loads(line))["key"], entry["value"]
@@ -96,10 +96,10 @@ class Hub:
                 elif kind == "lfsFile":
                     self.files[found[1]][value["path"]] = self.objects[value["oid"]]
             return 200, {"commitUrl": f"{self.url}/{found[1]}/commit/{SHA}", "commitOid": SHA, "commitTitle": "export"}, None
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            if found[1] in self.files:
-                siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files[found[1]].items()]
-                return 200, {"id": found[1], "sha": SHA, "siblings": siblings, "private": False, "tags": []}, None
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path)
+        if found and found[1] in self.files:
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files[found[1]].items()]
+            return 200, {"id": found[1], "sha": SHA, "siblings": siblings, "private": False, "tags": []}, None
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
             return 200, [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                          for name, data in self.files[found[1]].items()], None

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import tiny
@@ -60,11 +62,13 @@ def test_what_keeps_a_push_from_the_hub_is_said_before_anything_is_written(run, 
         assert "hf auth login" in refused()
     monkeypatch.setenv("HF_TOKEN", "hf_of_tests")
     with Hub(token="hf_another") as server:
-        at = lambda **kwargs: HfApi(endpoint=server.url)
-        HfApi = huggingface_hub.HfApi
-        monkeypatch.setattr(huggingface_hub, "HfApi", at)
+        monkeypatch.setattr(huggingface_hub, "HfApi", partial(huggingface_hub.HfApi, endpoint=server.url))
         assert f"{server.url} does not accept the token" in refused()
-    assert f"{server.url} cannot be reached" in refused()
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub, "HfApi", partial(huggingface_hub.HfApi, endpoint=address))
+        assert f"{address} cannot be reached" in refused()
 
 
 def test_an_upload_that_fails_leaves_the_export_and_says_so(run, tmp_path, monkeypatch, capsys):
