@@ -198,7 +198,8 @@ def test_the_harness_finds_the_same_figures_with_an_export(run, form):
     tasks = ",".join(str(folder / f"{name}.yaml") for name in TASKS)
     done = subprocess.run([
         sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder / form},trust_remote_code=True,"
-        "dtype=float32", "--tasks", tasks, "--device", "cpu", "--batch_size", "4", "--output_path", str(folder / f"{form}.json")],
+        "dtype=float32", "--tasks", tasks, "--device", "cpu", "--batch_size", "4",
+        "--output_path", str(folder / f"{form}.json")],
         cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")})
     assert done.returncode == 0, done.stderr[-2000:]
     written = next(folder.glob(f"{form}*.json"))

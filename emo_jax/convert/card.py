@@ -25,7 +25,7 @@ from emo_jax.train.metrics import METRICS, records_and_foreign_lines
 TRANSFORMERS = '''```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{more})
 model = AutoModelForCausalLM.from_pretrained("{repo}"{more})
 inputs = tokenizer(["Once upon a time"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=32)))

@@ -25,9 +25,9 @@ UNTOUCHED = ("bos_token_id", "eos_token_id", "pad_token_id", "output_router_logi
 
 def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, keys: dict[str, Any],
           as_imported: bool = False, leave_out: tuple[str, ...] = (), usage: str = "") -> dict[str, Any]:
-    """Fills the folder. `keys`: of config.json, what the architecture needs beside the `common_keys` less `leave_out`.
-    `as_imported`: keys of the imported config.json that we do not know of stay. `usage`: what of `card.USAGE` the model card
-    shows; by default the layout's."""
+    """Fills the folder. `keys`: of config.json, what the architecture needs beside the `common_keys`. `as_imported`: keys of
+    the imported config.json that we do not know of stay. `leave_out`: keys that it must not have. `usage`: what of `card.USAGE`
+    the model card shows; by default the layout's."""
     plan, dtype = list(entries(layout, found.config.model)), DTYPES[options.dtype]
     write_folder(folder, [Planned(e.name, e.shape) for e in plan],
                  (np.ascontiguousarray(a.astype(dtype, copy=False)) for a in arrays(plan, found)), dtype, options.shard_bytes)
@@ -35,15 +35,14 @@ def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, key
     ids = _token_ids(found, tokenizer)
     if not (folder / "generation_config.json").exists():  # the imported one
         write_json(folder / "generation_config.json", {"do_sample": True} | ids, indent=2)
-    ours = {key: value for key, value in common_keys(found.config, options.dtype).items() if key not in leave_out}
-    ours |= keys | ids | {"bos_token_id": None}
+    ours: dict[str, Any] = common_keys(found.config, options.dtype) | keys | ids | {"bos_token_id": None}
     imported = found.run / HF_FILES / "config.json"
     if as_imported and imported.is_file():
         published = read_json(imported)  # it may have more keys than we know of
         ours = published | {key: value for key, value in ours.items() if key not in published or key not in UNTOUCHED}
     write_text(folder / "README.md", model_card(found, options, ours["architectures"][0], usage or layout))
     # The last one: without it, a folder in a bucket is no model.
-    write_json(folder / "config.json", dict(sorted(ours.items())), indent=2)
+    write_json(folder / "config.json", {key: ours[key] for key in sorted(ours) if key not in leave_out}, indent=2)
     return {"architecture": ours["architectures"][0], "tensors": len(plan), "tokenizer": tokenizer is not None}
 
 
@@ -54,7 +53,7 @@ def common_keys(c: Config, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0, "dtype": dtype, "head_dim": m.head_dim, "hidden_act": "silu", "hidden_size": m.d_model,
         "initializer_range": m.init_std, "intermediate_size": m.d_ff, "max_position_embeddings": c.data.sequence_length,
         "num_attention_heads": m.num_heads, "num_hidden_layers": m.num_layers, "num_key_value_heads": m.num_kv_heads,
-        "rms_norm_eps": m.norm_eps, "rope_scaling": None, "rope_theta": m.rope_theta, "tie_word_embeddings": False,
+        "rms_norm_eps": m.norm_eps, "rope_theta": m.rope_theta, "tie_word_embeddings": False,
         "use_cache": True, "vocab_size": m.vocab_size}
 
 

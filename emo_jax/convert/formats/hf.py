@@ -49,10 +49,12 @@ def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any
     else:
         keys |= {"architectures": ["EmoForCausalLM"], "model_type": "emo", **_expert_keys(found.config, own)}
     derived = m.head_dim * m.num_heads == m.d_model  # by the published code, which has no key for it
+    # transformers 5 warns of the name rope_scaling; imported models have None there.
+    leave_out = [*(["head_dim"] if derived else []), *(["rope_scaling"] if own else [])]
     for file in sorted(FILES.glob("*.py")) if own else ():
         copy_file(file, folder / file.name)
     return folder_lib.write(found, folder, options, layout, keys, as_imported=True,
-                            leave_out=("head_dim",) if derived else (), usage=f"hf-{options.code}")
+                            leave_out=tuple(leave_out), usage=f"hf-{options.code}")
 
 
 def _expert_keys(c: Config, own: bool) -> dict[str, Any]:
