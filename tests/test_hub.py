@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import huggingface_hub
 import pytest
 import tiny
 from hub_server import Hub
@@ -14,8 +15,6 @@ from published import save_new
 
 from emo_jax.cli import main
 from emo_jax.convert import hub
-
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (extra hub)")
 
 
 @pytest.fixture(scope="module")
