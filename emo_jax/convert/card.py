@@ -41,7 +41,7 @@ USAGE = {
     "llama": ("transformers", f"transformers, without remote code:\n\n{STOCK}\n\n{VLLM}"),
     "gguf": ("gguf", "llama.cpp: `llama-cli -hf {repo}`, or `llama-cli -m FILE.gguf` with the file."),
 }
-PUBLISHED = ("Emo_1b14b_1T", "Emo_1b14b_130B", "StdMoE_1b14b_1T", "StdMoE_1b14b_130B", "StdMoE_1b4b_130B", "Dense_1b_130B")
+PUBLISHED = ("Emo_1b14b_1T", "StdMoE_1b4b_130B", "Dense_1b_130B")  # names on the hub that are known to exist
 MAX_LABELS = 40
 
 
