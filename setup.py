@@ -1,6 +1,6 @@
-"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[parquet,report,eval]` for Parquet and
-Arrow files, figures and clusters, tasks; `.[test]`, `.[test-clients]` (PyTorch, transformers, lm-evaluation-harness: some GB)
-and `.[check]` for changing it."""
+"""emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[parquet,report,eval,hub]` for Parquet
+and Arrow files, figures and clusters, tasks, `export --push`; `.[test]`, `.[test-clients]` (PyTorch, transformers,
+lm-evaluation-harness: some GB) and `.[check]` for changing it."""
 
 import pathlib
 import re
@@ -13,7 +13,8 @@ here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
 report = ["matplotlib", "scikit-learn", "scipy"]
 parquet = ["pyarrow>=17"]  # Arrow files and saved Hugging Face datasets too
-evaluation = ["lm-eval>=0.4.13"]
+evaluation = ["lm-eval>=0.4.13", "accelerate>=1.0"]  # accelerate: for `lm_eval --model hf` on an export
+hub = ["huggingface_hub>=0.34"]
 buckets = {"gcs": ["gcsfs>=2025.3"], "s3": ["s3fs>=2025.3"]}
 gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
 
@@ -37,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["emo_jax", "emo_jax.*"]),
-    package_data={"emo_jax": ["py.typed", "**/README.md"]},
+    package_data={"emo_jax": ["py.typed", "**/README.md", "convert/remote_code/*.py"]},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
@@ -54,10 +55,11 @@ setup(
         "report": report,
         "eval": evaluation,
         "gguf": ["gguf>=0.17"],
+        "hub": hub,
         "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
         "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
                  *buckets["gcs"], *buckets["s3"], "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
-        "test-clients": [*evaluation, "torch==2.13.0", "transformers>=5"],
+        "test-clients": [*evaluation, *hub, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more
     },
     entry_points={"console_scripts": ["emo-jax=emo_jax.cli:main"]},

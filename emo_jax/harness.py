@@ -6,6 +6,7 @@ Needs the extra `eval` (lm_eval). Imported only where tasks are asked for.
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ from emo_jax.generation.scoring import Scorer
 from emo_jax.loaded import load
 
 try:
-    from lm_eval import simple_evaluate
+    import datasets
+    from lm_eval.api import model as harness_model
+    from lm_eval.api import task as harness_task
     from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as e:
@@ -139,7 +143,7 @@ class Tasks:
     def _load(self, name: str, file: Path | None) -> list:
         """The tasks (or the group) of this name or in this file, with their data."""
         try:
-            with contextlib.chdir(file.resolve().parent if file else "."):
+            with contextlib.chdir(file.resolve().parent if file else "."), _quiet():
                 found = self.manager.load(file.name if file else name)
         except Exception as e:
             raise InputError(f"--tasks {name} cannot be loaded: {type(e).__name__}: {str(e).strip()[:500]}\n(its data "
@@ -150,13 +154,38 @@ class Tasks:
 
     def __call__(self, lm: EmoLM) -> dict[str, dict[str, Any]]:
         """{task: {"metric,filter": value, ...}}, as the harness reports it."""
-        with contextlib.redirect_stdout(sys.stderr):
-            found = simple_evaluate(lm, tasks=list(self.loaded), num_fewshot=self.num_fewshot, limit=self.limit,
-                                    task_manager=self.manager, log_samples=False, bootstrap_iters=1000)
+        random.seed(0)  # this and the next one: what the harness's own command sets
+        np.random.seed(1234)
+        loaded = self.manager.load(list(self.loaded))
+        for task in loaded["tasks"].values():
+            asked, own = self.num_fewshot, task.get_config("num_fewshot")
+            if own is None or (asked is not None and own != 0):  # a task file's 0 means never any
+                task.set_config(key="num_fewshot", value=asked or 0)
+            task.set_fewshot_seed(seed=1234)
+        # Not `simple_evaluate`: that also asks git and the system's tools in child processes about the machine.
+        with contextlib.redirect_stdout(sys.stderr), _quiet():
+            found = evaluate(lm, loaded, limit=self.limit, log_samples=False, bootstrap_iters=1000)
         if found is None:
             raise RunError("the harness returned no results")
         return {task: {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
                 for task, metrics in {**found["results"], **(found.get("groups") or {})}.items()}
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the progress bars of the harness and of `datasets`; scoring has its own lines."""
+    modules = (harness_model, harness_task)
+    bars, enabled = [m.tqdm for m in modules], datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    for module in modules:
+        module.tqdm = lambda items, *args, **kwargs: items  # ty: ignore[invalid-assignment]  all that is asked of it
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, bars):
+            module.tqdm = bar
+        if enabled:
+            datasets.enable_progress_bars()
 
 
 def evaluate_tasks(path: str, wanted: str, *, subset: str = "", num_fewshot: int | None = None,

@@ -21,7 +21,8 @@ import emo_jax.config  # noqa: E402, F401  before the hook: its fields hold what
 
 install_import_hook("emo_jax", "annotations.check")
 
-CLIENTS = {"test_convert_stock.py": ("torch", "transformers"), "test_harness.py": ("lm_eval",)}
+CLIENTS = {"test_convert_stock.py": ("torch", "transformers"), "test_harness.py": ("lm_eval",),
+           "test_remote_code.py": ("torch", "transformers"), "test_hub.py": ("huggingface_hub",)}
 left_out = [file for file, packages in CLIENTS.items() if not all(map(importlib.util.find_spec, packages))]
 collect_ignore = [*left_out, *([] if GPU else ["test_gpu.py"])]
 

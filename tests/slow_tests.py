@@ -26,6 +26,9 @@ LONG = (
 )
 
 SLOW = (
+    "test_remote_code.py",
+    "test_hub.py::test_what_is_pushed",
+    "test_card.py::test_what_a_card_shows",
     "test_bad_steps.py::test_a_",
     "test_bad_steps.py::test_rows",
     "test_bad_steps.py::test_too",

@@ -51,7 +51,7 @@ def test_out_of_the_published_layout_and_back_is_bit_exact(name, dtype, tmp_path
     source = copy(name, tmp_path / "hf", lambda w: {k: v.astype(cast) for k, v in w.items()}, unknown_key=[1, 2])
     (source / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": [3, 501]}')
     import_checkpoint(str(source), str(tmp_path / "run"))
-    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "back"))
+    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "back"), options=Options(code="published"))
     read = [tensors.Reader(tmp_path / f) for f in ("hf", "back")]
     assert equal_bits(*({n: r.read(n) for n in r.tensors} for r in read))
     before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
@@ -204,10 +204,10 @@ def test_damaged_files_are_named(tmp_path):
 def test_export_refuses_what_it_cannot_write(tmp_path):
     run, _ = save_new(tiny.config(router=dict(semantics="emo_v2")), tmp_path / "v2")
     with pytest.raises(InputError, match="router.semantics=emo_v2 cannot be exported"):
-        export_checkpoint(str(run), str(tmp_path / "out"))
+        export_checkpoint(str(run), str(tmp_path / "out"), options=Options(code="published"))
     run, _ = save_new(tiny.config(model=dict(experts_per_layer=(16, 3))), tmp_path / "few")
     with pytest.raises(InputError, match="model.top_k=4 experts in every layer; layer 1 has 3"):
-        export_checkpoint(str(run), str(tmp_path / "out"))
+        export_checkpoint(str(run), str(tmp_path / "out"), options=Options(code="published"))
     run, _ = save_new(tiny.config(), tmp_path / "run")
     with pytest.raises(InputError, match="--format llama is for dense models"):
         export_checkpoint(str(run), str(tmp_path / "out"), "llama")

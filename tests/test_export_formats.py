@@ -38,7 +38,7 @@ def with_tokenizer(run):
 
 def read(folder):
     """(fields, tensors as float32 by name, their kinds) of the one file in a folder."""
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.gguf")
     reader = gguf.GGUFReader(path)
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).reshape(tuple(t.shape)[::-1]) for t in reader.tensors}
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
@@ -112,7 +112,8 @@ def test_a_subset_is_a_file_of_its_own_size(run, tmp_path):
     export_checkpoint(str(tmp_path / "small"), str(tmp_path / "out"), "gguf", options=Options("f16"))
     fields, tensors, kinds = read(tmp_path / "out")
     assert fields["deepseek.expert_count"] == 4 and tensors["blk.0.ffn_up_exps.weight"].shape == (4, 32, 32)
-    assert kinds["blk.0.ffn_up_exps.weight"] == "F16" and kinds["blk.0.ffn_gate_inp.weight"] == kinds["output_norm.weight"] == "F32"
+    assert [kinds[name] for name in ("blk.0.ffn_up_exps.weight", "blk.0.ffn_gate_inp.weight", "output_norm.weight")] == [
+        "F16", "F32", "F32"]
 
 
 def test_eight_bits_are_within_half_a_step(run, tmp_path):
@@ -155,7 +156,7 @@ def test_what_llama_cpp_cannot_express_is_refused(run, tmp_path):
     (run / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused("llama.cpp knows no pre-tokenizer .*Digits")
     refused("needs --subset FILE", form="expert-profile")
-    refused("writes a whole model; `emo-jax subset extract`", subset="task.json")
+    refused("writes a whole model; make a model of --subset", subset="task.json")
 
 
 def test_every_known_pre_tokenizer_has_a_name_of_its_own():
@@ -168,7 +169,8 @@ def test_a_profile_names_the_kept_experts_first_and_the_others_as_pruned(run, tm
     kept = np.argsort(np.argsort(-scores)) < 5
     subset = full(found.config).with_mask(kept, scores=tuple(map(tuple, scores)), method="router")
     subset.save(tmp_path / "task.json")
-    made = export_checkpoint(str(run), str(tmp_path / "out"), "expert-profile", options=Options(subset=str(tmp_path / "task.json")))
+    made = export_checkpoint(str(run), str(tmp_path / "out"), "expert-profile",
+                             options=Options(subset=str(tmp_path / "task.json")))
     lines = [json.loads(line) for line in (tmp_path / "out/experts.jsonl").read_text().splitlines()]
     for layer, line in enumerate(lines):
         assert list(line) == [str(layer)] and line[str(layer)] == np.argsort(-scores[layer]).tolist()

@@ -1,7 +1,11 @@
 """lm-evaluation-harness on a checkpoint: its numbers equal direct computations."""
 
+import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +18,7 @@ from emo_jax import sharding
 from emo_jax.checkpoints import subset as subset_lib
 from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.cli import main
+from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.errors import InputError
 from emo_jax.generation import scoring
 from emo_jax.harness import EmoLM, Tasks, evaluate_tasks
@@ -68,7 +73,8 @@ def run(tmp_path_factory):
     (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     for name, task in TASKS.items():
         (folder / f"{name}.yaml").write_text(task + DATA)
-    config = tiny_run.tiny_config(folder, f"--train.eval_tasks={folder / 'choice.yaml'}", "--train.steps=4")
+    config = tiny_run.tiny_config(folder, f"--train.eval_tasks={folder / 'choice.yaml'}", "--train.steps=4",
+                                  "--model.head_dim=16")  # as Qwen2-MoE has it
     from emo_jax.harness import TaskEvaluation
 
     loop.train(config, folder / "out", [TaskEvaluation.make])
@@ -173,6 +179,35 @@ def test_texts_end_before_the_words_of_until(run, direct):
                 break
         expected = tokenizer.decode(np.array(ids))[len(context):]
         assert text == expected.split(until)[0]
+
+
+def test_the_terminal_shows_results_and_no_noise(run):
+    """In a process of its own, which is in no git repository."""
+    done = subprocess.run([sys.executable, "-m", "emo_jax", "eval", "out", "--tasks", "choice.yaml,answer.yaml"], cwd=run[0],
+                          capture_output=True, text=True, env=os.environ | {"HF_HOME": str(run[0] / "home")})
+    assert done.returncode == 0 and "local_choice" in done.stdout
+    assert [line for line in done.stderr.splitlines() if not line.startswith("scoring: ")] == []
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("accelerate", "transformers"))),
+                    reason="needs accelerate and transformers (extra test-clients)")
+@pytest.mark.parametrize("form", ["hf", "qwen2_moe"])
+def test_the_harness_finds_the_same_figures_with_an_export(run, form):
+    folder, _ = run
+    export_checkpoint(str(folder / "out"), str(folder / form), form)
+    tasks = ",".join(str(folder / f"{name}.yaml") for name in TASKS)
+    done = subprocess.run([
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder / form},trust_remote_code=True,"
+        "dtype=float32", "--tasks", tasks, "--device", "cpu", "--batch_size", "4",
+        "--output_path", str(folder / f"{form}.json")],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = next(folder.glob(f"{form}*.json"))
+    theirs, ours = json.loads(written.read_text())["results"], evaluate_tasks(str(folder / "out"), tasks)["tasks"]
+    figures = lambda found: {(task, key): f"{value:.4f}" for task, metrics in found.items() for key, value in metrics.items()
+                             if isinstance(value, (int, float)) and "," in key}
+    assert figures(ours) == {key: value for key, value in figures(theirs).items() if key in figures(ours)}
+    assert len(figures(ours)) >= 6
 
 
 def test_what_is_wrong_with_tasks_is_named(tmp_path, run):

@@ -34,7 +34,8 @@ def export_checkpoint(path: str, out: str, form: str = "hf", step: int | None = 
     if chosen.needs_subset and not options.subset:
         raise InputError(f"--format {form} needs --subset FILE, the experts that are kept")
     if options.subset and not chosen.needs_subset:
-        raise InputError(f"--format {form} writes a whole model; `emo-jax subset extract` makes a model of --subset, to export then")
+        raise InputError(f"--format {form} writes a whole model; make a model of --subset with `emo-jax subset extract` and "
+                         f"export that")
     options = options._replace(dtype=_dtype(options.dtype, found, chosen))
     if target.exists() and any(target.iterdir()):
         raise InputError(f"--out {out} is not an empty folder")

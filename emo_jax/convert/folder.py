@@ -9,24 +9,27 @@ import numpy as np
 
 from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
+from emo_jax.convert.card import model_card
 from emo_jax.convert.exporting import DTYPES, arrays
 from emo_jax.convert.formats import Options
 from emo_jax.convert.importing import HF_FILES, NOTE, ROUTER_ROWS
-from emo_jax.convert.layouts import Entry
+from emo_jax.convert.layouts import entries
 from emo_jax.convert.tensors import Planned, read_json, write_folder
 from emo_jax.data.tokenizer import Tokenizer
-from emo_jax.files import AnyPath, copy_file, write_json
+from emo_jax.files import AnyPath, copy_file, write_json, write_text
 
 # Keys that an imported config.json keeps: they are no part of the model.
-UNTOUCHED = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "router_aux_loss_coef",
+UNTOUCHED = ("bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "router_aux_loss_coef",
              "use_cache", "num_shared_experts_per_layer")
 
 
-def write(found: Checkpoint, folder: AnyPath, options: Options, plan: list[Entry], keys: dict[str, Any],
-          as_imported: bool = False) -> dict[str, Any]:
+def write(found: Checkpoint, folder: AnyPath, options: Options, layout: str, keys: dict[str, Any],
+          as_imported: bool = False, leave_out: tuple[str, ...] = (), usage: str = "",
+          routed_scale: float = 1.0) -> dict[str, Any]:
     """Fills the folder. `keys`: of config.json, what the architecture needs beside the `common_keys`. `as_imported`: keys of
-    the imported config.json that we do not know of stay."""
-    dtype = DTYPES[options.dtype]
+    the imported config.json that we do not know of stay. `leave_out`: keys that it must not have. `usage`: what of `card.USAGE`
+    the model card shows; by default the layout's. `routed_scale`: see `layouts.entries`."""
+    plan, dtype = list(entries(layout, found.config.model, routed_scale)), DTYPES[options.dtype]
     write_folder(folder, [Planned(e.name, e.shape) for e in plan], (_cast(a, dtype) for a in arrays(plan, found)), dtype,
                  options.shard_bytes)
     tokenizer = _write_tokenizer(found, folder)
@@ -38,8 +41,9 @@ def write(found: Checkpoint, folder: AnyPath, options: Options, plan: list[Entry
     if as_imported and imported.is_file():
         published = read_json(imported)  # it may have more keys than we know of
         ours = published | {key: value for key, value in ours.items() if key not in published or key not in UNTOUCHED}
+    write_text(folder / "README.md", model_card(found, options, ours["architectures"][0], usage or layout))
     # The last one: without it, a folder in a bucket is no model.
-    write_json(folder / "config.json", dict(sorted((k, v) for k, v in ours.items() if v is not ...)), indent=2)
+    write_json(folder / "config.json", {key: ours[key] for key in sorted(ours) if key not in leave_out}, indent=2)
     return {"architecture": ours["architectures"][0], "tensors": len(plan), "tokenizer": tokenizer is not None}
 
 
@@ -58,7 +62,7 @@ def common_keys(c: Config, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0, "dtype": dtype, "head_dim": m.head_dim, "hidden_act": "silu", "hidden_size": m.d_model,
         "initializer_range": m.init_std, "intermediate_size": m.d_ff, "max_position_embeddings": c.data.sequence_length,
         "num_attention_heads": m.num_heads, "num_hidden_layers": m.num_layers, "num_key_value_heads": m.num_kv_heads,
-        "rms_norm_eps": m.norm_eps, "rope_scaling": None, "rope_theta": m.rope_theta, "tie_word_embeddings": False,
+        "rms_norm_eps": m.norm_eps, "rope_theta": m.rope_theta, "tie_word_embeddings": False,
         "use_cache": True, "vocab_size": m.vocab_size}
 
 
@@ -86,5 +90,6 @@ def _write_tokenizer(found: Checkpoint, target: AnyPath) -> Tokenizer | None:
         pad = "<|pad|>" if tokenizer.token_id("<|pad|>") is not None else tokenizer.eos_token
         write_json(target / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token, "pad_token": pad,
+            "padding_side": "left", "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False, "model_max_length": found.config.data.sequence_length}, indent=2)
     return tokenizer

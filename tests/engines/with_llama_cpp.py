@@ -1,13 +1,14 @@
-"""llama.cpp, by llama-cpp-python."""
+"""llama.cpp, by llama-cpp-python; keys and values are kept in float32, as float16 would be another function."""
 
 import sys
 
 import numpy as np
 from answers import PROMPT, TIMED, WRITTEN, of_logits, rows, save, timed
-from llama_cpp import Llama
+from llama_cpp import GGML_TYPE_F32, Llama
 
 tokens = rows()
-model = Llama(sys.argv[1], n_ctx=max(tokens.shape[1], PROMPT + TIMED), logits_all=True, verbose=False, use_mmap=False)
+model = Llama(sys.argv[1], n_ctx=max(tokens.shape[1], PROMPT + TIMED), logits_all=True, verbose=False, use_mmap=False,
+              type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
 
 
 def logits(row):

@@ -22,6 +22,9 @@ class Options(NamedTuple):
     dtype: str = "auto"  # one of the format's; auto: that of the checkpoint it was imported from, else the format's first
     shard_bytes: int = 5 * 10**9  # of one safetensors file
     subset: str = ""  # file, of a format that needs one
+    code: str = "own"  # of the published layout, whose modeling code: own (in the folder) or published (on the hub)
+    license: str = ""  # the hub's name of it, e.g. apache-2.0; "": the card states none
+    repo: str = ""  # ORGANISATION/NAME on the hub, as the card names the model; "": the folder itself
 
 
 class Format(NamedTuple):

@@ -29,18 +29,18 @@ def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any
     subset, top_k = load(options.subset, found), found.config.model.routed_top_k
     for layer, kept in enumerate(subset.kept):
         if len(kept) < top_k:
-            raise InputError(f"subset {options.subset}: layer {layer} keeps {len(kept)} routed experts; servers choose {top_k} for "
-                             f"every token of a model that is whole (subset extract makes a smaller one)")
+            raise InputError(f"subset {options.subset}: layer {layer} keeps {len(kept)} routed experts; servers choose {top_k} "
+                             f"for every token of a model that is whole (subset extract makes a smaller one)")
     counts = {len(kept) for kept in subset.kept}
     if len(counts) > 1:
-        raise InputError(f"subset {options.subset} keeps {min(counts)} to {max(counts)} routed experts; a profile keeps as many in "
-                         f"every layer")
+        raise InputError(f"subset {options.subset} keeps {min(counts)} to {max(counts)} routed experts; a profile keeps "
+                         f"as many in every layer")
     ratio = 1 - counts.pop() / subset.num_routed
     write_text(folder / "experts.jsonl", "".join(
         json.dumps({str(layer): order}) + "\n" for layer, order in enumerate(ranking(subset))))
     write_json(folder / "profile.json", {
         "version": 1, "model": found.config.name, "workload": subset.calibration.get("path", ""),
-        "pruned_experts": [[layer, expert] for layer, row in enumerate(subset.mask()) for expert in np.flatnonzero(~row).tolist()]})
+        "pruned_experts": np.argwhere(~subset.mask()).tolist()})
     return {"architecture": "expert profile", "tensors": 0, "expert_prune_ratio": ratio}
 
 

@@ -20,12 +20,13 @@ import numpy as np
 
 from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config, ModelConfig
+from emo_jax.convert.card import model_card
 from emo_jax.convert.exporting import arrays
 from emo_jax.convert.formats import Format, Options
 from emo_jax.convert.gguf_tokenizer import add_tokenizer, require_tokenizer
 from emo_jax.convert.layouts import Entry, require_same_experts
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath
+from emo_jax.files import AnyPath, write_text
 
 KINDS = {"float16": "F16", "float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 BLOCK = 32  # values of a row that q8_0 and q4_0 give one scale
@@ -69,6 +70,7 @@ def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any
         if local.parent != folder:
             with local.open("rb") as source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 24)
+    write_text(folder / "README.md", model_card(found, options, architecture, "gguf"))
     return {"architecture": architecture, "tensors": len(plan), "file": name, "tokenizer": True}
 
 

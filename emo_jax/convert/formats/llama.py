@@ -8,7 +8,6 @@ from emo_jax.checkpoints.checkpoint import Checkpoint
 from emo_jax.config import Config
 from emo_jax.convert import folder as folder_lib
 from emo_jax.convert.formats import Format, Options
-from emo_jax.convert.layouts import entries
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
 
@@ -19,7 +18,7 @@ def require(c: Config) -> None:
 
 
 def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any]:
-    return folder_lib.write(found, folder, options, list(entries("llama", found.config.model)), {
+    return folder_lib.write(found, folder, options, "llama", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False})
 
 
