@@ -24,7 +24,8 @@ install_import_hook("emo_jax", "annotations.check")
 CLIENTS = {"test_convert_stock.py": ("torch", "transformers"), "test_harness.py": ("lm_eval",),
            "test_remote_code.py": ("torch", "transformers"), "test_hub.py": ("huggingface_hub",)}
 left_out = [file for file, packages in CLIENTS.items() if not all(map(importlib.util.find_spec, packages))]
-collect_ignore = [*left_out, *([] if GPU else ["test_gpu.py"])]
+own_runs = {"test_gpu.py": GPU, "test_engines.py": "EMO_JAX_ENGINES" in os.environ}  # `launch/test.sh --gpu`, `--engines`
+collect_ignore = [*left_out, *(file for file, asked in own_runs.items() if not asked)]
 
 
 def pytest_addoption(parser):
