@@ -2,7 +2,8 @@
 
 Writes a synthetic checkpoint of its shape (27 GB of random bfloat16, a shard at a time), then runs the commands that a person
 would, each in a process of its own, and prints its time, peak memory and bytes read. Needs about 70 GB of disk at
-`emo_1b14b_1t`; `--config emo_small` tries it with little.
+`emo_1b14b_1t`; `--config emo_small`, or fields (`--model.num_layers=4`), try it with less. With `--engines DIR` (of
+launch/engines.sh) the whole model and its subsets are then run by llama.cpp and vLLM.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from emo_jax.convert.folder import common_keys
 from emo_jax.convert.layouts import entries
 from emo_jax.convert.tensors import Planned, write_folder
 
+ENGINES = Path(__file__).parent / "engines"
 LOAD = """
 import sys
 from emo_jax.checkpoints.checkpoint import open_checkpoint
@@ -41,27 +43,38 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--config", default="emo_1b14b_1t")
-    parser.add_argument("--keep", type=int, default=16)
-    parser.add_argument("--whole", action="store_true", help="also a GGUF file of the whole model")
-    arguments = parser.parse_args()
-    folder, config = arguments.folder, load_config(arguments.config, [])
+    parser.add_argument("--keep", default="16", help="experts of the subsets: 32,16")
+    parser.add_argument("--whole", action="store_true", help="also exports of the whole model")
+    parser.add_argument("--formats", default="qwen2_moe:bfloat16,gguf:q8_0")
+    parser.add_argument("--engines", type=Path)
+    arguments, overrides = parser.parse_known_args()
+    folder, config = arguments.folder, load_config(arguments.config, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     write_synthetic(folder / "published", config, arguments.tokenizer)
     command = str(Path(sys.executable).with_name("emo-jax"))
-    run, small = folder / "run", folder / "small"
+    run, m = folder / "run", config.model
     step("import", [command, "import", folder / "published", "--out", run])
-    found = open_checkpoint(run)
-    m = config.model
+    for file in (folder / "published").glob("*.safetensors"):
+        file.unlink()
+    found, models = open_checkpoint(run), {"whole": run} if arguments.whole else {}
     order = np.random.default_rng(0).permuted(np.tile(np.arange(m.num_routed_experts), (m.num_layers, 1)), axis=1)
-    subset = subset_lib.full(found.config).with_mask(order < arguments.keep - m.num_shared_experts, method="random")
-    subset.save(folder / "subset.json")
-    step("load the subset from it", [sys.executable, "-c", LOAD, run, folder / "subset.json"])
-    step("subset extract", [command, "subset", "extract", run, "--subset", folder / "subset.json", "--out", small])
-    step("export the subset, bfloat16", [command, "export", small, "--format", "qwen2_moe", "--out", folder / "hf"])
-    gguf = ["--format", "gguf", "--dtype", "q8_0", "--out"]
-    step("export the subset, GGUF q8_0", [command, "export", small, *gguf, folder / "gguf"])
-    if arguments.whole:
-        step("export the whole, GGUF q8_0", [command, "export", run, *gguf, folder / "gguf-whole"])
+    for keep in map(int, arguments.keep.split(",")):
+        subset = subset_lib.full(found.config).with_mask(order < keep - m.num_shared_experts, method="random")
+        subset.save(folder / f"{keep}.json")
+        step(f"load {keep} experts from it", [sys.executable, "-c", LOAD, run, folder / f"{keep}.json"])
+        models[str(keep)] = folder / f"{keep}"
+        step(f"subset extract, {keep}", [command, "subset", "extract", run, "--subset", folder / f"{keep}.json", "--out",
+                                         models[str(keep)]])
+    np.save(folder / "rows.npy", np.random.default_rng(0).integers(0, m.vocab_size, (2, 64)).astype(np.int32))
+    for form, dtype in (entry.split(":") for entry in arguments.formats.split(",")):
+        for name, model in models.items():
+            out = folder / f"{name}-{form}"
+            step(f"export {name}, {form} {dtype}", [command, "export", model, "--format", form, "--dtype", dtype, "--out", out])
+            if arguments.engines:
+                engine, path = ("llama_cpp", next(out.glob("*.gguf"))) if form == "gguf" else ("vllm", out)
+                step(f"  in {engine}", [arguments.engines / engine / "bin/python", ENGINES / f"with_{engine}.py", path,
+                                        folder / "rows.npy", folder / "answers.npz"], VLLM_DTYPE=dtype)
+                print(f"  {float(np.load(folder / 'answers.npz')['written']):.1f} tokens/s", flush=True)
 
 
 def write_synthetic(folder: Path, config: Config, tokenizer: Path) -> None:
@@ -84,9 +97,9 @@ def write_synthetic(folder: Path, config: Config, tokenizer: Path) -> None:
         "num_shared_experts": m.num_shared_experts}))
 
 
-def step(what: str, command: list) -> None:
+def step(what: str, command: list, **environment: str) -> None:
     began, read = time.monotonic(), 0
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env=os.environ | environment)
     while True:
         pid, status, used = os.wait4(process.pid, os.WNOHANG)
         if pid:

@@ -11,6 +11,7 @@ from published import copy, golden, open_params, outputs, save_new
 from safetensors.numpy import load_file, save_file
 from test_training_oracle import FIXTURES, from_published
 
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.convert import importing, tensors
 from emo_jax.convert.description import require_same
@@ -199,6 +200,32 @@ def test_damaged_files_are_named(tmp_path):
         import_checkpoint(str(source), str(tmp_path / "run"))
     with pytest.raises(InputError, match="no checkpoint at"):
         import_checkpoint(str(tmp_path / "nowhere"), str(tmp_path / "run"))
+
+
+def test_the_later_router_comes_back_as_it_went(tmp_path):
+    run, _ = save_new(tiny.config(router=dict(semantics="emo_v2")), tmp_path / "run")
+    export_checkpoint(str(run), str(tmp_path / "hf"))
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "back"))
+    back = open_checkpoint(tmp_path / "back")
+    assert back.config.router.semantics == "emo_v2" and back.config.router.load_balance_weight == 0.01
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
+    np.testing.assert_array_equal(outputs(*open_params(run), tokens)[0], outputs(*open_params(tmp_path / "back"), tokens)[0])
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"routed_scaling_factor": 2.0}))
+    with pytest.raises(InputError, match=r"routed_scaling_factor=2.0 is not supported; .* true with 3.0 \(emo_v2\)"):
+        import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "no"))
+
+
+def test_later_upstream_models_are_refused_by_what_they_have(tmp_path):
+    folder = copy("emo", tmp_path / "later", architectures=["Olmo3MoeForCausalLM"], model_type="olmo3moe", use_peri_ln=True,
+                  use_rope=False, latent_moe_dim=32, layer_types=["linear_attention", "full_attention"], embed_scale=1.0)
+    with pytest.raises(InputError, match=r"norms behind attention.*; use_peri_ln=True; use_rope=False; latent_moe_dim=32; "
+                                         "layer_types has linear_attention$"):
+        import_checkpoint(str(folder), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    save_file({"blocks.0.routed_experts.w_down": np.zeros((2, 2), np.float32)}, tmp_path / "state.safetensors")
+    with pytest.raises(InputError, match="of the later trainer .blocks.0.routed_experts.w_down."):
+        import_checkpoint(str(tmp_path / "state.safetensors"), str(tmp_path / "run"))
 
 
 def test_export_refuses_what_it_cannot_write(tmp_path):

@@ -45,6 +45,10 @@ def import_checkpoint(source: str, out: str, config_name: str = "", overrides: S
         raise InputError(f"no checkpoint at {source}: no such file or folder")
     reader = Reader(folder)
     published = {}
+    later = next((name for name in reader.tensors if name.startswith("blocks.") and ".routed_experts" in name), None)
+    if later:
+        raise InputError(f"{source} is a state dict of the later trainer ({later}), whose blocks have norms behind attention "
+                         f"and experts, ours before them: it cannot be imported")
     if any(name.startswith("blocks.") for name in reader.tensors):
         layout = "olmo_core"
         if not config_name:
@@ -58,6 +62,8 @@ def import_checkpoint(source: str, out: str, config_name: str = "", overrides: S
         if config_name:
             config = config_lib.load_config(config_name, list(overrides))
             description.require_same(config.model, found, config_name, where)
+            if found.num_experts and config.router.semantics != (theirs := description.semantics_of(found, published, where)):
+                raise InputError(f"config {config_name} has router.semantics={config.router.semantics}; {where} has {theirs}")
         else:
             config = config_lib.override(description.new_config(found, published, _name(folder)), overrides)
     plan = list(entries(layout, config.model))
