@@ -57,7 +57,7 @@ setup(
         "gguf": ["gguf>=0.17"],
         "hub": hub,
         "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
-        "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
+        "test": ["gguf", "pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
                  *buckets["gcs"], *buckets["s3"], "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
         "test-clients": [*evaluation, *hub, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more

@@ -49,6 +49,7 @@ SLOW = (
     "test_convert.py::test_an_imported",
     "test_convert.py::test_out_of_a",
     "test_convert_stock.py",
+    "test_export_formats.py::test_the_graph",
     "test_data_evaluation.py::test_a_run",
     "test_data_pipeline.py::test_any_batch",
     "test_data_robustness.py::test_a_document_of_ten",

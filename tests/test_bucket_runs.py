@@ -151,6 +151,9 @@ def test_an_export_to_a_bucket_and_back_is_bit_exact(done, folder, tmp_path):
     assert names(f"{done}/hf") == {f"/{name}" for name in local}
     with pytest.raises(InputError, match="is not an empty folder"):
         export_checkpoint(done, f"{done}/hf")
+    made = [export_checkpoint(run, f"{out}/gguf", "gguf", step=4)["file"]
+            for run, out in ((done, done), (str(folder / "local"), str(tmp_path)))]
+    assert (at(done) / "gguf" / made[0]).read_bytes() == (tmp_path / "gguf" / made[1]).read_bytes()
     import_checkpoint(f"{done}/hf", f"{done}/back")
     assert open_checkpoint(f"{done}/back").hash == open_checkpoint(done).hash
     assert f"/checkpoints/0/{COMMITTED}" in names(f"{done}/back") and "/hugging_face/config.json" in names(f"{done}/back")
