@@ -122,3 +122,38 @@ def test_a_run_names_its_last_good_checkpoint(tmp_path):
             process.kill()
             process.communicate()
     assert status == 75 and f"of step {max(checkpoint.steps(out / 'checkpoints'))} in {out / 'checkpoints'}. The same" in err
+
+
+# A process of two that never meets the other, with limits of seconds: before they join, and at a barrier.
+ALONE = """
+import sys
+from emo_jax import cli, processes
+from emo_jax.commands import Command
+
+processes.JOIN_S, processes.BARRIER_S = 3.0, 2
+
+def run(args):
+    if processes.jax.process_index() == 0:
+        processes.wait_for_all("a place")
+    import time
+    time.sleep(10)
+
+cli.COMMANDS = (Command("meet", "meet", lambda parser: None, run, (), devices=True),)
+sys.exit(cli.main(["meet"]))
+"""
+
+
+def test_a_run_whose_other_process_never_starts_says_so_and_asks_for_a_restart():
+    first, second = start_command(["-c", ALONE], 2)
+    second.kill()
+    second.communicate()
+    status, err = ended(first)
+    assert status == 75 and re.search(r"did not all come to localhost:\d+ within 3 s: one is lost", err), err
+
+
+def test_a_place_that_a_process_does_not_come_to_is_named():
+    started = start_command(["-c", ALONE], 2)
+    status, err = ended(started[0])
+    assert status == 75 and "not all processes came to 'a place' within 2 s" in err, err
+    started[1].kill()
+    started[1].communicate()
