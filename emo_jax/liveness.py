@@ -49,13 +49,15 @@ class Liveness:
         self._changed = dict.fromkeys(self._watched, 0.0)
         self._marks: dict[int, tuple[int, str]] = {}
         self._leaving = False
-        for work in (self._show, self._judge):
-            threading.Thread(target=work, name="liveness", daemon=True).start()
+        self._left = threading.Event()
+        self._threads = [threading.Thread(target=work, name="liveness", daemon=True) for work in (self._show, self._judge)]
+        for thread in self._threads:
+            thread.start()
 
     def _show(self) -> None:
         """Signs of life, there and back. Where the coordinator is gone, a call may never return."""
         beat = 0
-        while True:
+        while not self._left.is_set():
             beat += 1
             try:
                 self._store.key_value_set(f"{_ALIVE}{self._index}", f"{beat} {socket.gethostname()}", allow_overwrite=True)
@@ -63,12 +65,12 @@ class Liveness:
                     (f"{_ALIVE}0", self._store.key_value_try_get(f"{_ALIVE}0"))]
                 ended = self._store.key_value_dir_get(_ENDED)
             except Exception:  # the first process is not there (yet)
-                time.sleep(_TICK_S)
+                self._left.wait(_TICK_S)
                 continue
             for key, value in alive:
                 self._saw(int(key.rpartition("/")[2]), value)
             self._marks = {int(key.rpartition("/")[2]): tuple(json.loads(value)) for key, value in ended}
-            time.sleep(BEAT_S)
+            self._left.wait(BEAT_S)
 
     def _saw(self, index: int, beat: str) -> None:
         if index in self._changed and self._beats.get(index) != beat:
@@ -117,10 +119,14 @@ class Liveness:
                 time.sleep(_TICK_S)  # the marks end with this process
 
     def leave(self, status: int) -> None:
-        """A good end: returns when all have come to theirs. If one of them is lost by then, this process ends at once."""
+        """A good end: returns when all have come to theirs. If one of them is lost by then, this process ends at once. The
+        threads are waited for, as Python would abort one that comes back from JAX's client while it shuts down."""
         self._done = status
         jax.distributed.shutdown()
         self._leaving = True
+        self._left.set()
+        for thread in self._threads:
+            thread.join(LEAVE_S)
 
 
 _watch: Liveness | None = None

@@ -16,6 +16,7 @@ LONG = (
     "test_bad_steps.py::test_a_step_that_is_not_finite_changes_nothing_but_the_step[2",
     "test_bad_steps.py::test_a_stop_while",
     "test_bad_steps.py::test_a_damaged_list",
+    "test_bad_steps.py::test_two_processes",
     "test_descriptions.py::test_a_run_whose_checkpoints_are_gone_starts_over_only_when_told_to[lost1",
     "test_lost_processes.py::test_a_killed_process_is_named_by_all",
     "test_lost_processes.py::test_a_stopped_process",

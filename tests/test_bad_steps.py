@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 import tiny
 from tiny_run import records, series, tiny_config
+from two_processes import finish, start_command
 
 from emo_jax import cli, sharding
 from emo_jax.checkpoints import checkpoint
@@ -282,3 +284,47 @@ def test_a_damaged_list_of_rows_is_found_and_made_again(folder, tmp_path, poison
     train(config, tmp_path / "run")
     assert "its checksum differs" in capfd.readouterr().err
     assert series(tmp_path / "run") == before and file.read_text() == text
+
+
+TOGETHER = """
+import json, math, sys
+import numpy as np
+from emo_jax import cli
+from emo_jax.train import loop
+from test_bad_steps import Changed, key
+
+poisoned, left_out, *arguments = sys.argv[1:]
+poisoned, left_out = set(json.loads(poisoned)), set(json.loads(left_out))
+batches_of = loop.batches_of
+
+class LeavingOut(Changed):
+    def __next__(self):
+        batch = super().__next__()
+        while key(batch) in left_out:
+            batch = super().__next__()
+        return batch
+
+def change(batch):
+    return batch | {"loss_weights": np.full_like(batch["loss_weights"], math.nan)} if key(batch) in poisoned else batch
+
+loop.batches_of = lambda *args: LeavingOut(batches_of(*args), change)
+sys.exit(cli.main(arguments))
+"""
+
+
+def test_two_processes_roll_back_together_when_the_rows_of_one_are_bad(folder, tmp_path):
+    config, found = tiny_config(folder, *CHEAP), []
+    for process in (0, 1):
+        documents = loop.DocumentsOfPhases(folder).of(config)
+        batches = loop.TextBatches(config, documents, (process, 2), None)
+        found.append([key(next(batches)) for _ in range(13)][5:])
+        batches.close()
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1))\n" + TOGETHER
+    overrides = ("--mesh.data=4", "--mesh.fsdp=1", "--data.eval_fraction=0.0", "--train.steps=16", "--checkpoint.every=4")
+    for name, poisoned, left_out in (("run", found[1], []), ("other", [], found[0] + found[1])):
+        started = start_command(["-c", program, str(Path(__file__).parent), json.dumps(poisoned), json.dumps(left_out), "train",
+                                 str(folder / "tiny.py"), "--out", str(tmp_path / name), "--json", *overrides], 2)
+        assert finish(started)["step"] == 16
+    (rollback_of,) = json.loads((tmp_path / "run" / rollback.FILE).read_text())["rollbacks"]
+    assert (rollback_of["step"], rollback_of["batches"], rollback_of["back_to"]) == (6, 8, 4)
+    assert series(tmp_path / "run") == series(tmp_path / "other")

@@ -15,6 +15,7 @@ from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.checkpoints.subset import full
 from emo_jax.convert.exporting import export_checkpoint
 from emo_jax.convert.formats import Options
+from emo_jax.convert.formats.expert_profile import prune_ratio
 from emo_jax.convert.gguf_tokenizer import PRE_TOKENIZERS
 from emo_jax.errors import InputError
 from emo_jax.surgery.extract import extract
@@ -174,7 +175,9 @@ def test_a_profile_names_the_kept_experts_first_and_the_others_as_pruned(run, tm
     lines = [json.loads(line) for line in (tmp_path / "out/experts.jsonl").read_text().splitlines()]
     for layer, line in enumerate(lines):
         assert list(line) == [str(layer)] and line[str(layer)] == np.argsort(-scores[layer]).tolist()
-    assert made["expert_prune_ratio"] == pytest.approx(1 - 5 / 15)
+    assert int(15 * (1.0 - made["expert_prune_ratio"])) == 5
+    for routed in (15, 31, 127, 511):  # as the server counts, which cuts off
+        assert all(int(routed * (1.0 - prune_ratio(k, routed))) == k for k in range(1, routed + 1))
     profile = json.loads((tmp_path / "out/profile.json").read_text())
     pruned = np.zeros_like(kept)
     pruned[tuple(zip(*profile["pruned_experts"]))] = True

@@ -1,8 +1,8 @@
-"""Which experts a server shall keep of a model that it has whole (an export of it as qwen2_moe, whose expert ids are these).
+"""Which experts a server shall keep of a model that it has whole, by the ids that they have in every other format.
 
 Two files, in the forms that servers have proposed and not yet released: `experts.jsonl`, a line for each layer with all its
-routed experts, best first (vllm-ascend's `expert_list_file`, pull request 12525, which keeps the share
-1 - `expert_prune_ratio` of them); and `profile.json`, the pairs [layer, expert] that are not kept (vLLM's
+routed experts, best first (vllm-ascend's `expert_list_file`, pull request 12525, so far for Qwen3-MoE alone, which keeps
+int(n (1 - `expert_prune_ratio`)) of n); and `profile.json`, the pairs [layer, expert] that are not kept (vLLM's
 `--riy-expert-profile`, pull request 37824).
 """
 
@@ -35,13 +35,18 @@ def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any
     if len(counts) > 1:
         raise InputError(f"subset {options.subset} keeps {min(counts)} to {max(counts)} routed experts; a profile keeps "
                          f"as many in every layer")
-    ratio = 1 - counts.pop() / subset.num_routed
+    ratio = prune_ratio(counts.pop(), subset.num_routed)
     write_text(folder / "experts.jsonl", "".join(
         json.dumps({str(layer): order}) + "\n" for layer, order in enumerate(ranking(subset))))
     write_json(folder / "profile.json", {
         "version": 1, "model": found.config.name, "workload": subset.calibration.get("path", ""),
         "pruned_experts": np.argwhere(~subset.mask()).tolist()})
-    return {"architecture": "expert profile", "tensors": 0, "expert_prune_ratio": ratio}
+    return {"architecture": f"expert profile, expert_prune_ratio {ratio:.6g}", "tensors": 0, "expert_prune_ratio": ratio}
+
+
+def prune_ratio(kept: int, routed: int) -> float:
+    """With which int(routed (1 - ratio)) is `kept`, whatever is rounded."""
+    return max(0.0, 1 - (kept + 0.5) / routed)
 
 
 def ranking(subset: Subset) -> list[list[int]]:

@@ -63,7 +63,7 @@ def write(found: Checkpoint, folder: AnyPath, options: Options) -> dict[str, Any
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for e, kind, values in zip(plan, kinds, arrays(plan, found)):
-            if kind.name == "F16" and not np.abs(values).max(initial=0) < 65504:
+            if kind.name == "F16" and not -65504 < values.min() <= values.max() < 65504:
                 raise InputError(f"{e.name}: values beyond 65,504, the largest of float16; give --dtype bf16")
             writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(values), kind).view(np.uint8))
         writer.close()
