@@ -20,6 +20,7 @@ import emo_jax
 from emo_jax import ending, failures
 from emo_jax.commands import (
     Command,
+    analyze,
     bench,
     compile,
     completion,
@@ -39,8 +40,8 @@ from emo_jax.commands.arguments import take_overrides
 from emo_jax.errors import InputError
 from emo_jax.progress import is_primary
 
-COMMANDS = (train.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, generate.COMMAND,
-            import_.COMMAND, export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
+COMMANDS = (train.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, analyze.COMMAND,
+            generate.COMMAND, import_.COMMAND, export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS, compile.COMMAND,
             completion.COMMAND)
 GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
           "data": "the documents of a config", "bench": "speed against the ideal of this machine"}

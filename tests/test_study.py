@@ -1,10 +1,8 @@
-"""What is measured of routers (on activations whose answer is known), and the study of two small models from end to end."""
+"""The study of two small models from end to end."""
 
 import contextlib
-import dataclasses
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -16,59 +14,12 @@ import pytest
 from tiny_run import config_file, tiny_config
 
 from emo_jax import cli
-from emo_jax.analysis import clusters, information
-from emo_jax.analysis.activations import Activations, collect
 from emo_jax.config import difference, load_config
-from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError, RunError
-from emo_jax.loaded import load
 from emo_jax.study import report, variants
 from emo_jax.study import run as study_run
 from emo_jax.study.measure import measure
-from emo_jax.subsets import calibration, modularity
 from emo_jax.train.loop import train
-
-LABELS, PIECES, LENGTH, R = 4, 40, 100, 8
-
-
-def activations(expert_of, seed=0) -> Activations:
-    """Tokens of 40 pieces, each of one of 4 labels; `expert_of(label, token)` is the expert of layer 0, and that of layer 1
-    is drawn at random."""
-    draw = np.random.default_rng(seed)
-    pieces = np.repeat(np.arange(PIECES), LENGTH)
-    labels, tokens = pieces % LABELS, draw.integers(0, 20, PIECES * LENGTH)
-    experts = np.stack([np.vectorize(expert_of)(labels, tokens), draw.integers(0, R, len(tokens))], axis=1)
-    probabilities = np.eye(R, dtype=np.float32)[experts]
-    return Activations(probabilities, experts[..., None], tokens, pieces, labels, tuple("abcd"))
-
-
-def test_experts_of_labels():
-    a = activations(lambda label, token: label)
-    by_label, by_token = information.label_information(a), information.token_information(a)
-    assert by_label[0] == pytest.approx(math.log(LABELS), abs=0.2) and abs(by_label[1]) < 0.01
-    assert np.all(abs(by_token) < 0.01)  # above chance: shuffled tokens show as much
-    agreed = clusters.agreement(a, clusters.cluster(a, 16))
-    assert agreed["label"] > 0.5 and abs(agreed["token"]) < 0.02
-    assert information.effective_experts(a) == pytest.approx([1.0, 8.0], rel=0.06)
-
-
-def test_experts_of_tokens():
-    a = activations(lambda label, token: token % R)
-    by_label, by_token = information.label_information(a), information.token_information(a)
-    assert by_token[0] == pytest.approx(math.log(R), abs=0.2) and abs(by_token[1]) < 0.01
-    assert abs(by_label[0]) < 0.01
-    first = dataclasses.replace(a, probabilities=a.probabilities[:, :1], expert_ids=a.expert_ids[:, :1])
-    agreed = clusters.agreement(first, clusters.cluster(first, R))
-    assert agreed["token"] > 0.5 and abs(agreed["label"]) < 0.02
-
-
-def test_a_piece_has_experts_of_its_own_without_telling_its_label():
-    a = activations(lambda label, token: 0)
-    own = np.random.default_rng(1).integers(0, R, PIECES)[a.pieces]
-    a = dataclasses.replace(a, probabilities=np.eye(R)[np.stack([own, own], 1)])
-    assert np.all(abs(information.label_information(a)) < 0.15)
-    shuffled_tokens = information._between(a.probabilities, a.labels)
-    assert np.all(shuffled_tokens > 0.15)  # what is subtracted is not nothing
 
 
 @pytest.fixture(scope="module")
@@ -125,22 +76,6 @@ def test_measures_on_the_run_s_own_text(study):
     """Without --data: what the run held out and left out, and nothing that it was trained on."""
     found = measure(str(study / "emo" / "0"), methods=("router",), choosing=(2,))
     assert found["labels"] == {"trained": ["color"], "left_out": ["count"]}
-
-
-def test_activations_are_those_of_the_text(study):
-    opened = load(str(study / "emo" / "0"))
-    source = open_source(opened.config.data)
-    text = calibration.from_source(opened.config, source, opened.tokenizer, {"color": [0, 2], "count": [1]})
-    a = collect(opened, text)
-    assert len(a.tokens) == text.fields["segment_ids"].astype(bool).sum() == sum(x["tokens"] for x in text.about)
-    assert a.probabilities.sum(axis=2) == pytest.approx(1, abs=1e-5)
-    top = np.take_along_axis(a.probabilities, a.expert_ids, axis=2)
-    assert np.all(top[:, :, 0] == a.probabilities.max(axis=2))
-    shares = np.stack([a.probabilities[a.labels == i].mean(axis=0) for i in (0, 1)])
-    counts = np.bincount(a.labels).astype(float)
-    assert np.all(modularity.mutual_information(shares, counts) >= 0)
-    fewer = collect(opened, text, max_tokens=40)
-    assert 0 < len(fewer.tokens) < len(a.tokens)
 
 
 def test_what_cannot_be_compared(study, tmp_path):

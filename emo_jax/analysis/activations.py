@@ -1,66 +1,182 @@
-"""What the routers do with text, token by token: probabilities and choices of every layer."""
+"""What the routers do with text, token by token: probabilities and choices of every layer, and losses.
+
+In memory for little text, and memory-mapped in a folder for much: 2 L R + L k + 4 bytes a token. What was interrupted in a
+folder goes on where it stopped.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from emo_jax import compat, model
+from emo_jax.analysis.text import Text
+from emo_jax.files import write_json
 from emo_jax.loaded import LoadedModel
 from emo_jax.processes import gather_global
-from emo_jax.subsets.calibration import Calibration
-from emo_jax.subsets.sweep import batches
+from emo_jax.progress import Progress
+from emo_jax.rounding import round_up
+from emo_jax.sharding import BATCH, TOKENS, batch_shards, place, reshard
 
-MAX_TOKENS = 1 << 16  # whose probabilities are kept: 4 x L x R bytes each
+BATCH_TOKENS = 1 << 14
+FLUSH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the routers did with n tokens, without padding. A piece is a document, or the part of one that is in a row."""
+    """Of n tokens; from one forward pass without pools."""
 
-    probabilities: Float[np.ndarray, "n L R"]  # the router's, over all routed experts
+    text: Text
+    probabilities: Float[np.ndarray, "n L R"]  # the routers', over all routed experts; float16
     expert_ids: Int[np.ndarray, "n L k"]
-    tokens: Int[np.ndarray, "n"]  # token ids
-    pieces: Int[np.ndarray, "n"]  # 0, 1, ...
-    labels: Int[np.ndarray, "n"]  # the number of the token's label in `names`
-    names: tuple[str, ...]
+    nats: Float[np.ndarray, "n"]  # loss of the next token; 0 at a document's end
+
+    @property
+    def layers(self) -> int:
+        return self.probabilities.shape[1]
+
+    @property
+    def experts(self) -> int:
+        return self.probabilities.shape[2]
+
+    @cached_property
+    def probability_sums(self) -> Float[np.ndarray, "D L R"]:
+        return self.text.sums(self.probabilities)
+
+    @cached_property
+    def choices(self) -> Float[np.ndarray, "D L R"]:
+        """How often each document chose each expert."""
+        counts = np.zeros((len(self.text.labels), self.layers, self.experts))
+        for layer in range(self.layers):
+            np.add.at(counts[:, layer], (self.text.documents[:, None], self.expert_ids[:, layer]), 1)
+        return counts
+
+    def thinned(self, tokens: int) -> Activations:
+        """About so many tokens, in memory, whole rows evenly."""
+        text = self.text.thinned(tokens)
+        where = np.isin(self.text.numbers, text.numbers)[self.text.documents]
+        return Activations(text, *(np.asarray(a[where]) for a in (self.probabilities, self.expert_ids, self.nats)))
 
 
-def collect(loaded: LoadedModel, text: Calibration, max_tokens: int = MAX_TOKENS) -> Activations:
-    """The activations of `text`, whose groups are the labels, from one forward pass without pools. Of more than
-    `max_tokens` tokens whole rows are left out, evenly over the text."""
-    step = _routing_step(loaded.execution)
-    rows_kept = _spread(text, max_tokens)
-    parts, first_piece, first_row = [], 0, 0
+def collect(loaded: LoadedModel, text: Text, folder: Path | None = None) -> Activations:
+    """The activations of `text`; memory-mapped in `folder` (a local one) if that is given."""
+    arrays, done = _arrays(loaded, text, folder)
+    step, what = _routing_step(loaded.execution), f"{loaded.config.name}: activations of the routers"
+    progress, flushed = Progress(what, len(text.tokens), "tokens", first=int(text.row_starts[done])), time.monotonic()
+    for row, batch, use in _batches(loaded, text, done):
+        made = step(loaded.params, batch)
+        at = slice(text.row_starts[row], text.row_starts[min(row + len(use), len(text.row_starts) - 1)])
+        for array, values in zip(arrays, made):
+            array[at] = gather_global(values)[use]
+        progress.update(int(at.stop))
+        if folder and (at.stop == len(text.tokens) or time.monotonic() - flushed > FLUSH_SECONDS):
+            for array in arrays:
+                array.flush()
+            write_json(folder / "state.json", _identity(loaded, text) | {"rows": min(row + len(use), len(text.rows["tokens"]))})
+            flushed = time.monotonic()
+    return Activations(text, *arrays)
+
+
+def losses(loaded: LoadedModel, text: Text, pool_size: int | None = None, allowed: Bool[np.ndarray, "L R"] | None = None,
+           what: str = "") -> Float[np.ndarray, "n"]:
+    """nats of the next token of every token, 0 at documents' ends: with pools of `pool_size` routed experts for every document
+    and layer, chosen by the document's own votes (None: all experts), among those that are `allowed`."""
+    m, nats = loaded.config.model, np.zeros(len(text.tokens), np.float32)
+    step, progress = _loss_step(loaded.execution), Progress(what, len(text.tokens), "tokens")
+    size = np.int32(m.num_routed_experts if pool_size is None else max(pool_size, m.routed_top_k))
+    mask = np.ones((m.num_layers, m.num_routed_experts), bool) if allowed is None else allowed
+    for row, batch, use in _batches(loaded, text):
+        at = slice(text.row_starts[row], text.row_starts[min(row + len(use), len(text.row_starts) - 1)])
+        nats[at] = gather_global(step(loaded.params, batch, size, mask))[use]
+        if what:
+            progress.update(int(at.stop))
+    return nats
+
+
+def with_random_routers(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
+    """The same network with routers as they are before training: what figures are compared with."""
+    m = loaded.config.model
+    drawn = model.Init(m, seed, "random.", m.num_layers).weight("router", m.d_model, m.num_routed_experts)[...]
+
+    def replaced(path, value):
+        return jax.device_put(drawn, value.sharding) if "router" in jax.tree_util.keystr(path) else value
+
+    return dataclasses.replace(loaded, params=jax.tree_util.tree_map_with_path(replaced, loaded.params))
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _identity(loaded: LoadedModel, text: Text) -> dict[str, Any]:
+    return {"model": loaded.identity(), "text": text.fingerprint}
+
+
+def _arrays(loaded: LoadedModel, text: Text, folder: Path | None) -> tuple[list[Any], int]:
+    """(probabilities, expert ids and losses to fill in, rows that are filled in already)."""
+    m, n = loaded.config.model, len(text.tokens)
+    ids = np.uint8 if m.num_routed_experts <= 256 else np.uint16
+    made = {"probabilities": ((n, m.num_layers, m.num_routed_experts), np.float16),
+            "expert_ids": ((n, m.num_layers, m.routed_top_k), ids), "nats": ((n,), np.float32)}
+    if folder is None:
+        return [np.zeros(*of) for of in made.values()], 0
+    folder.mkdir(parents=True, exist_ok=True)
+    state, files = folder / "state.json", [folder / f"{name}.npy" for name in made]
+    found = json.loads(state.read_text()) if state.is_file() else {}
+    rows = found.pop("rows", 0)
+    if json.loads(json.dumps(_identity(loaded, text))) == found and all(f.is_file() for f in files):
+        return [np.load(f, mmap_mode="r+") for f in files], rows
+    state.unlink(missing_ok=True)
+    return [np.lib.format.open_memmap(f, "w+", dtype, shape) for f, (shape, dtype) in zip(files, made.values())], 0
+
+
+def _batches(loaded: LoadedModel, text: Text, first: int = 0) -> Iterator[tuple[int, dict[str, jax.Array], np.ndarray]]:
+    """(number of the first row, fields on the mesh [B, T], bool [B, T]: what is a token of the text) from row `first` on."""
+    rows, length = text.rows["tokens"].shape
+    shards = batch_shards(loaded.mesh)
+    size = round_up(max(1, min(BATCH_TOKENS // length, rows)), shards)
     with compat.set_mesh(loaded.mesh):
-        for batch, groups in batches(loaded, text, "activations of the routers"):
-            probabilities, expert_ids = (gather_global(x) for x in step(loaded.params, batch))  # [L, B, T, .]
-            tokens, segments = (gather_global(batch[name]) for name in ("tokens", "segment_ids"))
-            rows = np.arange(first_row, first_row + len(groups))
-            use = (segments > 0) & (groups >= 0)[:, None] & np.isin(rows, rows_kept)[:, None]
-            row_of_token = np.broadcast_to(np.arange(len(groups))[:, None], use.shape)[use]
-            piece = np.unique(row_of_token * segments.shape[1] + segments[use], return_inverse=True)[1]
-            parts.append((np.moveaxis(probabilities, 0, 2)[use], np.moveaxis(expert_ids, 0, 2)[use], tokens[use],
-                          first_piece + piece, groups[row_of_token]))
-            first_piece, first_row = first_piece + len(np.unique(piece)), first_row + len(groups)
-    return Activations(*(np.concatenate(arrays) for arrays in zip(*parts)), text.names)
-
-
-def _spread(text: Calibration, max_tokens: int) -> np.ndarray:
-    """Rows, evenly over the text, with about `max_tokens` tokens."""
-    rows, tokens = len(text.groups), int((text.fields["segment_ids"] > 0).sum())
-    return np.unique(np.linspace(0, rows - 1, max(1, round(rows * min(1.0, max_tokens / max(tokens, 1))))).astype(int))
+        for start in range(first, rows, size):
+            part = {name: x[start:start + size] for name, x in text.rows.items()}
+            filled = {name: np.concatenate([x, np.zeros((size - len(x), length), x.dtype)]) for name, x in part.items()}
+            yield start, {name: place(x, loaded.mesh, TOKENS) for name, x in filled.items()}, filled["segment_ids"] > 0
 
 
 @functools.cache
 def _routing_step(execution: model.Execution):
+    """A jitted (params, batch) -> (probabilities [B, T, L, R] float16, expert ids [B, T, L, k], nats [B, T])."""
+
     @jax.jit
     def step(params, batch):
-        return model.forward(params, batch, execution,
-                             per_layer=lambda x, route, rows: (route.scores, route.expert_ids))[1]
+        x_BTD, (scores_LBTR, ids_LBTk) = model.forward(
+            params, batch, execution, per_layer=lambda x, route, rows: (route.scores.astype(jnp.float16), route.expert_ids))
+        nll_BT, _ = model.token_losses(params, x_BTD, batch["targets"], execution)
+        return jnp.moveaxis(scores_LBTR, 0, 2), jnp.moveaxis(ids_LBTk, 0, 2), nll_BT * batch["loss_weights"]
+
+    return step
+
+
+@functools.cache
+def _loss_step(execution: model.Execution):
+    """A jitted (params, batch, pool size, allowed [L, R]) -> nats [B, T]; another size compiles nothing anew."""
+    layers = execution.config.model.num_layers
+
+    @jax.jit
+    def step(params, batch, pool_size, allowed):
+        shape = (layers, batch["tokens"].shape[0], execution.documents_per_row)
+        sizes_LBN = reshard(jnp.full(shape, pool_size, jnp.int32), None, BATCH, None)
+        x_BTD, _ = model.forward(params, batch, execution, pool_sizes=sizes_LBN, allowed=allowed)
+        return model.token_losses(params, x_BTD, batch["targets"], execution)[0] * batch["loss_weights"]
 
     return step

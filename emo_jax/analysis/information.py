@@ -1,70 +1,110 @@
-"""What the experts tell of the text: of a document's label, of a token's identity, and how few of them a document uses.
+"""What experts and clusters tell of the text: mutual information with a document's label and with a token's identity, in nats.
 
-Mutual information is in nats, between the routed expert of a token, drawn from the router's probabilities, and a class of
-the token. A finite sample shows some even where there is none; what shuffled classes show is subtracted.
+A finite sample shows some information even where there is none; what the same text shows with its classes shuffled is
+subtracted. Experts are drawn from the router's probabilities.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from emo_jax.analysis.activations import Activations
+from emo_jax.analysis.resampling import Measure
 from emo_jax.subsets.modularity import mutual_information
 
-FREQUENT_TOKENS = 200  # the most frequent token ids, whose identity is a class
-LEAST_PIECE = 64  # tokens of a piece whose experts are counted
 SHUFFLES = 4
+TOKEN_RESAMPLES = 20  # of what has to be summed token by token anew
+TOKENS = 100_000  # that the information about token identity is estimated by
 
 
-def label_information(a: Activations, seed: int = 0) -> Float[np.ndarray, "L"]:
-    """Expert and label. Labels are shuffled among whole pieces of documents, because a document has some experts of its own
-    whatever its label."""
-    label_of_piece = np.zeros(a.pieces.max() + 1, int)
-    label_of_piece[a.pieces] = a.labels
-    return _above_chance(a.probabilities, a.pieces, label_of_piece, seed)
+def label_information(a: Activations, seed: int = 0) -> Measure:
+    """Expert and label, [B, L]. Labels are shuffled among documents, because a document has some experts of its own whatever
+    its label."""
+    lengths, sums = np.diff(a.text.starts), a.probability_sums
+
+    def of(weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        members, made = np.eye(len(a.text.names))[labels], []  # [D, G]
+        for w in weights:
+            counts = (w * lengths) @ members
+            made.append(mutual_information(np.tensordot((members[:, counts > 0] * w[:, None]).T, sums, 1), counts[counts > 0]))
+        return np.stack(made)
+
+    return _above_shuffled(of, a.text.labels, seed)
 
 
-def token_information(a: Activations, seed: int = 0) -> Float[np.ndarray, "L"]:
-    """Expert and token identity, among the FREQUENT_TOKENS."""
-    use, identity = frequent(a.tokens)
-    return _above_chance(a.probabilities[use], np.arange(len(identity)), identity, seed)
+def cluster_label_information(clusters: Int[np.ndarray, "n"], a: Activations, seed: int = 0) -> Measure:
+    """Cluster of a token and label of its document, [B]."""
+    counts = cluster_counts(clusters, a)
+
+    def of(weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        members = np.eye(len(a.text.names))[labels]
+        return np.array([_of_table((members * w[:, None]).T @ counts) for w in weights])
+
+    return _above_shuffled(of, a.text.labels, seed)
 
 
-def frequent(tokens: Int[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [n]: tokens that are among the FREQUENT_TOKENS, their ids)."""
+def cluster_counts(clusters: Int[np.ndarray, "n"], a: Activations) -> Float[np.ndarray, "D C"]:
+    """Tokens of every document in every cluster."""
+    counts = np.zeros((len(a.text.labels), int(clusters.max()) + 1))
+    np.add.at(counts, (a.text.documents, clusters), 1)
+    return counts
+
+
+def cluster_token_information(clusters: Int[np.ndarray, "n"], a: Activations, seed: int = 0) -> Measure:
+    """Cluster and identity of a token (all ids), [B]."""
+    C = int(clusters.max()) + 1
+
+    def of(weights: np.ndarray, identities: np.ndarray) -> np.ndarray:
+        cells = identities.astype(np.int64) * C + clusters
+        return np.array([_of_table(np.bincount(cells, w[a.text.documents], (identities.max() + 1) * C).reshape(-1, C))
+                         for w in weights])
+
+    return _above_shuffled(of, np.unique(a.text.tokens, return_inverse=True)[1], seed)
+
+
+def token_information(a: Activations, seed: int = 0, frequent: int = 0) -> Measure:
+    """Expert and identity of a token, of all ids or only of the `frequent` ones, [B, L], from about `TOKENS` tokens and the
+    first `TOKEN_RESAMPLES` resamples."""
+    from scipy.sparse import csr_matrix
+
+    few = a.thinned(TOKENS) if len(a.text.tokens) > TOKENS else a
+    use = frequent_tokens(few.text.tokens, frequent) if frequent else np.ones(len(few.text.tokens), bool)
+    n, documents, of_document = use.sum(), np.isin(a.text.numbers, few.text.numbers), few.text.documents[use]
+    layers = [few.probabilities[use, layer].astype(np.float32) for layer in range(a.layers)]
+
+    def of(weights: np.ndarray, identities: np.ndarray) -> np.ndarray:
+        made, size = [], int(identities.max()) + 1
+        for w in weights[:TOKEN_RESAMPLES]:
+            of_token = w[documents][of_document]
+            by_identity = csr_matrix((of_token.astype(np.float32), (identities, np.arange(n))), (size, n))
+            counts = np.bincount(identities, of_token, size)
+            sums = np.stack([by_identity @ p for p in layers], axis=1)[counts > 0]
+            made.append(mutual_information(sums, counts[counts > 0]))
+        return np.stack(made)
+
+    return _above_shuffled(of, np.unique(few.text.tokens[use], return_inverse=True)[1], seed)
+
+
+def frequent_tokens(tokens: Int[np.ndarray, "n"], count: int) -> Bool[np.ndarray, "n"]:
+    """Which tokens are among the `count` most frequent ids."""
     ids, counts = np.unique(tokens, return_counts=True)
-    use = np.isin(tokens, ids[np.argsort(-counts, kind="stable")[:FREQUENT_TOKENS]])
-    return use, tokens[use]
+    return np.isin(tokens, ids[np.argsort(-counts, kind="stable")[:count]])
 
 
-def _above_chance(probabilities, unit_of_token, class_of_unit, seed: int) -> np.ndarray:
-    """[L], with the classes shuffled among the units for the chance level."""
-    draw = np.random.default_rng(seed)
-    real = _between(probabilities, class_of_unit[unit_of_token])
-    return real - np.mean([_between(probabilities, draw.permutation(class_of_unit)[unit_of_token])
-                           for _ in range(SHUFFLES)], axis=0)
+def _above_shuffled(of, classes: np.ndarray, seed: int) -> Measure:
+    def measure(weights: np.ndarray) -> np.ndarray:
+        draw = np.random.default_rng(seed)
+        real, shuffled = of(weights, classes), of(weights, draw.permutation(classes))
+        more = [of(weights[:1], draw.permutation(classes)) for _ in range(SHUFFLES - 1)]
+        shuffled[:1] = np.mean([shuffled[:1], *more], axis=0)  # the value itself has the mean of all
+        return real - shuffled
+
+    return measure
 
 
-def _between(probabilities: Float[np.ndarray, "n L R"], classes: Int[np.ndarray, "n"]) -> np.ndarray:
-    order = np.argsort(classes, kind="stable")
-    starts = np.flatnonzero(np.diff(classes[order], prepend=classes[order[0]] - 1))
-    sums = np.add.reduceat(probabilities[order], starts, axis=0, dtype=np.float64)
-    counts = np.diff(np.append(starts, len(classes)))
-    return mutual_information(sums, counts.astype(float))
-
-
-def effective_experts(a: Activations) -> Float[np.ndarray, "L"] | None:
-    """exp(entropy) of how a document's choices are spread over the routed experts: the number of equally used experts that
-    would be as spread. Mean over pieces of LEAST_PIECE tokens or more; None if there are none."""
-    sizes = np.bincount(a.pieces)
-    if sizes.max() < LEAST_PIECE:
-        return None
-    R = a.probabilities.shape[2]
-    counts = np.zeros((len(sizes), a.probabilities.shape[1], R))
-    for layer in range(counts.shape[1]):
-        np.add.at(counts[:, layer], (a.pieces[:, None], a.expert_ids[:, layer]), 1)
-    counts = counts[sizes >= LEAST_PIECE]
-    used = counts / counts.sum(axis=2, keepdims=True)
-    entropy = -np.sum(np.where(used > 0, used * np.log(np.maximum(used, 1e-30)), 0), axis=2)
-    return np.exp(entropy).mean(axis=0)
+def _of_table(counts: Float[np.ndarray, "X Y"]) -> float:
+    """Of the row and the column of a draw."""
+    p = counts / counts.sum()
+    expected = p.sum(axis=1, keepdims=True) * p.sum(axis=0, keepdims=True)
+    return float(np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(expected, 1e-300)), 0.0)))

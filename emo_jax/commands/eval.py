@@ -22,7 +22,7 @@ def add(parser: ArgumentParser) -> None:
     group.add_argument("--keep", type=arguments.numbers, metavar="K,K,...", help="choose subsets of these sizes: for all text "
                        "by --calibration, or else for each label by half of its documents, scored on the other half")
     group.add_argument("--against", metavar="CKPT", help="another model beside it, e.g. the standard MoE; with --keep")
-    group.add_argument("--out", metavar="DIR", help="where the figure goes; with --keep")
+    group.add_argument("--out", metavar="DIR", help="where the figure and its numbers go; with --keep")
     arguments.method(group, "--select")
     arguments.calibration(group)
 
@@ -75,8 +75,9 @@ def _subsets(args: Namespace) -> Result:
 
 def _keep(args: Namespace) -> Result:
     """Subsets of every size, of one model or two."""
-    from emo_jax.files import given_path
+    from emo_jax.files import make_folder, write_json
     from emo_jax.loaded import load
+    from emo_jax.progress import is_primary
     from emo_jax.subsets import report
 
     models: dict[str, Any] = {}
@@ -86,7 +87,11 @@ def _keep(args: Namespace) -> Result:
         while name in models:
             name += "'"
         models[name] = _sizes(loaded, args)
-    figure = report.save_figure(models, given_path(args.out, "--out") / "keep_curve.png") if args.out else None
+    out, figure = make_folder(args.out) if args.out else None, None
+    if out is not None:
+        figure = report.save_figure(models, out / "keep_curve.png")
+        if is_primary():
+            write_json(out / "keep_curve.json", {"models": models})  # emo-jax analyze shows it
     text = report.curve_table(models) + (f"\n{figure}" if figure else "")
     return Result({"models": models, "figure": figure and str(figure)}, text)
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from emo_jax.analysis import information
+from emo_jax.analysis import information, use
 from emo_jax.analysis.activations import collect
-from emo_jax.analysis.clusters import agreement, cluster
+from emo_jax.analysis.clusters import agreement, cluster, features
+from emo_jax.analysis.text import Text, make_text
 from emo_jax.data.evaluation import MAX_DOCUMENTS, evaluation_rows
 from emo_jax.data.order import documents_of_labels
 from emo_jax.errors import InputError
@@ -33,6 +34,8 @@ from emo_jax.train.evaluate import Evaluation
 SHARES = (0.5, 0.25, 0.125)
 CHOOSING = (1, 5, 50)  # documents of each label
 SCORED = 16  # documents of each label, at most
+LOOKED_AT = 1 << 16  # tokens whose activations are taken
+FREQUENT_TOKENS = 200  # the most frequent token ids, whose identity is a class
 TOKENS = 512  # What comes after these in a document neither chooses nor is scored.
 
 
@@ -102,9 +105,11 @@ class _Text:
         numbers = np.sort(np.concatenate(list(self.scored.values())))
         return Evaluation(c, mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)
 
-    def to_look_at(self) -> calibration_lib.Calibration:
-        """The scored documents, a document in as few rows as it can be."""
-        return calibration_lib.from_source(self.config, self.source, self.tokenizer, self.scored, TOKENS)
+    def to_look_at(self) -> Text:
+        """The scored documents, at most about LOOKED_AT tokens of them."""
+        numbers = map(int, np.concatenate([*self.scored.values()]))
+        encoded = {i: self.source.encoded(i, self.tokenizer)[:TOKENS] for i in numbers}
+        return make_text(self.config, encoded, self.scored, self.source.name).thinned(LOOKED_AT)
 
     def means(self, by_label: dict[str, float]) -> dict[str, Any]:
         """{"trained", "left_out" (None without such labels), "labels"}"""
@@ -128,11 +133,13 @@ def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text, met
 
 def _information(loaded: LoadedModel, text: _Text) -> dict[str, Any]:
     """Means over the layers, and the layers. `effective_experts` is None where no document is long enough."""
-    activations = collect(loaded, text.to_look_at())
-    by_layer = {"expert_label": information.label_information(activations),
-                "expert_token": information.token_information(activations),
-                "effective_experts": information.effective_experts(activations)}
-    clusters = agreement(activations, cluster(activations))
+    a = collect(loaded, text.to_look_at())
+    whole = np.ones((1, len(a.text.labels)))  # every document once
+    enough = np.diff(a.text.starts).max() >= use.LEAST_TOKENS
+    by_layer = {"expert_label": information.label_information(a)(whole)[0],
+                "expert_token": information.token_information(a, frequent=FREQUENT_TOKENS)(whole)[0],
+                "effective_experts": use.effective_experts(a)(whole)[0] if enough else None}
+    clusters = agreement(a, cluster(features(a)).of_token, FREQUENT_TOKENS)
     return ({name: None if values is None else float(values.mean()) for name, values in by_layer.items()}
-            | {"cluster_label": clusters["label"], "cluster_token": clusters["token"], "tokens": len(activations.tokens),
+            | {"cluster_label": clusters["label"], "cluster_token": clusters["token"], "tokens": len(a.text.tokens),
                "layers": {name: None if values is None else values.tolist() for name, values in by_layer.items()}})
