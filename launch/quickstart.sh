@@ -15,13 +15,15 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 source "$(dirname "$0")/environment.sh" report
 
-echo "== 1/3 training the tiny EMO -> $out/emo" >&2
+echo "== 1/4 training the tiny EMO -> $out/emo" >&2
 emo-jax train emo_tiny --out "$out/emo" "${overrides[@]}"
-echo "== 2/3 training its matched standard MoE -> $out/stdmoe" >&2
+echo "== 2/4 training its matched standard MoE -> $out/stdmoe" >&2
 # Both models read with one tokenizer, so that their losses compare.
 tokenizer=()
 [[ " ${overrides[*]} " == *" --data.tokenizer="* ]] || tokenizer=("--data.tokenizer=$out/emo/tokenizer.json")
 emo-jax train stdmoe_tiny --out "$out/stdmoe" "${tokenizer[@]}" "${overrides[@]}"
-echo "== 3/3 choosing half, a quarter and an eighth of the experts for every kind of text" >&2
-emo-jax eval "$out/emo" --against "$out/stdmoe" --keep 16,8,4 --out "$out/subsets"
-echo "Checkpoints, metrics.jsonl and TensorBoard events: $out/emo, $out/stdmoe. The figure: $out/subsets"
+echo "== 3/4 choosing half, a quarter and an eighth of the experts for every kind of text" >&2
+emo-jax eval "$out/emo" --against "$out/stdmoe" --keep 16,8,4 --out "$out/report"
+echo "== 4/4 looking at what the experts of both became" >&2
+emo-jax analyze "$out/emo" "$out/stdmoe" --tokens 50000 --out "$out/report"
+echo "Checkpoints, metrics.jsonl and TensorBoard events: $out/emo, $out/stdmoe. Open the report: file://$out/report/report.html"

@@ -20,7 +20,7 @@ from emo_jax.analysis import clusters as clusters_lib
 from emo_jax.analysis import contents, coverage, measures, modules
 from emo_jax.analysis.activations import collect, losses, with_random_routers
 from emo_jax.analysis.looked import Looked, Options
-from emo_jax.analysis.page import write_page
+from emo_jax.analysis.page import write_figures, write_page
 from emo_jax.analysis.text import Text, read_text
 from emo_jax.analysis.use import pool_size
 from emo_jax.analysis.words import Words
@@ -58,6 +58,7 @@ def analyze(models: Sequence[LoadedModel], out: str | AnyPath, options: Options,
     say("writing the report")
     contents.write(folder, found, text, words, looked)
     write_page(folder)
+    write_figures(folder)
     return found
 
 

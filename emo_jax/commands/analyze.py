@@ -64,9 +64,15 @@ def _keep_curves(out: str) -> dict[str, Any]:
 
     path = given_path(out, "--out") / "keep_curve.json"
     try:
-        return json.loads(path.read_text())["models"] if path.exists() else {}
-    except (ValueError, KeyError, TypeError):
+        models = json.loads(path.read_text())["models"] if path.exists() else {}
+        return {name: {"rows": [_point(row) for row in result["subsets"]]} for name, result in models.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not what emo-jax eval --keep --out writes; move it away") from None
+
+
+def _point(row: dict[str, Any]) -> dict[str, Any]:
+    low, high = row["interval"] or (None, None)
+    return {"share": row["share"], "keep": row["keep"], "difference": row["difference"], "low": low, "high": high}
 
 
 COMMAND = Command("analyze", "what the experts became: clusters, coverage, modularity in numbers, and a page", add, run, (
