@@ -1,0 +1,1 @@
+"""report.html of an analysis: one file that needs no network."""
