@@ -15,6 +15,7 @@ import numpy as np
 
 from emo_jax.analysis.page.contents import Contents, read
 from emo_jax.errors import InputError
+from emo_jax.rounding import ceil_div
 
 Spec = dict[str, Any]
 # Okabe and Ito's colours without yellow, which is too light on white; beyond them a shape is the second cue.
@@ -138,7 +139,8 @@ def by_layer(models: Sequence[dict[str, Any]], row: dict[str, Any]) -> Spec:
             if value is not None:
                 low, high = (m[side][layer] if m[side] else None for side in ("low", "high"))
                 values.append({"model": one["name"], "layer": layer, **_interval(value, low, high)})
-    x = {"field": "layer", "type": "quantitative", "title": "layer", "axis": {"tickMinStep": 1, "format": "d", "grid": False}}
+    x = {"field": "layer", "type": "quantitative", "title": "layer", "axis": {
+        "values": list(range(0, models[0]["layers"], ceil_div(models[0]["layers"], 16))), "format": "d", "grid": False}}
     return _chart(row["title"], row["help"], values, height=190, layer=_lines_with_bands(
         [one["name"] for one in models], x, "layer", {"title": row["unit"] or None, "scale": {"zero": False}}))
 
@@ -212,7 +214,8 @@ def removal_costs(one: dict[str, Any]) -> Spec:
               for label, rise in c["removal"]["loss"].items()]
     spec = _heatmap(one, "removal", "What removing a cluster's experts costs", values, "label", "cluster", "rise", slider=False,
                     across={"axis": {"labelAngle": -90, "labelLimit": 130}})
-    spec["encoding"]["color"]["scale"] = {"scheme": "purpleorange", "reverse": True, "domainMid": 0}
+    most = max([abs(v["rise"]) for v in values if v["rise"] is not None], default=1)
+    spec["encoding"]["color"]["scale"] = {"scheme": "purpleorange", "domain": [-most, most]}
     return spec
 
 
@@ -269,7 +272,7 @@ def _chart(title: str, description: str, values: list[dict[str, Any]], **more: A
 
 
 def _model_color(names: Sequence[str]) -> Spec:
-    return {"field": "model", "type": "nominal", "title": None, "legend": {"orient": "top", "labelLimit": 300, "columns": 1},
+    return {"field": "model", "type": "nominal", "title": None, "legend": {"orient": "top", "labelLimit": 300, "columns": 1, "symbolOpacity": 1},
             "scale": {"domain": list(names), "range": list(COLORS[:len(names)])}}
 
 
