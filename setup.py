@@ -11,7 +11,7 @@ from setuptools.command.build_py import build_py
 
 here = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "emo_jax" / "__init__.py").read_text()).group(1)
-report = ["matplotlib", "scikit-learn", "scipy"]
+report = ["matplotlib", "scikit-learn", "scipy", "vl-convert-python>=1.9"]
 parquet = ["pyarrow>=17"]  # Arrow files and saved Hugging Face datasets too
 evaluation = ["lm-eval>=0.4.13", "accelerate>=1.0"]  # accelerate: for `lm_eval --model hf` on an export
 hub = ["huggingface_hub>=0.34"]
@@ -38,7 +38,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["emo_jax", "emo_jax.*"]),
-    package_data={"emo_jax": ["py.typed", "**/README.md", "convert/remote_code/*.py"]},
+    package_data={"emo_jax": ["py.typed", "**/README.md", "convert/remote_code/*.py",
+                              "analysis/page/*.html", "analysis/page/*.css", "analysis/page/*.js"]},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "tensorstore", "grain>=0.2.18",
@@ -58,7 +59,7 @@ setup(
         "hub": hub,
         "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
         "test": ["gguf", "pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
-                 *buckets["gcs"], *buckets["s3"], "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
+                 *buckets["gcs"], *buckets["s3"], "moto[s3]", "selenium>=4.20", "flask", "flask-cors", "gcp-storage-emulator"],
         "test-clients": [*evaluation, *hub, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more
     },

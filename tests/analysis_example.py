@@ -114,7 +114,7 @@ def _model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, 
     use = draw.dirichlet(np.full(experts, 0.2 if i == 0 else 2.0), (len(names), layers))  # [G, L, R]
     unit = use / np.linalg.norm(use, axis=2, keepdims=True)
     cosine = np.einsum("glr,hlr->lgh", unit, unit)
-    depth = 0.6 + 0.8 * np.arange(layers) / max(layers - 1, 1)
+    depth = 0.5 + 0.5 * np.arange(layers) / max(layers - 1, 1)
     values = {row[0]: row[4 + i] * depth for row in MEASURES if row[0] in LAYERED}
     kept = [(share, max(1, round(share * experts)), (0.9, 3.1)[i] * (1 - share) ** 3) for share in (0.5, 0.25, 0.125)]
     own = (np.arange(clusters)[:, None] + np.arange(3)) % experts
@@ -140,7 +140,7 @@ def _cluster(draw, c, by_topic, of_token, of_document, vocabulary, names, layers
     share = np.bincount(labels, minlength=len(names)) / max(len(labels), 1)
     counts, total = (np.bincount(t, minlength=len(vocabulary)) for t in (tokens, of_token.ravel()))
     lift = counts / len(tokens) / np.maximum(total / of_token.size, 1e-9) if len(tokens) else counts * 0.0
-    top = [t for t in np.argsort(-lift * np.sqrt(counts)) if counts[t]][:20]
+    top = [t for t in np.argsort(-lift * np.sqrt(counts)) if lift[t] > 1][:20]
     places = np.argwhere(where)
     contexts = []
     for d, p in places[draw.permutation(len(places))[:12]].tolist():

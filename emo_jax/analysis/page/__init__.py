@@ -24,7 +24,7 @@ from emo_jax.files import write_text
 __all__ = ["write_figures", "write_page"]
 HERE = Path(__file__).parent
 SCRIPTS = ("page.js", "charts.js", "overview.js", "clusters.js", "reader.js", "views.js", "start.js")  # in this order
-EXPERTS_SHOWN = 6  # of a label and layer
+EXPERTS_SHOWN = 5  # of a label and layer
 
 
 def write_page(folder: Path) -> Path:

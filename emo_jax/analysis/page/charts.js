@@ -55,7 +55,7 @@ function chart(name, { change = () => {}, after = () => {}, wide = false, level 
     help.textContent = description;
     view?.finalize();
     const made = await vegaEmbed(target, { ...rest, config: theme() }, {
-      mode: "vega-lite", renderer: name.startsWith("map_") ? "canvas" : "svg", tooltip: { theme: "custom" },
+      mode: "vega-lite", logLevel: 1, renderer: name.startsWith("map_") ? "canvas" : "svg", tooltip: { theme: "custom" },
       actions: { export: true, source: false, compiled: false, editor: false }, downloadFileName: name,
     });
     view = made.view;

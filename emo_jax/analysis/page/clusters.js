@@ -45,7 +45,7 @@ async function clusterView(found, value) {
       h("section", {}, h("h2", {}, "Labels of its tokens"), bars(Object.entries(c.labels).slice(0, 10).map(([label, share]) => [labelName(label), share]))),
       h("section", {}, h("h2", {}, "Words"), h("p", { class: "help" }, "How many times as often as in all text."),
         h("ul", { class: "words" }, c.words.map((w) => h("li", {}, h("span", { class: "token" }, visible(w.text)), h("span", { class: "help" }, `×${number(w.lift)}`)))))),
-    h("section", {}, h("h2", {}, "Contexts"), h("ul", { class: "contexts" }, c.contexts.map((x) => h("li", {}, h("a", { href: `#document=${x.document}` }, x.before, h("mark", {}, x.token), x.after))))),
+    h("section", {}, h("h2", {}, "Contexts"), h("ul", { class: "contexts" }, c.contexts.map((x) => h("li", {}, h("a", { href: `#document=${x.document}` }, "…", x.before.trimStart(), marked(x.token), x.after.trimEnd(), "…"))))),
     h("div", { class: "pair" }, expertsSection(c), removalSection(c)),
     overlapSection(one, model, c),
     await documentsSection(found, model, c),
@@ -101,7 +101,7 @@ async function documentsSection(found, model, c) {
       else pieces.push([inside, token]);
     }
     return h("li", {}, h("a", { href: `#document=${number}` }, h("span", { class: "help" }, `${labelName(found.data.labels[store.label[number]])} · ${plural(n, "token")} of it`),
-      h("span", { class: "excerpt" }, pieces.map(([inside, token]) => inside ? h("mark", {}, token) : token))));
+      h("span", { class: "excerpt" }, pieces.map(([inside, token]) => inside ? marked(token) : token))));
   };
   return h("section", {}, h("h2", {}, "Its documents"), h("p", { class: "help" }, `Those with most of its tokens, which are marked${store.shown.length < found.data.documents ? `, of the ${count(store.shown.length)} whose text is in this page` : ""}.`),
     growing(counts, 8, make, list));

@@ -117,9 +117,11 @@ def measures_of(found: dict[str, Any], unit: str) -> Spec:
                 values.append({"measure": row["title"], "model": one["name"], **_interval(m["value"], m["low"], m["high"])})
     names = [one["name"] for one in every]
     y = {"field": "measure", "type": "nominal", "sort": None, "title": None,
-         "axis": {"labelLimit": 260, "ticks": False, "domain": False, "grid": True}}
+         "scale": {"paddingInner": 0.5, "paddingOuter": 0.4}, "axis": {  # names above their rows, for narrow screens
+             "labelAlign": "left", "labelPadding": 0, "labelOffset": -10 * len(every) - 6, "labelLimit": 320, "ticks": False,
+             "domain": False}}
     offset = {"field": "model", "sort": names}
-    x, color = {"type": "quantitative", "title": unit}, _model_color(names)
+    x, color = {"type": "quantitative", "title": unit, "axis": {"tickCount": 6}}, _model_color(names)
     color["scale"]["range"] = [*COLORS[:len(found["models"])], NULL_COLOR][:len(names)]
     marks = [{"mark": {"type": "rule", "strokeWidth": 6, "opacity": 0.3}, "encoding": {
                  "x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y, "yOffset": offset, "color": color}},
@@ -163,8 +165,7 @@ def _lines_with_bands(names: Sequence[str], x: Spec, across: str, y: Spec) -> li
                 "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": _model_color(names)}},
             {"mark": {"type": "line", "point": {"size": 55, "filled": True}}, "encoding": {
                 "x": x, "y": y | {"field": "value"}, "color": _model_color(names),
-                "strokeDash": {"field": "model", "type": "nominal", "legend": None,
-                               "scale": {"domain": list(names), "range": [[1, 0], [5, 3]][:len(names)]}},
+                "strokeDash": _model_color(names) | {"scale": {"domain": list(names), "range": [[1, 0], [5, 3]][:len(names)]}},
                 "tooltip": _fields("model", across, "value", "low", "high")}}]
 
 
@@ -268,7 +269,7 @@ def document_rows(contents: Contents, which: dict[str, Any]) -> list[dict[str, A
 
 def _chart(title: str, description: str, values: list[dict[str, Any]], **more: Any) -> Spec:
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "title": title, "description": description,
-            "width": "container", "autosize": {"type": "fit-x", "contains": "padding"}, "data": {"values": values}, **more}
+            "width": "container", "data": {"values": values}, **more}
 
 
 def _model_color(names: Sequence[str]) -> Spec:

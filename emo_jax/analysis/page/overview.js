@@ -19,39 +19,42 @@ function overviewView(found) {
   ];
 }
 
-/** A number of the first model, and that of the second. */
+/** A number of the first model, beside those of the second and of a random router. */
 function tile(found, key, said, form) {
   const [first, second] = found.models.map((one) => one.measures[key]);
+  const random = found.random_router?.measures[key];
   if (first?.value == null) return null;
   const interval = (m) => m.low == null ? "" : `${form(m.low)} to ${form(m.high)}`;
   return h("div", { class: "tile" }, h("p", { class: "big" }, form(first.value)), h("p", {}, said),
     h("p", { class: "help" }, interval(first) && `95 %: ${interval(first)}`,
-      second?.value != null && [h("br"), `${found.models[1].name}: `, h("strong", {}, form(second.value))]));
+      second?.value != null && [h("br"), `${found.models[1].name}: `, h("strong", {}, form(second.value))],
+      random?.value != null && [h("br"), "random router: ", h("strong", {}, form(random.value))]));
 }
 
 function measuresView(found) {
   const random = found.random_router, two = found.difference != null;
   const columns = [...found.models, ...(random ? [random] : [])];
+  const is = `${found.models[0].name} is`, heads = ["Measure", ...found.models.map((one) => one.name), ...(two ? ["Difference", is] : []), ...(random ? ["Random router"] : [])];
   const said = { better: ["▲", "better"], worse: ["▼", "worse"], "": ["≈", "not clear"] };
-  const cell = (m, signed) => m?.value == null ? h("td", { class: "none" }, "–") : h("td", {}, h("span", { class: "value" }, number(m.value, signed)),
+  const td = (name, attributes, ...children) => h("td", { role: "cell", "data-column": name, ...attributes }, ...children);
+  const cell = (name, m, signed) => m?.value == null ? td(name, { class: "none" }, "–") : td(name, {}, h("span", { class: "value" }, number(m.value, signed)),
     m.low != null && h("span", { class: "interval" }, `${number(m.low, signed)} to ${number(m.high, signed)}`));
-  const row = (r) => h("tr", {},
-    h("th", { scope: "row" }, h("span", { class: "measure" }, r.title), h("span", { class: "unit" }, [r.unit, r.better && `${r.better} is better`].filter(Boolean).join(", ")),
+  const row = (r) => h("tr", { role: "row" },  // with roles, because on a phone the table is laid out as blocks
+    h("th", { scope: "row", role: "rowheader" }, h("span", { class: "measure" }, r.title), h("span", { class: "unit" }, [r.unit, r.better && `${r.better} is better`].filter(Boolean).join(", ")),
       h("span", { class: "help" }, r.help)),
-    found.models.map((one) => cell(one.measures[r.key])),
-    two && cell(found.difference[r.key], true),
-    two && h("td", { class: `verdict ${r.verdict}` }, found.difference[r.key] && r.better && [h("span", { "aria-hidden": "true" }, said[r.verdict][0] + " "), said[r.verdict][1]]),
-    random && cell(random.measures[r.key]));
+    found.models.map((one) => cell(one.name, one.measures[r.key])),
+    two && cell("Difference", found.difference[r.key], true),
+    two && td(is, { class: `verdict ${r.verdict}` }, found.difference[r.key] && r.better && [h("span", { "aria-hidden": "true" }, said[r.verdict][0] + " "), said[r.verdict][1]]),
+    random && cell("Random router", random.measures[r.key]));
   return [
     h("h1", {}, "Measures"),
     h("p", { class: "lead" }, "Small figures are 95 % intervals by bootstrap over documents.",
       two && ` The difference is ${found.models[0].name} minus ${found.models[1].name}, paired over documents; it is clear where its interval does not contain 0.`,
       random && " A random router is the same network with its routers as at initialisation: what a measure shows without any modules."),
     h("div", { class: "wide", tabindex: 0, role: "group", "aria-label": "Table of measures" },
-      h("table", { class: "measures" }, h("caption", { class: "unseen" }, "Measures of modularity"),
-        h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Measure"), found.models.map((one) => h("th", { scope: "col" }, one.name)),
-          two && [h("th", { scope: "col" }, "Difference"), h("th", { scope: "col" }, `${found.models[0].name} is`)], random && h("th", { scope: "col" }, "Random router"))),
-        h("tbody", {}, found.measures.filter((r) => columns.some((one) => one.measures[r.key])).map(row)))),
+      h("table", { class: "measures", role: "table" }, h("caption", { class: "unseen" }, "Measures of modularity"),
+        h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads.map((name) => h("th", { scope: "col", role: "columnheader" }, name)))),
+        h("tbody", { role: "rowgroup" }, found.measures.filter((r) => columns.some((one) => one.measures[r.key])).map(row)))),
     ["measures-share", "measures-nats"].filter((name) => found.charts.includes(name)).map((name) => chart(name, { level: "h2" })),
   ];
 }

@@ -10,9 +10,12 @@ function h(tag, attributes = {}, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
+  element.append(...listed(children));
   return element;
 }
+
+/** Nested lists with nothings in them, as one list. */
+const listed = (children) => children.flat(Infinity).filter((child) => child != null && child !== false && child !== "");
 
 const $ = (id) => document.getElementById(id);
 
@@ -42,11 +45,11 @@ function number(value, signed = false) {
   if (value == null) return "–";
   const size = Math.abs(value), digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
   const shown = size.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-  return (value < 0 ? "−" : signed ? "+" : "") + shown;
+  return (Number(shown) === 0 ? "" : value < 0 ? "−" : signed ? "+" : "") + shown;
 }
 
 const count = (value) => value.toLocaleString("en");
-const percent = (share) => (share >= 0.1 || share === 0 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + " %";
+const percent = (share) => (share >= 0.1 || share === 0 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + "\u00a0%";
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const labelName = (label) => label || "(no label)";
 const clusterName = (cluster) => `${cluster.id}: ${cluster.name}`;
@@ -115,6 +118,12 @@ function legend(title, entries, change) {
       entry.glyph), entry.text);
     return button;
   }));
+}
+
+/** Marked text, without the space before it. */
+function marked(token) {
+  const space = token.length - token.trimStart().length;
+  return space < token.length ? [token.slice(0, space), h("mark", {}, token.slice(space))] : [h("mark", {}, token)];
 }
 
 /** Bars that tell shares: [[name, share]]. */

@@ -35,7 +35,7 @@ async function readDocument(found, number) {
   }
   const near = known ? await nearest(0, number) : [];
   const link = (d, said) => h("a", { href: `#document=${d}`, class: "quiet" }, said);
-  dialog.replaceChildren(
+  dialog.replaceChildren(...listed([
     h("div", { class: "reader-head" },
       h("div", {}, h("p", { class: "eyebrow" }, known ? `Document ${number} · ${labelName(found.data.labels[all.label[number]])}` : "Documents"),
         h("h2", { id: "reader-title", tabindex: -1 }, known ? all.title[number] : `There is no document ${number}`)),
@@ -48,7 +48,7 @@ async function readDocument(found, number) {
         h("p", { class: "help" }, "Point at a token, or step through them with the arrow keys. The names below filter."), panes],
     near.length > 0 && h("section", {}, h("h3", {}, `Nearest by the experts of ${found.models[0].name}`),
       h("ul", { class: "plain" }, near.map((d) => h("li", {}, h("a", { href: `#document=${d}` }, all.title[d]), h("span", { class: "help" }, ` ${labelName(found.data.labels[all.label[d]])}`))))),
-    tip);
+    tip]));
   if (at !== undefined) await draw();
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;

@@ -25,7 +25,7 @@ async function start() {
     const wanted = view === "cluster" ? "clusters" : view, n = Math.max(0, views.findIndex(([name]) => name === wanted)), panel = panels[n];
     const focus = document.activeElement, radio = focus?.type === "radio" ? focus.name : null, first = under === null;
     under = hash;
-    const made = [await (view === "cluster" ? clusterView : views[n][2])(found, value)].flat(Infinity).filter(Boolean);
+    const made = listed([await (view === "cluster" ? clusterView : views[n][2])(found, value)]);
     if (under !== hash) return;  // another one has been chosen meanwhile
     tabs.forEach((tab, i) => { tab.setAttribute("aria-selected", i === n); tab.tabIndex = i === n ? 0 : -1; });
     panels.forEach((other, i) => { other.hidden = i !== n; if (i !== n) other.replaceChildren(); });

@@ -8,11 +8,11 @@ function labelsView(found, value) {
   const kinds = [["cosine", "cosine similarity"], ["distance", "distance"], ["pool_overlap", "pools in common"]];
   const similar = h("div", {});
   const have = (name) => found.charts.includes(name) && chart(name, { wide: true });
-  const showSimilar = () => similar.replaceChildren(have(`${shownKind.similarity}-${shownModel.labels}`) || "");
+  const showSimilar = () => similar.replaceChildren(...listed([have(`${shownKind.similarity}-${shownModel.labels}`)]));
   function show(model) {
     shownModel.labels = model;
     showSimilar();
-    heatmaps.replaceChildren(...[have(`use-${model}`), h("div", { class: "pair" }, have(`effective-${model}`), have(`covered-${model}`))].filter(Boolean));
+    heatmaps.replaceChildren(...listed([have(`use-${model}`), h("div", { class: "pair" }, have(`effective-${model}`), have(`covered-${model}`))]));
   }
   const showExperts = (g) => experts.replaceChildren(...found.models.map((one) => h("section", {}, h("h3", {}, one.name), expertsTable(one.experts_of_label[g]))));
   show(shownModel.labels);

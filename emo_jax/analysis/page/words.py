@@ -31,16 +31,17 @@ def number(value: float | None, signed: bool = False) -> str:
     if value is None:
         return "not known"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
+    shown = f"{abs(value):,.{digits}f}"
+    return ("" if not float(shown.replace(",", "")) else "−" if value < 0 else "+" if signed else "") + shown
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+    return f"{100 * share:.{0 if share >= 0.1 or share == 0 else 1}f}\u00a0%"
 
 
 def with_interval(m: dict[str, Any], unit: str = "", signed: bool = False) -> str:
     unit = f" {unit}" if unit else ""
-    interval = "" if m["low"] is None else f" (95 %: {number(m['low'], signed)} to {number(m['high'], signed)})"
+    interval = "" if m["low"] is None else f" (95\u00a0%: {number(m['low'], signed)} to {number(m['high'], signed)})"
     return number(m["value"], signed) + unit + interval
 
 
@@ -90,19 +91,25 @@ def _kind(one: dict[str, Any]) -> str:
 def _findings(found: Found, one: dict[str, Any]) -> str:
     parts, m = [], one["measures"]
     if known("effective_experts", one):
-        parts.append(f"A document uses {with_interval(m['effective_experts'])} of {one['experts']} experts of a layer in effect.")
+        parts.append(f"A document uses {with_interval(m['effective_experts'])} of {one['experts']} experts of a layer in effect"
+                     f"{_beside_null(found, 'effective_experts')}.")
     if known("top_quarter", one):
         parts.append(f"The quarter that it prefers gets {percent(m['top_quarter']['value'])} of the router's probability; without "
                      "preference it would be 25 %.")
     if known("label_information", one):
-        null = (found["random_router"] or {"measures": {}})["measures"].get("label_information")
-        beside = f", against {number(null['value'])} with routers drawn at random" if null and null["value"] is not None else ""
-        parts.append(f"An expert tells {number(m['label_information']['value'])} nats of the label of the text{beside}.")
+        parts.append(f"An expert tells {number(m['label_information']['value'])} nats of the label of the text"
+                     f"{_beside_null(found, 'label_information')}.")
     if one["clusters"]:
         main = [next(iter(c["labels"].values()), 0) for c in one["clusters"]]
         parts.append(f"Tokens fall into {len(one['clusters'])} clusters by the experts they use; {sum(x >= 0.5 for x in main)} of them "
                      "have most of their tokens from one label.")
     return " ".join(parts)
+
+
+def _beside_null(found: Found, key: str) -> str:
+    """What the measure is without any modules, where it is known."""
+    null = found["random_router"]
+    return f", against {number(null['measures'][key]['value'])} with routers drawn at random" if null and known(key, null) else ""
 
 
 def _comparison(found: Found) -> str:
@@ -195,8 +202,11 @@ def _removal(one: dict[str, Any]) -> Answer:
 
 def _few_experts(found: Found) -> Answer:
     models = [one for one in found["models"] if known("effective_experts", one)]
+    if not models:
+        return None
     told = _and(f"{with_interval(one['measures']['effective_experts'])} of {one['experts']} in {one['name']}" for one in models)
-    return models and ("How few experts does a document use?", f"In effect {told}, in each layer.", "layers", "Layers") or None
+    return ("How few experts does a document use?", f"In effect {told}, in each layer{_beside_null(found, 'effective_experts')}.", "layers",
+            "Layers")
 
 
 def _topics_or_words(found: Found, one: dict[str, Any]) -> Answer:
@@ -208,7 +218,7 @@ def _topics_or_words(found: Found, one: dict[str, Any]) -> Answer:
     share = one["measures"]["cluster_label"]["value"] / entropy
     lead = "Topics to a large part" if share >= 0.5 else "Words more than topics" if share < 0.2 else "Both"
     return ("Do modules follow topics or words?", f"{lead}: a cluster tells {percent(max(share, 0))} of what there is to know of a text's "
-            f"label ({number(one['measures']['cluster_label']['value'])} of {number(entropy)} nats), and "
+            f"label ({number(one['measures']['cluster_label']['value'])} of {number(entropy)} nats{_beside_null(found, 'cluster_label')}), and "
             f"{number(one['measures']['cluster_token']['value'])} nats of the token itself"
             + "".join(f"; in {m['name']} {number(m['measures']['cluster_label']['value'])} and "
                       f"{number(m['measures']['cluster_token']['value'])} nats"
@@ -227,16 +237,20 @@ def _layers(one: dict[str, Any]) -> Answer:
 def _cache(found: Found) -> Answer:
     title = next((row["title"] for row in found["measures"] if row["key"] == "segment_cache"), "")
     models = [one for one in found["models"] if known("segment_cache", one)]
+    if not models:
+        return None
     told = _and(f"{percent(one['measures']['segment_cache']['value'])} of the choices in {one['name']}" for one in models)
-    return models and ("Would an expert cache work?", f"A cache that holds a segment's most frequent experts would answer {told} "
-                       f"({title}).", "measures", "Measures") or None
+    return ("Would an expert cache work?", f"A cache that holds a segment's most frequent experts would answer {told}"
+            f"{_beside_null(found, 'segment_cache')}; the measure is {title}.", "measures", "Measures")
 
 
 def _kept(found: Found) -> Answer:
     curves = [(one["name"], min(one["keep_curve"]["rows"], key=lambda row: row["share"])) for one in found["models"]
               if one["keep_curve"] and one["keep_curve"]["rows"]]
+    if not curves:
+        return None
     told = _and(f"{number(row['difference'], True)} nats/token with {percent(row['share'])} of the experts of {name}" for name, row in curves)
-    return curves and ("What does a model lose with few experts?", f"The loss changes by {told}.", "keep", "Few experts") or None
+    return ("What does a model lose with few experts?", f"The loss changes by {told}.", "keep", "Few experts")
 
 
 def _near(contents: Contents) -> Answer:
