@@ -123,14 +123,14 @@ def measures_of(found: dict[str, Any], unit: str) -> Spec:
     offset = {"field": "model", "sort": names}
     x, color = {"type": "quantitative", "title": unit, "axis": {"tickCount": 6}}, _model_color(names)
     color["scale"]["range"] = [*COLORS[:len(found["models"])], NULL_COLOR][:len(names)]
-    marks = [{"mark": {"type": "rule", "strokeWidth": 6, "opacity": 0.3}, "encoding": {
+    marks = [{"mark": {"type": "rule", "strokeWidth": 6, "opacity": 0.4}, "encoding": {
                  "x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y, "yOffset": offset, "color": color}},
              {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": {
                  "x": x | {"field": "value"}, "y": y, "yOffset": offset, "color": color,
                  "shape": {"field": "model", "type": "nominal", "scale": {"domain": names, "range": list(SHAPES[:len(names)])}},
                  "tooltip": _fields("measure", "model", "value", "low", "high")}}]
-    return _chart(f"Measures in {unit}", "Points are values, bars their 95 % intervals by bootstrap over documents.", values,
-                  height={"step": 16}, layer=marks)
+    return _chart("Measures between 0 and 1" if unit == "share" else f"Measures in {unit}", "Points are values, bars their 95 % intervals by bootstrap over documents.", values,
+                  height=20 * (len(every) + 1) * len({v["measure"] for v in values}), layer=marks)
 
 
 def by_layer(models: Sequence[dict[str, Any]], row: dict[str, Any]) -> Spec:
@@ -226,7 +226,7 @@ def _heatmap(one: dict[str, Any], kind: str, title: str, values: list[dict[str, 
     numbers = [v[shade] for v in values if v[shade] is not None] or [0, 1]
     more: Spec = {"params": [{"name": "layer", "value": one["layers"] // 2}],
                   "transform": [{"filter": "datum.layer == layer"}]} if slider else {}
-    return _chart(f"{one['name']}: {title}", HELP[kind], values, height={"step": 20}, mark={"type": "rect", "stroke": None}, **more, encoding={
+    return _chart(f"{one['name']}: {title}", HELP[kind], values, height=20 * len({v[y] for v in values}), mark={"type": "rect", "stroke": None}, **more, encoding={
         "x": {"field": x, "type": "ordinal", "sort": None, "title": None} | (across or {}),
         "y": {"field": y, "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 170}},
         "color": {"field": shade, "type": "quantitative", "title": None, "legend": {"orient": "top", "gradientLength": 180},

@@ -44,7 +44,7 @@ function measuresView(found) {
       h("span", { class: "help" }, r.help)),
     found.models.map((one) => cell(one.name, one.measures[r.key])),
     two && cell("Difference", found.difference[r.key], true),
-    two && td(is, { class: `verdict ${r.verdict}` }, found.difference[r.key] && r.better && [h("span", { "aria-hidden": "true" }, said[r.verdict][0] + " "), said[r.verdict][1]]),
+    two && td(is, { class: `verdict ${r.verdict}` }, found.difference[r.key] && r.better && h("span", {}, h("span", { "aria-hidden": "true" }, said[r.verdict][0] + " "), said[r.verdict][1])),
     random && cell("Random router", random.measures[r.key]));
   return [
     h("h1", {}, "Measures"),

@@ -44,7 +44,7 @@ const array = (name) => unpack(`array-${name}`, async (response) =>
 function number(value, signed = false) {
   if (value == null) return "–";
   const size = Math.abs(value), digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
-  const shown = size.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  const shown = Number(size.toFixed(digits)).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   return (Number(shown) === 0 ? "" : value < 0 ? "−" : signed ? "+" : "") + shown;
 }
 
