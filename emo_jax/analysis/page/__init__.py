@@ -1,7 +1,7 @@
 """report.html of an analysis: one file that needs no network.
 
-Everything it shows is in it, in compressed blocks that are unpacked when they are looked at, so that it opens at once. Names and
-text of documents only ever become text nodes; a policy in the page forbids to load anything.
+Everything it shows is in it, in compressed blocks that are unpacked when they are looked at, so that it opens at once. Names
+and text of documents only ever become text nodes; a policy in the page forbids to load anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 
 from emo_jax.analysis.page.contents import Contents, read
 from emo_jax.analysis.page.figures import COLORS, charts, library, write_figures
-from emo_jax.analysis.page.words import overview, questions, verdict
+from emo_jax.analysis.page.questions import questions
+from emo_jax.analysis.page.words import overview, verdict
 from emo_jax.files import write_text
 
 __all__ = ["write_figures", "write_page"]
@@ -36,7 +37,8 @@ def write_page(folder: Path) -> Path:
     blocks += [_json_block(name, contents.arrays[name].tolist()) for name in ("title", "vocabulary")]
     blocks += [_block(f"array-{name}", x.tobytes(), x.dtype.name) for name, x in _arrays(contents).items()]
     parts = {
-        "title": escape(" and ".join(one["name"] for one in contents.found["models"])), "style": (HERE / "page.css").read_text(),
+        "title": escape(" and ".join(one["name"] for one in contents.found["models"])),
+        "style": (HERE / "page.css").read_text(),
         "script": "\n".join((HERE / name).read_text() for name in SCRIPTS), "blocks": "\n".join(blocks),
     }
     page = re.sub("@@([a-z]+)@@", lambda match: parts[match[1]], (HERE / "page.html").read_text())
@@ -52,7 +54,8 @@ def _told(contents: Contents, names: list[str]) -> dict[str, Any]:
         rows.append(row | {"verdict": verdict(d, row["better"]) if d else ""})
     models = [{key: value for key, value in one.items() if key not in ("coverage", "similarity", "by_layer", "keep_curve")}
               | {"experts_of_label": _experts_of_label(one)} for one in found["models"]]
-    return found | {"models": models, "measures": rows, "overview": overview(found), "questions": questions(contents), "charts": names,
+    asked = [question._asdict() for question in questions(contents)]
+    return found | {"models": models, "measures": rows, "overview": overview(found), "questions": asked, "charts": names,
                     "colors": COLORS}
 
 
@@ -60,8 +63,8 @@ def _experts_of_label(one: dict[str, Any]) -> list[list[list[list[float]]]]:
     """[G][L][most used experts][expert, share of the label's choices, how many times its share over labels]"""
     use = np.array(one["coverage"]["use"], float)
     lift, order = use / np.maximum(use.mean(axis=0), 1e-9), np.argsort(-use, axis=2, kind="stable")[..., :EXPERTS_SHOWN]
-    return [[[[int(e), round(use[g, layer, e], 4), round(lift[g, layer, e], 2)] for e in experts] for layer, experts in enumerate(layers)]
-            for g, layers in enumerate(order)]
+    return [[[[int(e), round(use[g, layer, e], 4), round(lift[g, layer, e], 2)] for e in experts]
+             for layer, experts in enumerate(layers)] for g, layers in enumerate(order)]
 
 
 def _arrays(contents: Contents) -> dict[str, np.ndarray]:

@@ -36,7 +36,8 @@ def read(folder: Path) -> Contents:
         with np.load(folder / "documents.npz") as file:
             arrays = dict(file)
     except (OSError, ValueError, zipfile.BadZipFile) as e:
-        raise InputError(f"{folder} is not what emo-jax analyze writes ({reason(e)}); run it again with --out {folder}") from None
+        raise InputError(f"{folder} is not what emo-jax analyze writes ({reason(e)}); run it again with "
+                         f"--out {folder}") from None
     return Contents(_short(found), arrays)
 
 

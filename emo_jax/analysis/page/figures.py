@@ -22,13 +22,14 @@ Spec = dict[str, Any]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 SHAPES = ("circle", "triangle-up", "square", "diamond", "cross", "triangle-down")
 NULL_COLOR = "#7F7F7F"  # of the random router
-HEATMAPS = {"cosine": "Labels by the experts that they use: cosine similarity", "distance": "Labels by the experts that they use: distance",
+HEATMAPS = {"cosine": "Labels by the experts that they use: cosine similarity",
+            "distance": "Labels by the experts that they use: distance",
             "pool_overlap": "Experts that the pools of two documents have in common"}
 HELP = {
     "cosine": "1: two labels use the same experts equally often; 0: none in common.",
     "distance": "0: two labels use the same experts equally often.",
-    "pool_overlap": "The mean share of experts that the pools (a quarter of all experts) of two documents share; within a label "
-                    "on the diagonal.",
+    "pool_overlap": "The mean share of experts that the pools (a quarter of all experts) of two documents share; within a "
+                    "label on the diagonal.",
     "use": "Share of a label's choices that each expert has. Experts are in the order of their strongest label, so modules are "
            "blocks along the diagonal.",
     "effective": "How many equally used experts would be as spread as those of the label (exponential of the entropy).",
@@ -37,9 +38,11 @@ HELP = {
     "removal": "The rise of a label's loss, nats/token, when the strongest experts of a cluster are removed.",
 }
 _LIGHT = {"background": "white", "font": "DejaVu Sans, system-ui, sans-serif", "view": {"stroke": None},
-          "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 14, "subtitleColor": "#666", "subtitlePadding": 6},
-          "axis": {"gridColor": "#e8e8e8", "domainColor": "#bbb", "tickColor": "#bbb", "labelColor": "#444", "titleColor": "#444",
-                   "titleFontWeight": 400}}
+          "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 14, "subtitleColor": "#666",
+                    "subtitlePadding": 6},
+          "axis": {"gridColor": "#e8e8e8", "domainColor": "#bbb", "tickColor": "#bbb", "labelColor": "#444",
+                   "titleColor": "#444", "titleFontWeight": 400}}
+_UPRIGHT: Spec = {"axis": {"labelAngle": -90, "labelLimit": 130}}
 _WIDTH = 620  # of a figure in a file, pixels
 
 
@@ -129,7 +132,8 @@ def measures_of(found: dict[str, Any], unit: str) -> Spec:
                  "x": x | {"field": "value"}, "y": y, "yOffset": offset, "color": color,
                  "shape": {"field": "model", "type": "nominal", "scale": {"domain": names, "range": list(SHAPES[:len(names)])}},
                  "tooltip": _fields("measure", "model", "value", "low", "high")}}]
-    return _chart("Measures between 0 and 1" if unit == "share" else f"Measures in {unit}", "Points are values, bars their 95 % intervals by bootstrap over documents.", values,
+    return _chart("Measures between 0 and 1" if unit == "share" else f"Measures in {unit}",
+                  "Points are values, bars their 95 % intervals by bootstrap over documents.", values,
                   height=20 * (len(every) + 1) * len({v["measure"] for v in values}), layer=marks)
 
 
@@ -152,11 +156,14 @@ def keep_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]]) -> Spec:
     values = []
     for name, rows in curves:
         values += [{"model": name, "share": 100.0, **_interval(0.0, 0.0, 0.0)}]
-        values += [{"model": name, "share": 100 * row["share"], **_interval(row["difference"], row["low"], row["high"])} for row in rows]
-    x = {"field": "share", "type": "quantitative", "title": "experts kept, %", "scale": {"type": "log", "base": 2, "reverse": True},
+        values += [{"model": name, "share": 100 * row["share"], **_interval(row["difference"], row["low"], row["high"])}
+                   for row in rows]
+    x = {"field": "share", "type": "quantitative", "title": "experts kept, %",
+         "scale": {"type": "log", "base": 2, "reverse": True},
          "axis": {"values": sorted({v["share"] for v in values}), "grid": False}}
-    return _chart("Loss with few experts", "How far the loss rises above the full model's, nats/token, when only some experts are kept.",
-                  values, height=300, layer=_lines_with_bands([name for name, _ in curves], x, "share", {"title": "nats/token"}))
+    return _chart("Loss with few experts",
+                  "How far the loss rises above the full model's, nats/token, when only some experts are kept.", values, height=300,
+                  layer=_lines_with_bands([name for name, _ in curves], x, "share", {"title": "nats/token"}))
 
 
 def _lines_with_bands(names: Sequence[str], x: Spec, across: str, y: Spec) -> list[Spec]:
@@ -178,9 +185,9 @@ def _interval(value: float, low: float | None, high: float | None) -> dict[str, 
 
 
 def label_by_label(one: dict[str, Any], labels: Sequence[str], kind: str) -> Spec:
-    values = [{"layer": layer, "label": a, "other": b, "value": rows[i][j]} for layer, rows in enumerate(one["similarity"][kind])
-              for i, a in enumerate(labels) for j, b in enumerate(labels)]
-    return _heatmap(one, kind, HEATMAPS[kind], values, "other", "label", "value", across={"axis": {"labelAngle": -90, "labelLimit": 130}})
+    values = [{"layer": layer, "label": a, "other": b, "value": rows[i][j]}
+              for layer, rows in enumerate(one["similarity"][kind]) for i, a in enumerate(labels) for j, b in enumerate(labels)]
+    return _heatmap(one, kind, HEATMAPS[kind], values, "other", "label", "value", across=_UPRIGHT)
 
 
 def label_by_expert(one: dict[str, Any], labels: Sequence[str]) -> Spec:
@@ -196,7 +203,8 @@ def label_by_expert(one: dict[str, Any], labels: Sequence[str]) -> Spec:
 
 
 def label_by_layer(one: dict[str, Any], labels: Sequence[str], kind: str) -> Spec:
-    title = {"effective": f"Effective experts of a label, of {one['experts']}", "covered": "Share of experts that a label uses"}[kind]
+    title = {"effective": f"Effective experts of a label, of {one['experts']}",
+             "covered": "Share of experts that a label uses"}[kind]
     values = [{"label": label, "layer": layer, "value": value} for label, row in zip(labels, one["coverage"][kind])
               for layer, value in enumerate(row)]
     return _heatmap(one, kind, title, values, "layer", "label", "value", across={"title": "layer", "axis": {"labelAngle": 0}},
@@ -206,15 +214,15 @@ def label_by_layer(one: dict[str, Any], labels: Sequence[str], kind: str) -> Spe
 def cluster_overlap(one: dict[str, Any]) -> Spec:
     values = [{"cluster": cluster_name(c), "other": cluster_name(o), "place": o["id"], "value": share}
               for c in one["clusters"] for o, share in zip(one["clusters"], c["overlap"])]
-    return _heatmap(one, "overlap", "Clusters by the experts that they use", values, "place", "cluster", "value", slider=False, across={
-        "title": "cluster", "axis": {"labelAngle": 0}}, tooltip=_fields("cluster", "other", "value"))
+    return _heatmap(one, "overlap", "Clusters by the experts that they use", values, "place", "cluster", "value", slider=False,
+                    across={"title": "cluster", "axis": {"labelAngle": 0}}, tooltip=_fields("cluster", "other", "value"))
 
 
 def removal_costs(one: dict[str, Any]) -> Spec:
-    values = [{"cluster": cluster_name(c), "label": label_name(label), "rise": rise} for c in one["clusters"] if c["removal"]
+    values: list[dict[str, Any]] = [{"cluster": cluster_name(c), "label": label_name(label), "rise": rise} for c in one["clusters"] if c["removal"]
               for label, rise in c["removal"]["loss"].items()]
     spec = _heatmap(one, "removal", "What removing a cluster's experts costs", values, "label", "cluster", "rise", slider=False,
-                    across={"axis": {"labelAngle": -90, "labelLimit": 130}})
+                    across=_UPRIGHT)
     most = max([abs(v["rise"]) for v in values if v["rise"] is not None], default=1)
     spec["encoding"]["color"]["scale"] = {"scheme": "purpleorange", "domain": [-most, most]}
     return spec
@@ -226,7 +234,8 @@ def _heatmap(one: dict[str, Any], kind: str, title: str, values: list[dict[str, 
     numbers = [v[shade] for v in values if v[shade] is not None] or [0, 1]
     more: Spec = {"params": [{"name": "layer", "value": one["layers"] // 2}],
                   "transform": [{"filter": "datum.layer == layer"}]} if slider else {}
-    return _chart(f"{one['name']}: {title}", HELP[kind], values, height=20 * len({v[y] for v in values}), mark={"type": "rect", "stroke": None}, **more, encoding={
+    more |= {"height": 20 * len({v[y] for v in values}), "mark": "rect"}
+    return _chart(f"{one['name']}: {title}", HELP[kind], values, **more, encoding={
         "x": {"field": x, "type": "ordinal", "sort": None, "title": None} | (across or {}),
         "y": {"field": y, "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 170}},
         "color": {"field": shade, "type": "quantitative", "title": None, "legend": {"orient": "top", "gradientLength": 180},
@@ -241,16 +250,19 @@ def document_map(one: dict[str, Any], model: int, by: str, names: Sequence[str])
     """Without its data, which are `document_rows`. `only`: the categories that the page does not fade."""
     key = {"field": "category", "type": "nominal", "title": None, "legend": {"symbolLimit": 60, "labelLimit": 170}}
     place = {"type": "quantitative", "axis": None, "scale": {"zero": False}}
+    colors = [COLORS[n % len(COLORS)] for n in range(len(names))]
+    shapes = [SHAPES[n // len(COLORS) % len(SHAPES)] for n in range(len(names))]
     spec = _chart(f"{one['name']}: documents by the experts that they use", "Documents that use the same experts lie together. "
                   f"Colour and shape tell the {'label' if by == 'label' else 'cluster of most of its tokens'}.", [], height=520,
-                  params=[{"name": "only", "value": []}], mark={"type": "point", "filled": True, "size": 38, "cursor": "pointer"}, encoding={
+                  params=[{"name": "only", "value": []}], encoding={
                       "x": place | {"field": "x"}, "y": place | {"field": "y"},
-                      "color": key | {"scale": {"domain": list(names), "range": [COLORS[n % len(COLORS)] for n in range(len(names))]}},
-                      "shape": key | {"scale": {"domain": list(names), "range": [
-                          SHAPES[n // len(COLORS) % len(SHAPES)] for n in range(len(names))]}},
-                      "opacity": {"condition": {"test": "!length(only) || indexof(only, datum.category) >= 0", "value": 0.8}, "value": 0.05},
+                      "color": key | {"scale": {"domain": list(names), "range": colors}},
+                      "shape": key | {"scale": {"domain": list(names), "range": shapes}},
+                      "opacity": {"value": 0.05, "condition": {
+                          "test": "!length(only) || indexof(only, datum.category) >= 0", "value": 0.8}},
                       "tooltip": [{"field": "title"}, {"field": "category", "title": by}]})
-    return spec | {"data": {"name": "documents"}, "usermeta": {"model": model, "by": by}}
+    return spec | {"mark": {"type": "point", "filled": True, "size": 38, "cursor": "pointer"}, "data": {"name": "documents"},
+                   "usermeta": {"model": model, "by": by}}
 
 
 def document_rows(contents: Contents, which: dict[str, Any]) -> list[dict[str, Any]]:
@@ -260,8 +272,8 @@ def document_rows(contents: Contents, which: dict[str, Any]) -> list[dict[str, A
         names, of_document = [label_name(label) for label in found["data"]["labels"]], arrays["label"]
     else:
         names, of_document = [cluster_name(c) for c in found["models"][model]["clusters"]], contents.strongest_cluster(model)
-    return [{"document": d, "x": round(float(x), 2), "y": round(float(y), 2), "category": names[of_document[d]], "title": str(title)}
-            for d, ((x, y), title) in enumerate(zip(arrays[f"map_{model}"], arrays["title"])) if of_document[d] >= 0]
+    return [{"document": d, "x": round(float(x), 2), "y": round(float(y), 2), "category": names[of_document[d]],
+             "title": str(title)} for d, ((x, y), title) in enumerate(zip(arrays[f"map_{model}"], arrays["title"])) if of_document[d] >= 0]
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
@@ -273,7 +285,8 @@ def _chart(title: str, description: str, values: list[dict[str, Any]], **more: A
 
 
 def _model_color(names: Sequence[str]) -> Spec:
-    return {"field": "model", "type": "nominal", "title": None, "legend": {"orient": "top", "labelLimit": 300, "columns": 1, "symbolOpacity": 1},
+    return {"field": "model", "type": "nominal", "title": None,
+            "legend": {"orient": "top", "labelLimit": 300, "columns": 1, "symbolOpacity": 1},
             "scale": {"domain": list(names), "range": list(COLORS[:len(names)])}}
 
 
