@@ -5,18 +5,30 @@ from pathlib import Path
 
 import numpy as np
 
+# A text and a label that must never be taken for markup.
+STRANGE = '<script>window.ran = "text"</script><img src=x onerror="window.ran=1">'
+STRANGE_LABEL = '</script><script>window.ran = "label"</script>'
 TOPICS = {  # nouns, verbs
-    "law": ("court appeal judge statute contract plaintiff damages jury evidence clause", "held dismissed reversed granted ruled"),
-    "medicine": ("patient dose therapy tumour artery insulin trial symptom fever nurse", "treated diagnosed reduced relieved tested"),
-    "cooking": ("butter onion oven garlic dough sauce pepper lemon skillet flour", "simmers melts browns thickens rises"),
-    "astronomy": ("galaxy orbit comet telescope nebula spectrum planet dust redshift halo", "orbits emits collapses shines drifts"),
-    "code": ("array pointer loop function buffer thread parser index stack lock", "returns allocates parses iterates locks"),
-    "football": ("goal striker keeper penalty midfield corner referee league header cup", "scored tackled saved passed missed"),
-    "finance": ("bond yield margin equity dividend hedge ledger credit default broker", "rallied fell hedged lent priced"),
-    "sea": ("harbour mast tide anchor gull sail storm keel reef captain", "sailed anchored drifted moored rolled"),
+    "law": ("court appeal judge statute contract plaintiff damages jury evidence clause",
+            "held dismissed reversed granted ruled"),
+    "medicine": ("patient dose therapy tumour artery insulin trial symptom fever nurse",
+                 "treated diagnosed reduced relieved tested"),
+    "cooking": ("butter onion oven garlic dough sauce pepper lemon skillet flour",
+                "simmers melts browns thickens rises"),
+    "astronomy": ("galaxy orbit comet telescope nebula spectrum planet dust redshift halo",
+                  "orbits emits collapses shines drifts"),
+    "code": ("array pointer loop function buffer thread parser index stack lock",
+             "returns allocates parses iterates locks"),
+    "football": ("goal striker keeper penalty midfield corner referee league header cup",
+                 "scored tackled saved passed missed"),
+    "finance": ("bond yield margin equity dividend hedge ledger credit default broker",
+                "rallied fell hedged lent priced"),
+    "sea": ("harbour mast tide anchor gull sail storm keel reef captain",
+            "sailed anchored drifted moored rolled"),
 }
 COMMON = "the of a and to in was that".split()
-PATTERNS = ("the N V a N of the N . ", "in the N a N V and V . ", "a N that V the N was N , and the N V . ", "the N of a N V to the N ; ")
+PATTERNS = ("the N V a N of the N . ", "in the N a N V and V . ", "a N that V the N was N , and the N V . ",
+            "the N of a N V to the N ; ")
 MEASURES = (  # key, title, unit, better, a plausible EMO, standard MoE and random router, baseline
     ("loss", "Loss with all experts", "nats/token", "lower", 3.41, 3.38, 9.2, None),
     ("gap_quarter", "Selective gap at 25 %", "nats/token", "lower", 0.012, 0.31, 0.002, 0.0),
@@ -52,7 +64,8 @@ def write_example(folder: Path, documents: int = 60, layers: int = 3, experts: i
         of_token[d, :4] = np.arange(4) + len(vocabulary) - 4
     kept = np.unique(np.linspace(0, documents - 1, shown or documents).round().astype(int))
     arrays = {
-        "label": of_document.astype(np.uint8), "shown": kept.astype(np.int32), "tokens": of_token[kept].ravel().astype(np.int32),
+        "label": of_document.astype(np.uint8), "shown": kept.astype(np.int32),
+        "tokens": of_token[kept].ravel().astype(np.int32),
         "title": np.array(["".join(vocabulary[t] for t in row[:16]).strip()[:80] for row in of_token]),
         "starts": np.arange(len(kept) + 1, dtype=np.int64) * tokens, "vocabulary": np.array(vocabulary),
     }
@@ -66,7 +79,8 @@ def write_example(folder: Path, documents: int = 60, layers: int = 3, experts: i
         arrays[f"experts_{i}"] = strongest.astype(np.uint8)
         centres = np.array([[np.cos(a), np.sin(a)] for a in np.arange(labels) * 2 * np.pi / labels])
         arrays[f"map_{i}"] = (30 * topical * centres[of_document] + draw.normal(0, 6, (documents, 2))).astype(np.float32)
-        described.append(_model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, experts, clusters, keep_curves))
+        made = _model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, experts, clusters)
+        described.append(made if keep_curves else made | {"keep_curve": None})
     found = {
         "data": {"source": "corpus.jsonl", "documents": documents, "tokens": documents * tokens, "tokens_per_document": tokens,
                  "labels": names, "documents_of_label": np.bincount(of_document, minlength=labels).tolist()},
@@ -84,7 +98,7 @@ def write_example(folder: Path, documents: int = 60, layers: int = 3, experts: i
     return folder
 
 
-def _text(draw: np.random.Generator, of_document: np.ndarray, labels: int, tokens: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _text(draw, of_document, labels, tokens) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(vocabulary, tokens of every document, kind of every token: 0 common, 1 noun, 2 verb, 3 mark)"""
     vocabulary = [" " + word for word in COMMON] + [".", ",", ";"]
     first, marks = {}, {".": 8, ",": 9, ";": 10}
@@ -107,10 +121,11 @@ def _estimate(key: str, value: float, half: float) -> dict[str, float | None]:
 
 
 def _measures(column: int) -> dict[str, dict[str, float | None]]:
-    return {row[0]: _estimate(row[0], row[4 + column], 0.04 * abs(row[4 + column]) + 0.002) | {"baseline": row[7]} for row in MEASURES}
+    return {row[0]: _estimate(row[0], row[4 + column], 0.04 * abs(row[4 + column]) + 0.002) | {"baseline": row[7]}
+            for row in MEASURES}
 
 
-def _model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, experts, clusters, keep_curves) -> dict:
+def _model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, experts, clusters) -> dict:
     use = draw.dirichlet(np.full(experts, 0.2 if i == 0 else 2.0), (len(names), layers))  # [G, L, R]
     unit = use / np.linalg.norm(use, axis=2, keepdims=True)
     cosine = np.einsum("glr,hlr->lgh", unit, unit)
@@ -123,14 +138,15 @@ def _model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, 
         "name": ("emo_tiny", "std_tiny")[i], "checkpoint": f"runs/{('emo', 'std')[i]}/checkpoints/300", "step": 300,
         "layers": layers, "experts": experts, "top_k": 3, "shared": 1, "kind": ("emo", "standard")[i], "parameters": 3_617_280,
         "active_parameters": 1_027_712, "measures": _measures(i),
-        "by_layer": {key: {"value": v.tolist(), "low": (0.93 * v).tolist(), "high": (1.07 * v).tolist()} for key, v in values.items()},
+        "by_layer": {key: {"value": v.tolist(), "low": (0.93 * v).tolist(), "high": (1.07 * v).tolist()}
+                     for key, v in values.items()},
         "clusters": [_cluster(draw, c, by_topic, of_token, of_document, vocabulary, names, layers, experts, own[c], overlap[c])
                      for c in range(clusters)],
         "coverage": {"use": use.tolist(), "effective": np.exp(-(use * np.log(use + 1e-12)).sum(axis=2)).tolist(),
                      "covered": (use > 1 / experts).mean(axis=2).tolist()},
         "similarity": {"cosine": cosine.tolist(), "distance": (1 - cosine).tolist(), "pool_overlap": (0.9 * cosine).tolist()},
         "keep_curve": {"rows": [{"share": share, "keep": keep, "difference": d, "low": 0.9 * d, "high": 1.1 * d}
-                                for share, keep, d in kept]} if keep_curves else None,
+                                for share, keep, d in kept]},
     }
 
 
@@ -150,8 +166,9 @@ def _cluster(draw, c, by_topic, of_token, of_document, vocabulary, names, layers
     removal = {names[g]: float(0.9 * s * draw.uniform(0.6, 1.2) - 0.003) for g, s in enumerate(share)}
     return {
         "id": c, "name": " · ".join(vocabulary[t].strip() for t in top[:3]), "tokens": int(where.sum()),
-        "documents": int(where.any(axis=1).sum()), "labels": {names[g]: float(share[g]) for g in np.argsort(-share) if share[g]},
-        "experts": [[[int(e), float(0.3 / (n + 1)), float(4.5 / (n + 1))] for n, e in enumerate([*own, *((own[:2] + 5) % experts)])]
+        "documents": int(where.any(axis=1).sum()),
+        "labels": {names[g]: float(share[g]) for g in np.argsort(-share) if share[g]},
+        "experts": [[[int(e), 0.3 / (n + 1), 4.5 / (n + 1)] for n, e in enumerate([*own, *((own[:2] + 5) % experts)])]
                     for _ in range(layers)],
         "words": [{"text": vocabulary[t], "count": int(counts[t]), "lift": float(lift[t])} for t in top], "contexts": contexts,
         "removal": {"experts": [own.tolist()] * layers, "loss": {"all": 0.05} | removal} if c else None, "overlap": overlap,

@@ -48,7 +48,7 @@ async function start() {
       if (location.hash !== under) await show(location.hash, { view, value });
       return;
     }
-    if (under === null) await show("#documents", { view: "documents", value: "" });
+    if (under === null) show("#documents", { view: "documents", value: "" });  // behind it
     await readDocument(found, Number(value));
   }
 
