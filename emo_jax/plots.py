@@ -5,6 +5,8 @@ matplotlib is optional: without it `save` says how to install it.
 
 from __future__ import annotations
 
+import importlib.util
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,12 +29,25 @@ _STYLE: dict[Any, Any] = {
 def save(path: AnyPath, columns: int, size: tuple[float, float], draw: Callable[..., None],
          title: str = "") -> AnyPath | None:
     """`draw` gets `columns` axes side by side; the figure of `size` inches goes to `path`. None without matplotlib."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not available():
         say("no figure: matplotlib is not installed (pip install 'emo-jax[report]')")
         return None
+    content = render(path.suffix.removeprefix("."), columns, size, draw, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def render(kind: str, columns: int, size: tuple[float, float], draw: Callable[..., None], title: str = "") -> bytes:
+    """What `save` writes, of a kind such as "png"."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(_STYLE):
         figure = Figure(size, layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -42,10 +57,9 @@ def save(path: AnyPath, columns: int, size: tuple[float, float], draw: Callable[
         figure.draw_without_rendering()  # where everything lies is known from here on
         for axis in axes:
             _part_labels(axis)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            figure.savefig(file, dpi=150, format=path.suffix.removeprefix("."))
-    return path
+        file = io.BytesIO()
+        figure.savefig(file, dpi=150, format=kind)
+    return file.getvalue()
 
 
 def line(axis: Any, label: str, xs: Sequence[float], ys: Sequence[float], color: str, low: Sequence[float] | None = None,

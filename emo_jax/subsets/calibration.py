@@ -122,9 +122,9 @@ def of_label(source: Source, numbers: Numbers, label: str) -> np.ndarray:
 
 
 def halves(config: Config, source: Source, tokenizer: Tokenizer, groups: Mapping[str, Numbers],
-           most: int) -> tuple[Calibration, np.ndarray]:
-    """(text to choose by: half of the documents of every group, `most` of it; the other halves of all groups, to score).
-    Groups of one document are left out; `InputError` if there are no others."""
+           most: int, tokens: int | None = None) -> tuple[Calibration, np.ndarray]:
+    """(text to choose by: half of the documents of every group, `most` of it, of each the first `tokens` (None: all); the
+    other halves of all groups, to score). Groups of one document are left out; `InputError` if there are no others."""
     choosing, scored = {}, []
     for name, numbers in groups.items():
         if len(numbers) > 1:
@@ -133,7 +133,7 @@ def halves(config: Config, source: Source, tokenizer: Tokenizer, groups: Mapping
             scored.append(np.setdiff1d(numbers, half))
     if not scored:
         raise InputError(f"{source.name}: two documents of a label are needed, one to choose experts by and one to score")
-    return from_source(config, source, tokenizer, choosing), np.sort(np.concatenate(scored))
+    return from_source(config, source, tokenizer, choosing, tokens), np.sort(np.concatenate(scored))
 
 
 def document_hash(document: Document) -> str:

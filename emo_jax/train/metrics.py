@@ -26,6 +26,7 @@ from emo_jax.progress import duration
 from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.mirror import Mirror
+from emo_jax.train.tensorboard import Picture, TensorBoard
 from emo_jax.train.verdicts import Watch
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
@@ -72,47 +73,6 @@ class MetricsFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # whatever could be written is
             self._file.close()
-
-
-class TensorBoard:
-    """Event files in `folder`; nothing if tensorboardX is not installed. They are not left to the thread that writes for its
-    `SummaryWriter`: where a full disk ends that, the next who writes waits for ever."""
-
-    def __init__(self, folder: Path, resumed_at: int):
-        self._file: Any = None
-        try:
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto import event_pb2
-            from tensorboardX.summary import scalar
-        except ImportError:
-            print("no TensorBoard events: tensorboardX is not installed", file=sys.stderr)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        messages: Any = event_pb2
-        self._file, self._event, self._scalar = EventsWriter(str(folder / "events")), messages.Event, scalar
-        start = messages.SessionLog(status=messages.SessionLog.START)
-        self._file.write_event(self._event(step=resumed_at + 1, session_log=start))  # hides what was logged of later steps
-
-    def write(self, step: int, record: dict[str, Any], prefix: str = "") -> None:
-        for name, value in record.items() if self._file else ():
-            if isinstance(value, dict):
-                self.write(step, value, f"{prefix}{name}/")
-            elif isinstance(value, list):
-                for layer, v in enumerate(value):
-                    if v is not None:
-                        self._add(f"{prefix}{name}/layer_{layer:02d}", v, step)
-            elif isinstance(value, (int, float)) and name != "step":
-                self._add(prefix + name, value, step)
-        if self._file and not prefix:
-            self._file.flush()
-
-    def _add(self, name: str, value: float, step: int) -> None:
-        self._file.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
-
-    def close(self) -> None:
-        if self._file:
-            with contextlib.suppress(OSError):  # whatever could be written is
-                self._file.close()
 
 
 class StatusLine:
@@ -326,10 +286,11 @@ class Log:
                  + ", ".join(f"{k} {v['loss']:.3f}" for k, v in result["labels"].items()) + ")")
 
     def numbers(self, step: int, name: str, result: dict[str, Any]) -> None:
-        """Any other evaluation: (nested) numbers and lists by layer."""
-        self._file.write({"eval": name, "step": step} | result)
+        """Any other evaluation: (nested) numbers, lists by layer, and `Picture`s."""
+        numbers = {k: v for k, v in result.items() if not isinstance(v, Picture)}
+        self._file.write({"eval": name, "step": step} | numbers)
         self._events.write(step, {name: result})
-        self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(result).items()
+        self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(numbers).items()
                                                       if isinstance(v, float)))
 
     def saved(self, seconds: float) -> None:
