@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from emo_jax.analysis.activations import Activations
 from emo_jax.analysis.resampling import Measure
-from emo_jax.analysis.use import effective
+from emo_jax.subsets.use import effective
 
 POOL_SHARE = 0.25  # of the routed experts, in the pools whose overlap is measured
 

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from emo_jax.analysis.activations import Activations
 from emo_jax.analysis.resampling import Measure
 from emo_jax.analysis.text import weighted
+from emo_jax.subsets import use as subsets_use
+from emo_jax.subsets.use import LEAST_TOKENS, effective
 
-LEAST_TOKENS = 64  # of a document whose experts are counted
 SEGMENT = 16  # tokens
 CACHE = 2  # a cache holds so many times the experts that a token uses
 
@@ -22,11 +23,6 @@ def effective_experts(a: Activations) -> Measure:
     return _mean_of_documents(effective(a.choices), long_enough(a))
 
 
-def effective(counts: Float[np.ndarray, "*any R"]) -> Float[np.ndarray, "*any"]:
-    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1e-30)
-    return np.exp(-np.sum(np.where(share > 0, share * np.log(np.maximum(share, 1e-30)), 0.0), axis=-1))
-
-
 def long_enough(a: Activations) -> np.ndarray:
     lengths = np.diff(a.text.starts)
     return lengths >= min(LEAST_TOKENS, lengths.max())
@@ -35,9 +31,7 @@ def long_enough(a: Activations) -> np.ndarray:
 def top_share(a: Activations, share: float) -> Measure:
     """The part of a document's router probability that its own strongest experts have, `share` of all, [B, L]. With routers
     that prefer nothing it is `share`."""
-    sums = np.sort(a.probability_sums, axis=2)[..., ::-1]
-    top = max(1, round(share * a.experts))
-    return _mean_of_documents(sums[..., :top].sum(axis=2) / sums.sum(axis=2), long_enough(a))
+    return _mean_of_documents(subsets_use.top_share(a.probability_sums, share), long_enough(a))
 
 
 def _mean_of_documents(values: np.ndarray, use: np.ndarray) -> Measure:
