@@ -162,8 +162,8 @@ def keep_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]]) -> Spec:
          "scale": {"type": "log", "base": 2, "reverse": True},
          "axis": {"values": sorted({v["share"] for v in values}), "grid": False}}
     return _chart("Loss with few experts",
-                  "How far the loss rises above the full model's, nats/token, when only some experts are kept.", values, height=300,
-                  layer=_lines_with_bands([name for name, _ in curves], x, "share", {"title": "nats/token"}))
+                  "How far the loss rises above the full model's, nats/token, when only some experts are kept.", values,
+                  height=300, layer=_lines_with_bands([name for name, _ in curves], x, "share", {"title": "nats/token"}))
 
 
 def _lines_with_bands(names: Sequence[str], x: Spec, across: str, y: Spec) -> list[Spec]:
@@ -219,8 +219,9 @@ def cluster_overlap(one: dict[str, Any]) -> Spec:
 
 
 def removal_costs(one: dict[str, Any]) -> Spec:
-    values: list[dict[str, Any]] = [{"cluster": cluster_name(c), "label": label_name(label), "rise": rise} for c in one["clusters"] if c["removal"]
-              for label, rise in c["removal"]["loss"].items()]
+    values: list[dict[str, Any]] = [{"cluster": cluster_name(c), "label": label_name(label), "rise": rise}
+                                    for c in one["clusters"] if c["removal"]
+                                    for label, rise in c["removal"]["loss"].items()]
     spec = _heatmap(one, "removal", "What removing a cluster's experts costs", values, "label", "cluster", "rise", slider=False,
                     across=_UPRIGHT)
     most = max([abs(v["rise"]) for v in values if v["rise"] is not None], default=1)
@@ -273,7 +274,8 @@ def document_rows(contents: Contents, which: dict[str, Any]) -> list[dict[str, A
     else:
         names, of_document = [cluster_name(c) for c in found["models"][model]["clusters"]], contents.strongest_cluster(model)
     return [{"document": d, "x": round(float(x), 2), "y": round(float(y), 2), "category": names[of_document[d]],
-             "title": str(title)} for d, ((x, y), title) in enumerate(zip(arrays[f"map_{model}"], arrays["title"])) if of_document[d] >= 0]
+             "title": str(title)} for d, ((x, y), title) in enumerate(zip(arrays[f"map_{model}"], arrays["title"]))
+            if of_document[d] >= 0]
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
