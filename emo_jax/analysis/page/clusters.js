@@ -22,13 +22,14 @@ function clustersView(found, value) {
   const model = value === "b" && found.models.length > 1 ? 1 : 0, one = found.models[model];
   const grid = h("ul", { class: "cards" });
   const card = (c) => h("li", {}, h("a", { class: "card", href: `#${clusterHash(model, c)}` },
-    h("span", { class: "number" }, `Cluster ${c.id}`), h("span", { class: "name" }, named(c)), note(size(one, c)), labelBars(c, 3)));
+    h("span", { class: "number" }, `Cluster ${c.id}`), h("span", { class: "name" }, named(c)), note(size(one, c)),
+    labelBars(c, 3)));
   const show = (order) => fill(grid, [...one.clusters].sort(ORDERS[order][1]).map(card));
   show("size");
   return [
     h("h1", {}, "Clusters"),
-    lead(`Tokens that the routers of ${one.name} send to the same experts. A cluster is named by the words that it has more often
-      than other text.`),
+    lead(`Tokens that the routers of ${one.name} send to the same experts. A cluster is named by the words that it has more
+      often than other text.`),
     controls(modelChoice("clusters-model", found.models, model, (i) => go(`clusters=${letter(i)}`)),
       choice("Order", "clusters-order", Object.entries(ORDERS).map(([key, [shown]]) => [key, shown]), "size", show)),
     grid,
@@ -89,7 +90,8 @@ function removalSection(c) {
   const rises = Object.entries(c.removal.loss).filter(([, rise]) => rise !== null);
   const most = Math.max(...rises.map(([, rise]) => Math.abs(rise)), 1e-9);
   const rows = rises.sort(([a, x], [b, y]) => (b === "all") - (a === "all") || y - x).map(([label, rise]) => [
-    label === "all" ? h("strong", {}, "all text") : labelName(label), Math.abs(rise) / most, number(rise, true), rise < 0 ? "" : "cost"]);
+    label === "all" ? h("strong", {}, "all text") : labelName(label), Math.abs(rise) / most, number(rise, true),
+    rise < 0 ? "" : "cost"]);
   const removed = plural(c.removal.experts[0].length, "expert");
   return section(title, help(`Change of the loss, nats/token, without ${removed} of every layer.`), bars(rows));
 }
@@ -120,7 +122,8 @@ async function documentsSection(found, model, c) {
     return pieces.map(([inside, token]) => (inside ? marked(token) : token));
   }
   const item = ([s, number, n]) => h("li", {}, link(`document=${number}`,
-    note(`${labelName(found.data.labels[all.label[number]])} · ${plural(n, "token")} of it`), h("span", { class: "excerpt" }, excerpt(s))));
+    note(`${labelName(found.data.labels[all.label[number]])} · ${plural(n, "token")} of it`),
+    h("span", { class: "excerpt" }, excerpt(s))));
   const part = all.shown.length < found.data.documents && `, of the ${count(all.shown.length)} whose text is in this page`;
   return section("Its documents", help("Those with most of its tokens, which are marked", part, "."),
     growing(counts, 8, item, h("ul", { class: "documents" })));

@@ -10,7 +10,8 @@ function overviewView(found) {
     ["gap_eighth", "nats/token lost with an eighth of the experts a document"],
   ];
   const answered = (q) => h("div", {}, h("dt", {}, q.question), h("dd", {}, q.answer, " ",
-    h("a", { href: `#${q.link}`, "aria-label": `${q.view}: ${q.question}` }, q.view, h("span", { "aria-hidden": "true" }, " →"))));
+    h("a", { href: `#${q.link}`, "aria-label": `${q.view}: ${q.question}` }, q.view,
+      h("span", { "aria-hidden": "true" }, " →"))));
   return [
     h("div", { class: "hero" }, h("p", { class: "eyebrow" }, "What the experts became"),
       h("h1", {}, one.name, second && [h("span", { class: "beside" }, " beside "), second.name])),
@@ -34,7 +35,7 @@ function tile(found, key, said, form = number) {
 
 function measuresView(found) {
   const random = found.random_router, [a, b] = found.models.map((one) => one.name), is = `${a} is`;
-  const heads = ["Measure", ...found.models.map((one) => one.name), ...(b ? ["Difference", is] : []), ...(random ? ["Random router"] : [])];
+  const heads = listed(["Measure", found.models.map((one) => one.name), b && ["Difference", is], random && "Random router"]);
   const columns = listed([found.models, random]);
   const said = { better: ["▲ ", "better"], worse: ["▼ ", "worse"], "": ["≈ ", "not clear"] };
   // roles are told because on a phone the table is laid out as blocks
@@ -54,7 +55,8 @@ function measuresView(found) {
     h("h1", {}, "Measures"),
     lead("Small figures are 95\u00a0% intervals by bootstrap over documents.",
       b && ` The difference is ${a} minus ${b}, paired over documents; it is clear where its interval does not contain 0.`,
-      random && " A random router is the same network with its routers as at initialisation: what a measure shows without modules."),
+      random && ` A random router is the same network with its routers as at initialisation: what a measure shows without
+        modules.`),
     wide("Table of measures", h("table", { class: "measures", role: "table" },
       h("caption", { class: "unseen" }, "Measures of modularity"),
       h("thead", { role: "rowgroup" },

@@ -140,6 +140,7 @@ function marked(token) {
 
 /** Bars. rows: [[name, share of the longest bar, text, class]]; by default a share's text is itself. */
 function bars(rows) {
-  return h("dl", { class: "bars" }, rows.map(([name, share, amount = percent(share), kind = ""]) => h("div", {}, h("dt", {}, name),
-    h("dd", {}, h("span", { class: `bar ${kind}`, style: { "--share": share } }), h("span", { class: "amount" }, amount)))));
+  const row = ([name, share, amount = percent(share), kind = ""]) => h("div", {}, h("dt", {}, name), h("dd", {},
+    h("span", { class: `bar ${kind}`, style: { "--share": share } }), h("span", { class: "amount" }, amount)));
+  return h("dl", { class: "bars" }, rows.map(row));
 }

@@ -139,14 +139,14 @@ def _cache(found: Found) -> Question | None:
     told = [f"{percent(share)} of the choices in {name}" for name, share in hits if share is not None]
     return Question("Would an expert cache work?",
                     f"A cache of a segment's most frequent experts would answer {listing(told)}"
-                    f"{beside_random(found, 'segment_cache')}; the measure is {title}.", "measures",
+                    f"{beside_random(found, 'segment_cache', percent)}; the measure is {title}.", "measures",
                     "Measures") if told else None
 
 
 def _kept(found: Found) -> Question | None:
     curves = [(one["name"], min(one["keep_curve"]["rows"], key=lambda row: row["share"])) for one in found["models"]
               if one["keep_curve"] and one["keep_curve"]["rows"]]
-    told = [f"{number(row['difference'], True)} nats/token with {percent(row['share'])} of the experts of {name}"
+    told = [f"{number(row['difference'], True)} nats/token with {100 * row['share']:g}\u00a0% of the experts of {name}"
             for name, row in curves]
     return Question("What does a model lose with few experts?", f"The loss changes by {listing(told)}.", "keep",
                     "Few experts") if told else None

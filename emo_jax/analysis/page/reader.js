@@ -46,7 +46,8 @@ async function readDocument(found, number) {
 async function coloured(found, all, row) {
   const tip = h("div", { id: "tip", role: "status", hidden: true }), panes = h("div", { class: "panes" }), output = h("output");
   const layers = Math.max(...found.models.map((one) => one.layers)), names = found.models.map((one, i) => [i, one.name]);
-  const input = h("input", { type: "range", min: 0, max: layers - 1, value: reading.layer, oninput: () => set({ layer: Number(input.value) }) });
+  const input = h("input", { type: "range", min: 0, max: layers - 1, value: reading.layer,
+    oninput: () => set({ layer: Number(input.value) }) });
   const slider = h("label", { class: "slider" }, "Layer ", input, output);
   async function set(change) {
     Object.assign(reading, change);
@@ -58,8 +59,10 @@ async function coloured(found, all, row) {
   }
   await set({});
   return [
-    controls(names.length > 1 && choice("Model", "reader-models", [...names, ["both", "both"]], reading.models, (models) => set({ models })),
-      choice("Colour by", "reader-by", [["cluster", "cluster"], ["expert", "expert"]], reading.by, (by) => set({ by })), slider),
+    controls(names.length > 1
+      && choice("Model", "reader-models", [...names, ["both", "both"]], reading.models, (models) => set({ models })),
+      choice("Colour by", "reader-by", [["cluster", "cluster"], ["expert", "expert"]], reading.by, (by) => set({ by })),
+      slider),
     help("Point at a token, or step through them with the arrow keys. The names below filter."), panes, tip,
   ];
 }
@@ -67,16 +70,19 @@ async function coloured(found, all, row) {
 /** The text as one model sees it. */
 async function pane(found, model, all, row, tip) {
   const one = found.models[model], layer = Math.min(reading.layer, one.layers - 1), byCluster = reading.by === "cluster";
-  const low = all.starts[row], high = all.starts[row + 1], words = Array.from(all.tokens.subarray(low, high), (v) => all.vocabulary[v]);
+  const low = all.starts[row], high = all.starts[row + 1];
+  const words = Array.from(all.tokens.subarray(low, high), (v) => all.vocabulary[v]);
   const [clusters, experts] = (await Promise.all([array(`clusters_${model}`), array(`experts_${model}_${layer}`)])).map(
     (of) => of.subarray(low, high));
-  const nameOf = new Map(one.clusters.map((c) => [c.id, clusterName(c)])), keys = byCluster ? clusters : experts, counts = new Map();
+  const nameOf = new Map(one.clusters.map((c) => [c.id, clusterName(c)]));
+  const keys = byCluster ? clusters : experts, counts = new Map();
   for (const key of keys) counts.set(key, (counts.get(key) ?? 0) + 1);
   const order = [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || a - b);
   const looks = new Map(order.map((key, rank) => [key, look(byCluster ? key : rank, found.colors)]));
   const tokens = words.map((word, t) => h("span", { class: "t", tabindex: t ? -1 : 0, "data-t": t, "data-key": keys[t],
     style: { "--c": looks.get(keys[t]).color, "--line": looks.get(keys[t]).line } }, word));
-  const body = h("div", { class: "text", role: "group", "aria-label": `Text, coloured by ${reading.by} of ${one.name}` }, tokens);
+  const label = `Text, coloured by ${reading.by} of ${one.name}`;
+  const body = h("div", { class: "text", role: "group", "aria-label": label }, tokens);
   body.addEventListener("pointerover", (event) => point(event.target.closest(".t")));
   body.addEventListener("focusin", (event) => point(event.target.closest(".t")));
   for (const leaving of ["pointerleave", "focusout"]) body.addEventListener(leaving, () => { tip.hidden = true; });
@@ -86,7 +92,9 @@ async function pane(found, model, all, row, tip) {
   function point(token) {
     if (!token) return;
     const t = Number(token.dataset.t), box = token.getBoundingClientRect();
-    for (const other of body.closest(".panes").querySelectorAll(".t")) other.classList.toggle("same", other.dataset.t === token.dataset.t);
+    for (const other of body.closest(".panes").querySelectorAll(".t")) {
+      other.classList.toggle("same", other.dataset.t === token.dataset.t);
+    }
     fill(tip, h("strong", {}, one.name),
       ` “${visible(words[t])}” cluster ${nameOf.get(clusters[t]) ?? clusters[t]} · expert ${experts[t]} of layer ${layer}`);
     tip.hidden = false;
@@ -96,7 +104,8 @@ async function pane(found, model, all, row, tip) {
 
   function step(event) {
     const t = Number(event.target.dataset.t);
-    const next = { ArrowRight: t + 1, ArrowDown: t + 1, ArrowLeft: t - 1, ArrowUp: t - 1, Home: 0, End: tokens.length - 1 }[event.key];
+    const next = { ArrowRight: t + 1, ArrowDown: t + 1, ArrowLeft: t - 1, ArrowUp: t - 1, Home: 0,
+      End: tokens.length - 1 }[event.key];
     if (next === undefined) return;
     event.preventDefault();
     if (!tokens[next]) return;
@@ -108,5 +117,6 @@ async function pane(found, model, all, row, tip) {
   const entries = order.map((key) => ({ key, ...looks.get(key), glyph: "",
     text: `${byCluster ? nameOf.get(key) ?? key : `expert ${key}`} (${counts.get(key)})` }));
   const filter = (only) => tokens.forEach((token, t) => token.classList.toggle("faded", only.size > 0 && !only.has(keys[t])));
-  return h("section", { class: "pane" }, h("h3", {}, one.name), legend(`Filter the text of ${one.name}`, entries, filter), body);
+  const key = legend(`Filter by ${reading.by} of ${one.name}`, entries, filter);
+  return h("section", { class: "pane" }, h("h3", {}, one.name), key, body);
 }

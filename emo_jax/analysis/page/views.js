@@ -26,9 +26,11 @@ function labelsView(found, value) {
   return [
     h("h1", {}, "Labels"), lead("Which experts serve which kind of text, and which kinds share them."),
     section("Experts of a label", controls(h("label", {}, "Label ", select)),
-      help("The most used of each layer: their share of the label's choices, and how many times that is their mean share over labels."),
+      help(`The most used of each layer: their share of the label's choices, and how many times that is their mean share over
+        labels.`),
       experts),
-    section("Coverage", controls(modelChoice("labels-model", found.models, chosen.labels, (labels) => show({ labels }))), heatmaps),
+    section("Coverage",
+      controls(modelChoice("labels-model", found.models, chosen.labels, (labels) => show({ labels }))), heatmaps),
     section("Similarity",
       controls(choice("Show", "labels-kind", kinds, chosen.similarity, (similarity) => show({ similarity }))), similar),
   ];
@@ -36,7 +38,8 @@ function labelsView(found, value) {
 
 function layersView(found) {
   const names = found.charts.filter((name) => name.startsWith("layers-"));
-  return [h("h1", {}, "Layers"), lead("Where in the network modules are. Bands are 95\u00a0% intervals by bootstrap over documents."),
+  return [h("h1", {}, "Layers"),
+    lead("Where in the network modules are. Bands are 95\u00a0% intervals by bootstrap over documents."),
     h("div", { class: "pair" }, names.map((name) => chart(name, { level: "h2" })))];
 }
 
@@ -82,16 +85,20 @@ function documentMap(found, all, room) {
   const after = (made) => {
     view = made;
     filter(only);
-    view.addEventListener("click", (event, item) => { if (item?.datum?.document !== undefined) go(`document=${item.datum.document}`); });
+    view.addEventListener("click", (event, item) => {
+      if (item?.datum?.document !== undefined) go(`document=${item.datum.document}`);
+    });
   };
-  return [legend("Show only", entries, filter), chart(`map_${byLabel ? "labels" : "clusters"}-${model}`, { level: "h2", change, after })];
+  const name = `map_${byLabel ? "labels" : "clusters"}-${model}`;
+  return [legend("Show only", entries, filter), chart(name, { level: "h2", change, after })];
 }
 
 /** As document_rows in figures.py. */
 async function mapRows(all, model, byLabel, names) {
   const at = await array(`map_${model}`), of = byLabel ? all.label : await array(`strongest_${model}`), rows = [];
   of.forEach((category, d) => {
-    if (category >= 0) rows.push({ document: d, x: at[2 * d], y: at[2 * d + 1], category: names[category], title: all.title[d] });
+    if (category < 0) return;
+    rows.push({ document: d, x: at[2 * d], y: at[2 * d + 1], category: names[category], title: all.title[d] });
   });
   return rows;
 }
@@ -111,5 +118,6 @@ function documentList(found, all) {
     fill(result, growing(fits, 20, item, h("ul", { class: "plain" })));
   }
   show();
-  return section("Find a document", controls(h("label", {}, "Beginning ", search), h("label", {}, "Label ", select)), told, result);
+  const asked = controls(h("label", {}, "Title has ", search), h("label", {}, "Label ", select));
+  return section("Find a document", asked, told, result);
 }

@@ -6,7 +6,7 @@ clear where its 95 % interval does not contain 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 Found = dict[str, Any]
@@ -59,10 +59,10 @@ def value(one: dict[str, Any] | None, key: str) -> float | None:
     return one["measures"].get(key, {}).get("value") if one else None
 
 
-def beside_random(found: Found, key: str) -> str:
+def beside_random(found: Found, key: str, form: Callable[[float], str] = number) -> str:
     """What a measure is without any modules, where that is known."""
     null = value(found["random_router"], key)
-    return "" if null is None else f", against {number(null)} with routers drawn at random"
+    return "" if null is None else f", against {form(null)} with routers drawn at random"
 
 
 def verdicts(found: Found) -> Verdicts:
