@@ -30,7 +30,7 @@ function theme() {
   const font = getComputedStyle(probe).fontFamily;
   probe.remove();
   return {
-    background: "transparent", font, view: { stroke: null },
+    aria: false, background: "transparent", font, view: { stroke: null },
     axis: { gridColor: line, domainColor: line, tickColor: line, labelColor: soft, titleColor: soft, titleFontWeight: 400,
       labelFontSize: 12, titleFontSize: 12 },
     legend: { labelColor: ink, titleColor: soft, labelFontSize: 12.5 },
@@ -40,7 +40,7 @@ function theme() {
 /** A figure: chart, slider for the layer, table. change(spec): before it is drawn; after(view): each time it has been. */
 function chart(name, { change = () => {}, after = () => {}, scrolls = false, level = "h3" } = {}) {
   const id = `figure-${name}`, title = h(level, { id, class: "chart-title" }), told = help(), above = controls();
-  const target = h("div", { class: "plot", role: "img", "aria-labelledby": id });
+  const target = h("div", { class: "plot" });
   const data = h("details", { class: "data" }, h("summary", {}, "The same as a table"));
   const figure = h("figure", { class: "chart" }, h("figcaption", {}, title, told), above,
     scrolls ? wide("Chart", target) : target, data);
@@ -64,7 +64,10 @@ function chart(name, { change = () => {}, after = () => {}, scrolls = false, lev
       actions: { export: true, source: false, compiled: false, editor: false }, downloadFileName: name,
     }));
     if (layer !== null) await view.signal("layer", layer).runAsync();
-    target.querySelector("summary")?.setAttribute("aria-label", `Save: ${shown}`);
+    const picture = target.querySelector("svg.marks, canvas");
+    picture.setAttribute("role", "img");
+    picture.setAttribute("aria-label", `${shown}. ${description}`);
+    target.querySelector("summary").setAttribute("aria-label", `Save: ${shown}`);
     figure.dataset.drawn = "";
     after(view);
   }

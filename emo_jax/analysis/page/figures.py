@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from emo_jax.analysis.page.contents import Contents, read
 from emo_jax.errors import InputError
@@ -96,6 +97,11 @@ def charts(found: dict[str, Any]) -> dict[str, Spec]:
         made[f"map_labels-{i}"] = document_map(one, i, "label", labels)
         made[f"map_clusters-{i}"] = document_map(one, i, "cluster", [cluster_name(c) for c in one["clusters"]])
     return {name: spec for name, spec in made.items() if spec["data"].get("values", True)}
+
+
+def expert_use(one: dict[str, Any]) -> Float[np.ndarray, "G L R"]:
+    """Share of a label's choices that each expert has; 0 for a label without tokens."""
+    return np.nan_to_num(np.array(one["coverage"]["use"], float))
 
 
 def label_name(label: str) -> str:
@@ -193,7 +199,7 @@ def label_by_label(one: dict[str, Any], labels: Sequence[str], kind: str) -> Spe
 def label_by_expert(one: dict[str, Any], labels: Sequence[str]) -> Spec:
     values = []
     for layer in range(one["layers"]):
-        use = np.array([rows[layer] for rows in one["coverage"]["use"]], float)  # [G, R]
+        use = expert_use(one)[:, layer]
         order = np.lexsort((-use.max(axis=0), use.argmax(axis=0)))
         values += [{"layer": layer, "label": label, "place": place, "expert": int(e), "share": float(f"{use[g, e]:.3g}")}
                    for g, label in enumerate(labels) for place, e in enumerate(order)]

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 
 from emo_jax.analysis.page.contents import Contents
-from emo_jax.analysis.page.figures import cluster_name, label_name
+from emo_jax.analysis.page.figures import cluster_name, expert_use, label_name
 from emo_jax.analysis.page.words import (
     Found,
     beside_random,
@@ -60,9 +60,9 @@ def _beats_baseline(found: Found) -> Question | None:
 def _serving(found: Found) -> Question:
     """Of the label that has an expert most to itself."""
     one = found["models"][0]
-    use = np.array(one["coverage"]["use"], float)  # [G, L, R]
+    use = expert_use(one)
     lift = use / np.maximum(use.mean(axis=0), 1e-9) * (use > 1 / one["experts"])
-    g, layer, _ = np.unravel_index(np.nanargmax(lift), lift.shape)
+    g, layer, _ = np.unravel_index(np.argmax(lift), lift.shape)
     top = [e for e in np.argsort(-use[g, layer], kind="stable")[:3] if use[g, layer, e] > 0]
     label, shares = found["data"]["labels"][g], listing(f"expert {e} ({percent(use[g, layer, e])})" for e in top)
     return Question(f"Which experts serve {label_name(label)}?",
