@@ -165,7 +165,7 @@ def keep_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]]) -> Spec:
         values += [{"model": name, "share": 100 * row["share"], **_interval(row["difference"], row["low"], row["high"])}
                    for row in rows]
     x = {"field": "share", "type": "quantitative", "title": "experts kept, %",
-         "scale": {"type": "log", "base": 2, "reverse": True},
+         "scale": {"type": "log", "base": 2, "reverse": True, "nice": False},
          "axis": {"values": sorted({v["share"] for v in values}), "grid": False}}
     return _chart("Loss with few experts",
                   "How far the loss rises above the full model's, nats/token, when only some experts are kept.", values,
@@ -173,12 +173,13 @@ def keep_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]]) -> Spec:
 
 
 def _lines_with_bands(names: Sequence[str], x: Spec, across: str, y: Spec) -> list[Spec]:
-    y = {"type": "quantitative"} | y
+    y, color = {"type": "quantitative"} | y, _model_color(names)
+    color["legend"] |= {"symbolType": "stroke", "symbolStrokeWidth": 2.5, "symbolSize": 300}
+    dash = color | {"scale": {"domain": list(names), "range": [[1, 0], [5, 3]][:len(names)]}}  # the second cue
     return [{"mark": {"type": "area", "opacity": 0.18}, "encoding": {
-                "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": _model_color(names)}},
+                "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color}},
             {"mark": {"type": "line", "point": {"size": 55, "filled": True}}, "encoding": {
-                "x": x, "y": y | {"field": "value"}, "color": _model_color(names),
-                "strokeDash": _model_color(names) | {"scale": {"domain": list(names), "range": [[1, 0], [5, 3]][:len(names)]}},
+                "x": x, "y": y | {"field": "value"}, "color": color, "strokeDash": dash,
                 "tooltip": _fields("model", across, "value", "low", "high")}}]
 
 
