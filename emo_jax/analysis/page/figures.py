@@ -38,7 +38,7 @@ HELP = {
     "overlap": "The share of a cluster's strongest experts that it has in common with another cluster.",
     "removal": "The rise of a label's loss, nats/token, when the strongest experts of a cluster are removed.",
 }
-_LIGHT = {"background": "white", "font": "DejaVu Sans, system-ui, sans-serif", "view": {"stroke": None},
+_LIGHT = {"background": "white", "padding": 16, "font": "DejaVu Sans, system-ui, sans-serif", "view": {"stroke": None},
           "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 14, "subtitleColor": "#666",
                     "subtitlePadding": 6},
           "axis": {"gridColor": "#e8e8e8", "domainColor": "#bbb", "tickColor": "#bbb", "labelColor": "#444",

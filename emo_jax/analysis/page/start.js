@@ -90,4 +90,7 @@ function themes() {
 }
 
 themes();
-start();
+start().catch((error) => {
+  fill($("main"), h("p", { role: "alert" }, `This page cannot be shown (${error.message}). It needs a browser of 2024 or later.`));
+  throw error;
+});
