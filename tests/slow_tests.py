@@ -27,6 +27,8 @@ LONG = (
 )
 
 SLOW = (
+    "test_analysis_browser.py",
+    "test_analysis_page.py::test_every_figure",
     "test_remote_code.py",
     "test_hub.py::test_what_is_pushed",
     "test_card.py::test_what_a_card_shows",

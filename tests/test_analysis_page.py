@@ -70,6 +70,7 @@ def test_what_is_not_known_is_null_in_the_page(tmp_path):
     found = json.loads((folder / "analysis.json").read_text())
     found["models"][0]["measures"]["label_information"] = dict.fromkeys(("value", "low", "high", "baseline"), float("nan"))
     found["models"][0]["clusters"][1]["removal"]["loss"]["law"] = float("nan")
+    found["models"][0]["coverage"]["use"][1] = [[float("nan")] * 15] * 3  # a label without tokens
     (folder / "analysis.json").write_text(json.dumps(found))
     blocks = _unpacked(write_page(folder))
     told = json.loads(blocks["contents"][1], parse_constant=pytest.fail)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from emo_jax.analysis.page.contents import Contents, read
-from emo_jax.analysis.page.figures import COLORS, charts, library, write_figures
+from emo_jax.analysis.page.figures import COLORS, charts, expert_use, library, write_figures
 from emo_jax.analysis.page.questions import questions
 from emo_jax.analysis.page.words import overview, verdict
 from emo_jax.files import write_text
@@ -61,7 +61,7 @@ def _told(contents: Contents, names: list[str]) -> dict[str, Any]:
 
 def _experts_of_label(one: dict[str, Any]) -> list[list[list[list[float]]]]:
     """[G][L][most used experts][expert, share of the label's choices, how many times its share over labels]"""
-    use = np.array(one["coverage"]["use"], float)
+    use = expert_use(one)
     lift, order = use / np.maximum(use.mean(axis=0), 1e-9), np.argsort(-use, axis=2, kind="stable")[..., :EXPERTS_SHOWN]
     return [[[[int(e), round(use[g, layer, e], 4), round(lift[g, layer, e], 2)] for e in experts]
              for layer, experts in enumerate(layers)] for g, layers in enumerate(order)]
@@ -83,7 +83,7 @@ def _arrays(contents: Contents) -> dict[str, np.ndarray]:
 
 
 def _json_block(name: str, value: Any) -> str:
-    return _block(name, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
+    return _block(name, json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
 
 
 def _block(name: str, raw: bytes, dtype: str = "") -> str:

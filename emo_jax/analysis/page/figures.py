@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from emo_jax.analysis.page.contents import Contents, read
 from emo_jax.errors import InputError
@@ -37,7 +38,7 @@ HELP = {
     "overlap": "The share of a cluster's strongest experts that it has in common with another cluster.",
     "removal": "The rise of a label's loss, nats/token, when the strongest experts of a cluster are removed.",
 }
-_LIGHT = {"background": "white", "font": "DejaVu Sans, system-ui, sans-serif", "view": {"stroke": None},
+_LIGHT = {"background": "white", "padding": 16, "font": "DejaVu Sans, system-ui, sans-serif", "view": {"stroke": None},
           "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 14, "subtitleColor": "#666",
                     "subtitlePadding": 6},
           "axis": {"gridColor": "#e8e8e8", "domainColor": "#bbb", "tickColor": "#bbb", "labelColor": "#444",
@@ -96,6 +97,11 @@ def charts(found: dict[str, Any]) -> dict[str, Spec]:
         made[f"map_labels-{i}"] = document_map(one, i, "label", labels)
         made[f"map_clusters-{i}"] = document_map(one, i, "cluster", [cluster_name(c) for c in one["clusters"]])
     return {name: spec for name, spec in made.items() if spec["data"].get("values", True)}
+
+
+def expert_use(one: dict[str, Any]) -> Float[np.ndarray, "G L R"]:
+    """Share of a label's choices that each expert has; 0 for a label without tokens."""
+    return np.nan_to_num(np.array(one["coverage"]["use"], float))
 
 
 def label_name(label: str) -> str:
@@ -159,20 +165,21 @@ def keep_curves(curves: Sequence[tuple[str, list[dict[str, Any]]]]) -> Spec:
         values += [{"model": name, "share": 100 * row["share"], **_interval(row["difference"], row["low"], row["high"])}
                    for row in rows]
     x = {"field": "share", "type": "quantitative", "title": "experts kept, %",
-         "scale": {"type": "log", "base": 2, "reverse": True},
+         "scale": {"type": "log", "base": 2, "reverse": True, "nice": False},
          "axis": {"values": sorted({v["share"] for v in values}), "grid": False}}
     return _chart("Loss with few experts",
-                  "How far the loss rises above the full model's, nats/token, when only some experts are kept.", values, height=300,
-                  layer=_lines_with_bands([name for name, _ in curves], x, "share", {"title": "nats/token"}))
+                  "How far the loss rises above the full model's, nats/token, when only some experts are kept.", values,
+                  height=300, layer=_lines_with_bands([name for name, _ in curves], x, "share", {"title": "nats/token"}))
 
 
 def _lines_with_bands(names: Sequence[str], x: Spec, across: str, y: Spec) -> list[Spec]:
-    y = {"type": "quantitative"} | y
+    y, color = {"type": "quantitative"} | y, _model_color(names)
+    color["legend"] |= {"symbolType": "stroke", "symbolStrokeWidth": 2.5, "symbolSize": 300}
+    dash = color | {"scale": {"domain": list(names), "range": [[1, 0], [5, 3]][:len(names)]}}  # the second cue
     return [{"mark": {"type": "area", "opacity": 0.18}, "encoding": {
-                "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": _model_color(names)}},
+                "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color}},
             {"mark": {"type": "line", "point": {"size": 55, "filled": True}}, "encoding": {
-                "x": x, "y": y | {"field": "value"}, "color": _model_color(names),
-                "strokeDash": _model_color(names) | {"scale": {"domain": list(names), "range": [[1, 0], [5, 3]][:len(names)]}},
+                "x": x, "y": y | {"field": "value"}, "color": color, "strokeDash": dash,
                 "tooltip": _fields("model", across, "value", "low", "high")}}]
 
 
@@ -193,7 +200,7 @@ def label_by_label(one: dict[str, Any], labels: Sequence[str], kind: str) -> Spe
 def label_by_expert(one: dict[str, Any], labels: Sequence[str]) -> Spec:
     values = []
     for layer in range(one["layers"]):
-        use = np.array([rows[layer] for rows in one["coverage"]["use"]], float)  # [G, R]
+        use = expert_use(one)[:, layer]
         order = np.lexsort((-use.max(axis=0), use.argmax(axis=0)))
         values += [{"layer": layer, "label": label, "place": place, "expert": int(e), "share": float(f"{use[g, e]:.3g}")}
                    for g, label in enumerate(labels) for place, e in enumerate(order)]
@@ -219,8 +226,9 @@ def cluster_overlap(one: dict[str, Any]) -> Spec:
 
 
 def removal_costs(one: dict[str, Any]) -> Spec:
-    values: list[dict[str, Any]] = [{"cluster": cluster_name(c), "label": label_name(label), "rise": rise} for c in one["clusters"] if c["removal"]
-              for label, rise in c["removal"]["loss"].items()]
+    values: list[dict[str, Any]] = [{"cluster": cluster_name(c), "label": label_name(label), "rise": rise}
+                                    for c in one["clusters"] if c["removal"]
+                                    for label, rise in c["removal"]["loss"].items()]
     spec = _heatmap(one, "removal", "What removing a cluster's experts costs", values, "label", "cluster", "rise", slider=False,
                     across=_UPRIGHT)
     most = max([abs(v["rise"]) for v in values if v["rise"] is not None], default=1)
@@ -273,7 +281,8 @@ def document_rows(contents: Contents, which: dict[str, Any]) -> list[dict[str, A
     else:
         names, of_document = [cluster_name(c) for c in found["models"][model]["clusters"]], contents.strongest_cluster(model)
     return [{"document": d, "x": round(float(x), 2), "y": round(float(y), 2), "category": names[of_document[d]],
-             "title": str(title)} for d, ((x, y), title) in enumerate(zip(arrays[f"map_{model}"], arrays["title"])) if of_document[d] >= 0]
+             "title": str(title)} for d, ((x, y), title) in enumerate(zip(arrays[f"map_{model}"], arrays["title"]))
+            if of_document[d] >= 0]
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 "use strict";
-/* What all views share: elements, unpacking, numbers, the hash that names a view, colours. Texts become text nodes, never markup. */
+/* What all views share: elements, unpacking, numbers, the hash that names a view, colours. Texts become text nodes, never
+   markup. */
 
 /** An element; children are elements, strings (as text), arrays of them, or nothing. */
 function h(tag, attributes = {}, ...children) {
@@ -18,6 +19,15 @@ function h(tag, attributes = {}, ...children) {
 const listed = (children) => children.flat(Infinity).filter((child) => child != null && child !== false && child !== "");
 
 const $ = (id) => document.getElementById(id);
+const fill = (element, ...children) => element.replaceChildren(...listed(children));
+const lead = (...children) => h("p", { class: "lead" }, children);
+const help = (...children) => h("p", { class: "help" }, children);
+const note = (...children) => h("span", { class: "help" }, children);
+const controls = (...children) => h("div", { class: "controls" }, children);
+const section = (title, ...children) => h("section", {}, h("h2", {}, title), children);
+const link = (hash, ...children) => h("a", { href: `#${hash}` }, children);
+/** What may be wider than the page; it moves by the arrow keys. */
+const wide = (name, child) => h("div", { class: "wide", tabindex: 0, role: "group", "aria-label": name }, child);
 
 // ---- what is packed in the page ---------------------------------------------------------------------------------------
 
@@ -44,7 +54,8 @@ const array = (name) => unpack(`array-${name}`, async (response) =>
 function number(value, signed = false) {
   if (value == null) return "–";
   const size = Math.abs(value), digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
-  const shown = Number(size.toFixed(digits)).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  const exactly = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  const shown = Number(size.toFixed(digits)).toLocaleString("en", exactly);
   return (Number(shown) === 0 ? "" : value < 0 ? "−" : signed ? "+" : "") + shown;
 }
 
@@ -76,7 +87,7 @@ function choice(legend, name, options, chosen, change) {
 
 /** For a choice of the model, where there are two. */
 function modelChoice(name, models, chosen, change) {
-  return models.length < 2 ? null : choice("Model", name, models.map((one, i) => [i, one.name]), chosen, (i) => change(Number(i)));
+  return models.length > 1 && choice("Model", name, models.map((one, i) => [i, one.name]), chosen, change);
 }
 
 /** A list that shows the first few, and more when asked. */
@@ -106,7 +117,8 @@ function look(n, colors) {
   return { color: colors[n % colors.length], glyph: GLYPHS[round % GLYPHS.length], line: LINES[round % LINES.length] };
 }
 
-/** Buttons that name what colours mean, and filter by it. entries: [{key, text, color, glyph, line}]; change gets the Set chosen. */
+/** Buttons that name what colours mean, and filter by it. entries: [{key, text, color, glyph, line}]; change gets the Set of
+    those chosen. */
 function legend(title, entries, change) {
   const only = new Set();
   return h("div", { class: "legend", role: "group", "aria-label": title }, entries.map((entry) => {
@@ -126,8 +138,9 @@ function marked(token) {
   return space < token.length ? [token.slice(0, space), h("mark", {}, token.slice(space))] : [h("mark", {}, token)];
 }
 
-/** Bars that tell shares: [[name, share]]. */
+/** Bars. rows: [[name, share of the longest bar, text, class]]; by default a share's text is itself. */
 function bars(rows) {
-  return h("dl", { class: "bars" }, rows.map(([name, share]) => h("div", {}, h("dt", {}, name),
-    h("dd", {}, h("span", { class: "bar", style: { "--share": share } }), h("span", { class: "amount" }, percent(share))))));
+  const row = ([name, share, amount = percent(share), kind = ""]) => h("div", {}, h("dt", {}, name), h("dd", {},
+    h("span", { class: `bar ${kind}`, style: { "--share": share } }), h("span", { class: "amount" }, amount)));
+  return h("dl", { class: "bars" }, rows.map(row));
 }

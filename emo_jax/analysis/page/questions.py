@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 
 from emo_jax.analysis.page.contents import Contents
-from emo_jax.analysis.page.figures import cluster_name, label_name
+from emo_jax.analysis.page.figures import cluster_name, expert_use, label_name
 from emo_jax.analysis.page.words import (
     Found,
     beside_random,
@@ -33,8 +33,8 @@ def questions(contents: Contents) -> list[Question]:
     """Those that these data answer."""
     found = contents.found
     labelled = len(found["data"]["labels"]) > 1
-    made = [_beats_baseline(found), _serving(found) if labelled else None, _same_experts(found) if labelled else None, _removal(found),
-            _few_experts(found), _topics_or_words(found), _layers(found), _cache(found), _kept(found),
+    made = [_beats_baseline(found), _serving(found) if labelled else None, _same_experts(found) if labelled else None,
+            _removal(found), _few_experts(found), _topics_or_words(found), _layers(found), _cache(found), _kept(found),
             _near(contents) if labelled else None, _largest(found), _aligned(found)]
     return [question for question in made if question]
 
@@ -46,8 +46,8 @@ def _beats_baseline(found: Found) -> Question | None:
         lead = "Yes, mostly" if len(v.better) > v.total() / 2 else "No" if len(v.worse) >= len(v.better) else "In part"
         return Question(
             f"Does {first['name']} beat {second['name']} here, and how sure is that?",
-            f"{lead}: clearly better in {len(v.better)} of {v.total()} measures, clearly worse in {len(v.worse)}. Clear means that the "
-            "95\u00a0% interval of the difference, over documents, does not contain 0.", "measures", "Measures")
+            f"{lead}: clearly better in {len(v.better)} of {v.total()} measures, clearly worse in {len(v.worse)}. Clear means "
+            "that the 95\u00a0% interval of the difference, over documents, does not contain 0.", "measures", "Measures")
     if value(first, "label_information") is None or value(found["random_router"], "label_information") is None:
         return None
     m, null = (one["measures"]["label_information"] for one in (first, found["random_router"]))
@@ -60,14 +60,14 @@ def _beats_baseline(found: Found) -> Question | None:
 def _serving(found: Found) -> Question:
     """Of the label that has an expert most to itself."""
     one = found["models"][0]
-    use = np.array(one["coverage"]["use"], float)  # [G, L, R]
+    use = expert_use(one)
     lift = use / np.maximum(use.mean(axis=0), 1e-9) * (use > 1 / one["experts"])
-    g, layer, _ = np.unravel_index(np.nanargmax(lift), lift.shape)
+    g, layer, _ = np.unravel_index(np.argmax(lift), lift.shape)
     top = [e for e in np.argsort(-use[g, layer], kind="stable")[:3] if use[g, layer, e] > 0]
     label, shares = found["data"]["labels"][g], listing(f"expert {e} ({percent(use[g, layer, e])})" for e in top)
     return Question(f"Which experts serve {label_name(label)}?",
-                    f"In layer {layer} of {one['name']} most of its choices are {shares}. Choose any label to see its experts in every "
-                    "layer.", f"labels={quote(label, safe='')}", "Labels")
+                    f"In layer {layer} of {one['name']} most of its choices are {shares}. Choose any label to see its experts "
+                    "in every layer.", f"labels={quote(label, safe='')}", "Labels")
 
 
 def _same_experts(found: Found) -> Question | None:
@@ -78,8 +78,8 @@ def _same_experts(found: Found) -> Question | None:
         return None
     (most, a, b), (least, c, d) = max(pairs), min(pairs)
     return Question("Are two labels served by the same experts?",
-                    f"Most alike in {one['name']} are {names[a]} and {names[b]} (cosine similarity {number(most)}, mean of layers); "
-                    f"least alike {names[c]} and {names[d]} ({number(least)}).", "labels", "Labels")
+                    f"Most alike in {one['name']} are {names[a]} and {names[b]} (cosine similarity {number(most)}, mean of "
+                    f"layers); least alike {names[c]} and {names[d]} ({number(least)}).", "labels", "Labels")
 
 
 def _removal(found: Found) -> Question | None:
@@ -95,8 +95,8 @@ def _removal(found: Found) -> Question | None:
 
 
 def _few_experts(found: Found) -> Question | None:
-    told = [f"{with_interval(one['measures']['effective_experts'])} of {one['experts']} in {one['name']}" for one in found["models"]
-            if value(one, "effective_experts") is not None]
+    told = [f"{with_interval(one['measures']['effective_experts'])} of {one['experts']} in {one['name']}"
+            for one in found["models"] if value(one, "effective_experts") is not None]
     return Question("How few experts does a document use?",
                     f"In effect {listing(told)}, in each layer{beside_random(found, 'effective_experts')}.", "layers",
                     "Layers") if told else None
@@ -116,20 +116,21 @@ def _topics_or_words(found: Found) -> Question | None:
     lead = "Topics to a large part" if share >= 0.5 else "Words more than topics" if share < 0.2 else "Both"
     others = "".join(f"; in {name} {number(label)} and {number(token)} nats" for name, label, token in of[1:])
     return Question("Do modules follow topics or words?",
-                    f"{lead}: a cluster tells {percent(share)} of what there is to know of a text's label ({number(of[0][1])} of "
-                    f"{number(entropy)} nats{beside_random(found, 'cluster_label')}), and {number(of[0][2])} nats of the token "
-                    f"itself{others}.", "measures", "Measures")
+                    f"{lead}: a cluster tells {percent(share)} of what there is to know of a text's label ({number(of[0][1])} "
+                    f"of {number(entropy)} nats{beside_random(found, 'cluster_label')}), and {number(of[0][2])} nats of the "
+                    f"token itself{others}.", "measures", "Measures")
 
 
 def _layers(found: Found) -> Question | None:
     one = found["models"][0]
-    told = [(x, layer) for layer, x in enumerate(one["by_layer"].get("label_information", {"value": []})["value"]) if x is not None]
+    values = one["by_layer"].get("label_information", {"value": []})["value"]
+    told = [(x, layer) for layer, x in enumerate(values) if x is not None]
     if len(told) < 2:
         return None
     (most, top), (least, low) = max(told), min(told)
     return Question("Which layers are modular?",
-                    f"In {one['name']} experts of layer {top} tell most of the label ({number(most)} nats), those of layer {low} "
-                    f"least ({number(least)}).", "layers", "Layers")
+                    f"In {one['name']} experts of layer {top} tell most of the label ({number(most)} nats), those of layer "
+                    f"{low} least ({number(least)}).", "layers", "Layers")
 
 
 def _cache(found: Found) -> Question | None:
@@ -138,13 +139,14 @@ def _cache(found: Found) -> Question | None:
     told = [f"{percent(share)} of the choices in {name}" for name, share in hits if share is not None]
     return Question("Would an expert cache work?",
                     f"A cache of a segment's most frequent experts would answer {listing(told)}"
-                    f"{beside_random(found, 'segment_cache')}; the measure is {title}.", "measures", "Measures") if told else None
+                    f"{beside_random(found, 'segment_cache', percent)}; the measure is {title}.", "measures",
+                    "Measures") if told else None
 
 
 def _kept(found: Found) -> Question | None:
     curves = [(one["name"], min(one["keep_curve"]["rows"], key=lambda row: row["share"])) for one in found["models"]
               if one["keep_curve"] and one["keep_curve"]["rows"]]
-    told = [f"{number(row['difference'], True)} nats/token with {percent(row['share'])} of the experts of {name}"
+    told = [f"{number(row['difference'], True)} nats/token with {100 * row['share']:g}\u00a0% of the experts of {name}"
             for name, row in curves]
     return Question("What does a model lose with few experts?", f"The loss changes by {listing(told)}.", "keep",
                     "Few experts") if told else None
@@ -160,8 +162,8 @@ def _near(contents: Contents) -> Question | None:
     other = np.where(near[:, 0] == np.arange(len(label)), near[:, 1], near[:, 0])
     alike, chance = np.mean(label[other] == label), np.sum((np.bincount(label) / len(label)) ** 2)
     return Question("Which documents are near this one?",
-                    f"Every document lists those nearest on the map of {name}; for {percent(alike)} of them the nearest has the same "
-                    f"label (by chance {percent(chance)}).", "documents", "Documents")
+                    f"Every document lists those nearest on the map of {name}; for {percent(alike)} of them the nearest has "
+                    f"the same label (by chance {percent(chance)}).", "documents", "Documents")
 
 
 def _largest(found: Found) -> Question | None:

@@ -1,95 +1,123 @@
 "use strict";
-/* Labels, layers, the map of documents, and the loss with few experts. */
+/* Labels, layers, the loss with few experts, the map of documents. */
 
-const shownModel = { labels: 0, documents: 0 }, shownKind = { similarity: "cosine", by: "label" };
+const chosen = { labels: 0, documents: 0, similarity: "cosine", by: "label" };  // kept from one visit of a view to the next
 
 function labelsView(found, value) {
-  const { labels } = found.data, chosen = Math.max(0, labels.indexOf(value)), heatmaps = h("div", {}), experts = h("div", { class: "pair" });
+  const { labels } = found.data, heatmaps = h("div"), similar = h("div"), experts = h("div", { class: "pair" });
   const kinds = [["cosine", "cosine similarity"], ["distance", "distance"], ["pool_overlap", "pools in common"]];
-  const similar = h("div", {});
-  const have = (name) => found.charts.includes(name) && chart(name, { wide: true });
-  const showSimilar = () => similar.replaceChildren(...listed([have(`${shownKind.similarity}-${shownModel.labels}`)]));
-  function show(model) {
-    shownModel.labels = model;
-    showSimilar();
-    heatmaps.replaceChildren(...listed([have(`use-${model}`), h("div", { class: "pair" }, have(`effective-${model}`), have(`covered-${model}`))]));
+  const have = (name) => found.charts.includes(name) && chart(name, { scrolls: true });
+  function show(change) {
+    Object.assign(chosen, change);
+    fill(similar, have(`${chosen.similarity}-${chosen.labels}`));
+    if (!change.similarity) {
+      fill(heatmaps, have(`use-${chosen.labels}`),
+        h("div", { class: "pair" }, have(`effective-${chosen.labels}`), have(`covered-${chosen.labels}`)));
+    }
   }
-  const showExperts = (g) => experts.replaceChildren(...found.models.map((one) => h("section", {}, h("h3", {}, one.name), expertsTable(one.experts_of_label[g]))));
-  show(shownModel.labels);
-  showExperts(chosen);
+  const showExperts = () => fill(experts, found.models.map((one) =>
+    h("section", {}, h("h3", {}, one.name), expertsTable(one.experts_of_label[select.value]))));
+  const select = h("select", { id: "label-experts", onchange: () => {
+    showExperts();
+    history.replaceState(null, "", `#labels=${encodeURIComponent(labels[select.value])}`);
+  } }, labels.map((label, g) => h("option", { value: g, selected: label === value }, labelName(label))));
+  show({});
+  showExperts();
   return [
-    h("h1", {}, "Labels"),
-    h("p", { class: "lead" }, "Which experts serve which kind of text, and which kinds share them."),
-    h("section", {}, h("h2", {}, "Experts of a label"),
-      h("div", { class: "controls" }, h("label", {}, "Label ", h("select", { id: "label-experts", onchange: (e) => { showExperts(Number(e.target.value)); history.replaceState(null, "", `#labels=${encodeURIComponent(labels[e.target.value])}`); } },
-        labels.map((label, g) => h("option", { value: g, selected: g === chosen }, labelName(label)))))),
-      h("p", { class: "help" }, "The most used of each layer: their share of the label's choices, and how many times that is their mean share over labels."), experts),
-    h("section", {}, h("h2", {}, "Coverage"), h("div", { class: "controls" }, modelChoice("labels-model", found.models, shownModel.labels, show)), heatmaps),
-    h("section", {}, h("h2", {}, "Similarity"), h("div", { class: "controls" },
-      choice("Show", "labels-kind", kinds, shownKind.similarity, (kind) => { shownKind.similarity = kind; showSimilar(); })), similar),
+    h("h1", {}, "Labels"), lead("Which experts serve which kind of text, and which kinds share them."),
+    section("Experts of a label", controls(h("label", {}, "Label ", select)),
+      help(`The most used of each layer: their share of the label's choices, and how many times that is their mean share over
+        labels.`),
+      experts),
+    section("Coverage",
+      controls(modelChoice("labels-model", found.models, chosen.labels, (labels) => show({ labels }))), heatmaps),
+    section("Similarity",
+      controls(choice("Show", "labels-kind", kinds, chosen.similarity, (similarity) => show({ similarity }))), similar),
   ];
 }
 
 function layersView(found) {
-  return [h("h1", {}, "Layers"), h("p", { class: "lead" }, "Where in the network modules are. Bands are 95 % intervals by bootstrap over documents."),
-    h("div", { class: "pair" }, found.charts.filter((name) => name.startsWith("layers-")).map((name) => chart(name, { level: "h2" })))];
+  const names = found.charts.filter((name) => name.startsWith("layers-"));
+  return [h("h1", {}, "Layers"),
+    lead("Where in the network modules are. Bands are 95\u00a0% intervals by bootstrap over documents."),
+    h("div", { class: "pair" }, names.map((name) => chart(name, { level: "h2" })))];
 }
 
 function keepView() {
-  return [h("h1", {}, "Few experts"), h("p", { class: "lead" }, "What is lost when only the experts that a label needs are kept, as measured by emo-jax eval --keep."),
+  return [h("h1", {}, "Few experts"),
+    lead("What is lost when only the experts that a label needs are kept, as measured by emo-jax eval --keep."),
     chart("keep-curves", { level: "h2" })];
 }
 
 async function documentsView(found) {
-  const all = await documents(), { labels } = found.data, map = h("div", {});
-  function draw() {
-    const model = shownModel.documents, one = found.models[model], byLabel = shownKind.by === "label";
-    const names = byLabel ? labels.map(labelName) : one.clusters.map(clusterName), name = `map_${byLabel ? "labels" : "clusters"}-${model}`;
-    let view = null, only = [];
-    const filter = (chosen) => { only = [...chosen]; view?.signal("only", only).runAsync(); };
-    const entries = names.map((category, n) => ({ key: category, text: category, ...look(n, found.colors), line: "none" }));
-    map.replaceChildren(legend("Show only", entries, filter), chart(name, {
-      level: "h2",
-      change: async (spec) => {
-        spec.data = { values: await mapRows(found, all, model, byLabel, names) };
-        spec.encoding.color.legend = spec.encoding.shape.legend = null;
-        spec.height = Math.min(520, Math.max(320, map.clientWidth * 0.7));
-      },
-      after: (made) => {
-        view = made;
-        filter(only);
-        view.addEventListener("click", (event, item) => { if (item?.datum?.document !== undefined) go(`document=${item.datum.document}`); });
-      },
-    }));
+  const all = await documents(), map = h("div"), part = all.shown.length < found.data.documents;
+  function draw(change) {
+    Object.assign(chosen, change);
+    fill(map, documentMap(found, all, map));
   }
-  draw();
+  draw({});
   return [
     h("h1", {}, "Documents"),
-    h("p", { class: "lead" }, `${count(found.data.documents)} documents by the experts that they use${all.shown.length < found.data.documents ? `; the text of ${count(all.shown.length)} is in this page` : ""}. Click one to read it.`),
-    h("div", { class: "controls" }, modelChoice("map-model", found.models, shownModel.documents, (i) => { shownModel.documents = i; draw(); }),
-      choice("Colour by", "map-by", [["label", "label"], ["cluster", "strongest cluster"]], shownKind.by, (by) => { shownKind.by = by; draw(); })),
+    lead(`${count(found.data.documents)} documents by the experts that they use`,
+      part && `; the text of ${count(all.shown.length)} is in this page`, ". Click one to read it."),
+    controls(modelChoice("map-model", found.models, chosen.documents, (documents) => draw({ documents })),
+      choice("Colour by", "map-by", [["label", "label"], ["cluster", "strongest cluster"]], chosen.by, (by) => draw({ by }))),
     map,
     documentList(found, all),
   ];
 }
 
+/** The map of the chosen model, and its legend. */
+function documentMap(found, all, room) {
+  const model = chosen.documents, byLabel = chosen.by === "label";
+  const names = byLabel ? found.data.labels.map(labelName) : found.models[model].clusters.map(clusterName);
+  const entries = names.map((category, n) => ({ key: category, text: category, ...look(n, found.colors), line: "none" }));
+  let view = null, only = [];
+  const filter = (wanted) => {
+    only = [...wanted];
+    view?.signal("only", only).runAsync();
+  };
+  const change = async (spec) => {
+    spec.data = { values: await mapRows(all, model, byLabel, names) };
+    spec.encoding.color.legend = spec.encoding.shape.legend = null;
+    spec.height = Math.min(520, Math.max(320, room.clientWidth * 0.7));
+  };
+  const after = (made) => {
+    view = made;
+    filter(only);
+    view.addEventListener("click", (event, item) => {
+      if (item?.datum?.document !== undefined) go(`document=${item.datum.document}`);
+    });
+  };
+  const name = `map_${byLabel ? "labels" : "clusters"}-${model}`;
+  return [legend("Show only", entries, filter), chart(name, { level: "h2", change, after })];
+}
+
 /** As document_rows in figures.py. */
-async function mapRows(found, all, model, byLabel, names) {
-  const [at, strongest] = await Promise.all([array(`map_${model}`), array(`strongest_${model}`)]), of = byLabel ? all.label : strongest, rows = [];
-  of.forEach((category, d) => { if (category >= 0) rows.push({ document: d, x: at[2 * d], y: at[2 * d + 1], category: names[category], title: all.title[d] }); });
+async function mapRows(all, model, byLabel, names) {
+  const at = await array(`map_${model}`), of = byLabel ? all.label : await array(`strongest_${model}`), rows = [];
+  of.forEach((category, d) => {
+    if (category < 0) return;
+    rows.push({ document: d, x: at[2 * d], y: at[2 * d + 1], category: names[category], title: all.title[d] });
+  });
   return rows;
 }
 
 function documentList(found, all) {
-  const { labels } = found.data, result = h("div", {}), told = h("p", { class: "help", role: "status" });
+  const names = found.data.labels.map(labelName), result = h("div"), told = h("p", { class: "help", role: "status" });
   const search = h("input", { type: "search", id: "find-document", autocomplete: "off", oninput: show });
-  const label = h("select", { id: "find-label", onchange: show }, h("option", { value: "" }, "all"), labels.map((name, g) => h("option", { value: g }, labelName(name))));
+  const select = h("select", { id: "find-label", onchange: show }, h("option", { value: "" }, "all"),
+    names.map((name, g) => h("option", { value: g }, name)));
+  const item = (d) => h("li", {}, link(`document=${d}`, all.title[d] || "(empty)"), note(` ${names[all.label[d]]}`));
   function show() {
     const wanted = search.value.trim().toLowerCase(), fits = [];
-    all.title.forEach((title, d) => { if ((label.value === "" || all.label[d] === Number(label.value)) && title.toLowerCase().includes(wanted)) fits.push(d); });
+    all.title.forEach((title, d) => {
+      if ((select.value === "" || all.label[d] === Number(select.value)) && title.toLowerCase().includes(wanted)) fits.push(d);
+    });
     told.textContent = plural(fits.length, "document");
-    result.replaceChildren(...growing(fits, 20, (d) => h("li", {}, h("a", { href: `#document=${d}` }, all.title[d] || "(empty)"), h("span", { class: "help" }, ` ${labelName(labels[all.label[d]])}`)), h("ul", { class: "plain" })));
+    fill(result, growing(fits, 20, item, h("ul", { class: "plain" })));
   }
   show();
-  return h("section", {}, h("h2", {}, "Find a document"), h("div", { class: "controls" }, h("label", {}, "Beginning ", search), h("label", {}, "Label ", label)), told, result);
+  const asked = controls(h("label", {}, "Title has ", search), h("label", {}, "Label ", select));
+  return section("Find a document", asked, told, result);
 }
