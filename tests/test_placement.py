@@ -89,7 +89,7 @@ def test_traffic_is_what_the_choices_say():
     for name, where in (("", dealt), ("_at_home", home)):
         away = of_token != where[a.text.documents][:, None, None]
         assert found[f"crossing{name}"].drawn[0] == pytest.approx(away.mean(axis=(0, 2)))
-        copies = away.any(axis=2) + (away.all(axis=2) & (of_token[..., 0] != of_token[..., 1]))
+        copies = away.any(axis=2) * (1 + (away.all(axis=2) & (of_token[..., 0] != of_token[..., 1])))
         assert found[f"copies{name}"].drawn[0] == pytest.approx(copies.mean(axis=0))
 
 
@@ -144,7 +144,6 @@ def run(tmp_path_factory):
 def test_a_placed_model_is_the_same_function(run, tmp_path):
     status, result, _ = command("place", run, "--shards", "2", "--tokens", "1000", "--out", tmp_path / "placed")
     assert status == 0 and min(result["documents"]) > 0 and result["out"]
-    assert result["measures"]["crossing"]["after"]["value"] == pytest.approx(1 / 2, abs=0.1)
     assert result["measures"]["shards"]["after"]["value"] <= result["measures"]["shards"]["before"]["value"] + 0.05
     before, after = load(str(run)), load(str(tmp_path / "placed"))
     order = np.array(open_checkpoint(tmp_path / "placed").meta["made"]["order"])

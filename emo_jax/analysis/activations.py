@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from emo_jax import compat, model
 from emo_jax.analysis.text import Text
@@ -89,11 +89,12 @@ def collect(loaded: LoadedModel, text: Text, folder: Path | None = None) -> Acti
     return Activations(text, *arrays)
 
 
-def expert_ids(loaded: LoadedModel, text: Text) -> Int[np.ndarray, "n L k"]:
+def expert_ids(loaded: LoadedModel, text: Text) -> Integer[np.ndarray, "n L k"]:
     """The choices alone: L k bytes a token."""
     m = loaded.config.model
     made = np.zeros((len(text.tokens), m.num_layers, m.routed_top_k), _id_type(m.num_routed_experts))
-    step, progress = _routing_step(loaded.execution), Progress(f"{loaded.config.name}: choices of the routers", len(made), "tokens")
+    step, what = _routing_step(loaded.execution), f"{loaded.config.name}: choices of the routers"
+    progress = Progress(what, len(made), "tokens")
     for row, batch, use in _batches(loaded, text):
         at = slice(text.row_starts[row], text.row_starts[min(row + len(use), len(text.row_starts) - 1)])
         made[at] = gather_global(step(loaded.params, batch)[1])[use]

@@ -6,13 +6,12 @@ so that the experts of a document lie on the same shard in all layers: its rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
-from emo_jax.analysis.text import Text
+from emo_jax.analysis.text import Numbers, Text
 from emo_jax.config import Config
 from emo_jax.data.documents import Source
 from emo_jax.errors import InputError
@@ -29,7 +28,7 @@ class Choices:
     """The routed experts of n tokens, without pools."""
 
     text: Text
-    expert_ids: Int[np.ndarray, "n L k"]
+    expert_ids: Integer[np.ndarray, "n L k"]
 
     @property
     def layers(self) -> int:
@@ -75,7 +74,7 @@ def capacities(config: Config, shards: int) -> Int[np.ndarray, "N"]:
     return found
 
 
-def two_parts(source: Source, numbers: Sequence[int] | np.ndarray, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def two_parts(source: Source, numbers: Numbers, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(documents to choose by: about that share of those of every label; the others, to measure on, without copies of the
     first). Raises `InputError` where either is empty."""
     groups = by_label(source, numbers)
@@ -84,8 +83,8 @@ def two_parts(source: Source, numbers: Sequence[int] | np.ndarray, share: float,
     others = np.setdiff1d(np.concatenate([np.zeros(0, int), *groups.values()]).astype(int), choosing)
     measuring = without(source, others, {document_hash(source[int(i)]) for i in choosing})
     if not len(choosing) or not len(measuring):
-        raise InputError(f"{source.name}: of {len(choosing) + len(others)} documents {len(choosing)} choose and {len(measuring)} "
-                         f"others measure; give more documents, or another --choose-share")
+        raise InputError(f"{source.name}: of {len(choosing) + len(others)} documents {len(choosing)} choose and "
+                         f"{len(measuring)} others measure; give more documents, or another --choose-share")
     return choosing, measuring
 
 
@@ -98,7 +97,7 @@ def choose_placement(a: Choices, config: Config, shards: int, max_load: float = 
     return Placement(shards, np.argsort(np.take_along_axis(names, shard_of, axis=1), axis=1, kind="stable"))
 
 
-def together(expert_ids: Int[np.ndarray, "n k"], experts: int) -> Float[np.ndarray, "R R"]:
+def together(expert_ids: Integer[np.ndarray, "n k"], experts: int) -> Float[np.ndarray, "R R"]:
     """Tokens that chose both experts; each one's own on the diagonal."""
     found = np.zeros((experts, experts))
     for start in range(0, len(expert_ids), _TOKENS):
