@@ -168,6 +168,9 @@ def test_a_placed_model_is_the_same_function(run, tmp_path):
 def test_training_goes_on_from_a_placed_model_and_old_subsets_are_refused(run, tmp_path):
     order = np.stack([np.roll(np.arange(7), 3), np.arange(7)[::-1]])
     permute(str(run), order, tmp_path / "placed")
+    permute(str(tmp_path / "placed"), order, tmp_path / "again")
+    made = [open_checkpoint(path) for path in (run, tmp_path / "placed", tmp_path / "again")]
+    assert len({c.meta["checksums"]["params"]["sum"] for c in made}) == 1 and len({c.hash for c in made}) == 3
     fields = ("--train.steps=2", "--data.eval_fraction=0.3", f"--data.tokenizer={run}/tokenizer.json")
     for name, origin in (("old", run), ("new", tmp_path / "placed")):
         train(tiny_config(run.parent, *fields, f"--train.init_params_from={origin}"), tmp_path / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
@@ -22,23 +23,26 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--shards", type=arguments.at_least(2), required=True, metavar="N", help="the size of mesh.expert")
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those the run held out); some of them "
                         "choose, the others measure")
-    parser.add_argument("--choose-share", type=_share, default=0.5, metavar="X",
+    parser.add_argument("--choose-share", type=_between(0, 1), default=0.5, metavar="X",
                         help="of the documents of every label that choose (default: 0.5)")
     parser.add_argument("--tokens", type=arguments.at_least(1000), default=200_000, metavar="N",
                         help="of text, at most (default: 200000)")
-    parser.add_argument("--max-load", type=float, default=1.1, metavar="X",
+    parser.add_argument("--max-load", type=_between(1, 1000), default=1.1, metavar="X",
                         help="of the busiest shard over the mean, where the text chooses (default: 1.1)")
     parser.add_argument("--out", metavar="RUN", help="the same model with its experts in that order; parameters only")
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and 1")
-    return value
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = low
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number between {low:g} and {high:g}")
+        return value
+
+    return number
 
 
 def run(args: Namespace) -> Result:
