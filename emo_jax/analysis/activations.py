@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from emo_jax import compat, model
 from emo_jax.analysis.text import Text
@@ -89,6 +89,19 @@ def collect(loaded: LoadedModel, text: Text, folder: Path | None = None) -> Acti
     return Activations(text, *arrays)
 
 
+def expert_ids(loaded: LoadedModel, text: Text) -> Integer[np.ndarray, "n L k"]:
+    """The choices alone: L k bytes a token."""
+    m = loaded.config.model
+    made = np.zeros((len(text.tokens), m.num_layers, m.routed_top_k), _id_type(m.num_routed_experts))
+    step, what = _routing_step(loaded.execution), f"{loaded.config.name}: choices of the routers"
+    progress = Progress(what, len(made), "tokens")
+    for row, batch, use in _batches(loaded, text):
+        at = slice(text.row_starts[row], text.row_starts[min(row + len(use), len(text.row_starts) - 1)])
+        made[at] = gather_global(step(loaded.params, batch)[1])[use]
+        progress.update(int(at.stop))
+    return made
+
+
 def losses(loaded: LoadedModel, text: Text, pool_size: int | None = None, allowed: Bool[np.ndarray, "L R"] | None = None,
            what: str = "") -> Float[np.ndarray, "n"]:
     """nats of the next token of every token, 0 at documents' ends: with pools of `pool_size` routed experts for every document
@@ -123,12 +136,15 @@ def _identity(loaded: LoadedModel, text: Text) -> dict[str, Any]:
     return {"model": loaded.identity(), "text": text.fingerprint}
 
 
+def _id_type(experts: int) -> type[np.unsignedinteger]:
+    return np.uint8 if experts <= 256 else np.uint16
+
+
 def _arrays(loaded: LoadedModel, text: Text, folder: Path | None) -> tuple[list[Any], int]:
     """(probabilities, expert ids and losses to fill in, rows that are filled in already)."""
     m, n = loaded.config.model, len(text.tokens)
-    ids = np.uint8 if m.num_routed_experts <= 256 else np.uint16
     made = {"probabilities": ((n, m.num_layers, m.num_routed_experts), np.float16),
-            "expert_ids": ((n, m.num_layers, m.routed_top_k), ids), "nats": ((n,), np.float32)}
+            "expert_ids": ((n, m.num_layers, m.routed_top_k), _id_type(m.num_routed_experts)), "nats": ((n,), np.float32)}
     if folder is None:
         return [np.zeros(*of) for of in made.values()], 0
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,26 +1,50 @@
 """Which expert-parallel shard each routed expert lies on, so that the experts of a token lie together and shards work alike.
 
-What is moved between shards depends on the exchange. `kernels.dispatch=all_to_all` sends a row for every choice of a token, so
-that with tokens anywhere the share that crosses is 1 - 1/N whatever the placement; it falls if a document's rows lie where most
-of its experts are. An exchange that sends a token once to each shard that has any of its experts moves (shards of a token - 1)
-rows. Both are measured, on documents that did not choose the placement.
+Each layer is partitioned by itself, by how often tokens choose two experts together. Then the shards of a layer exchange names,
+so that the experts of a document lie on the same shard in all layers: its rows are on one device for the whole step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
-from emo_jax.analysis.activations import Activations
-from emo_jax.analysis.resampling import Estimate, resamples
+from emo_jax.analysis.text import Numbers, Text
 from emo_jax.config import Config
+from emo_jax.data.documents import Source
 from emo_jax.errors import InputError
+from emo_jax.subsets.calibration import by_label, document_hash, sample, without
 
 MAX_LOAD = 1.1  # of the busiest shard, over the mean, on the text that chooses
 STARTS = 8
+_TOKENS = 1 << 16  # at a time
+Counts = Int[np.ndarray, "D L N"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The routed experts of n tokens, without pools."""
+
+    text: Text
+    expert_ids: Integer[np.ndarray, "n L k"]
+
+    @property
+    def layers(self) -> int:
+        return self.expert_ids.shape[1]
+
+    def by_shard(self, shard_of: Int[np.ndarray, "L R"], shards: int) -> tuple[Counts, Counts]:
+        """Of every document: how many choices lie on each shard, and how many tokens have any expert there."""
+        documents, D = self.text.documents, len(self.text.labels)
+        choices, tokens = np.zeros((2, D, self.layers, shards), np.int64)
+        for layer in range(self.layers):
+            shard = np.sort(shard_of[layer][self.expert_ids[:, layer]], axis=1)  # [n, k]
+            first = np.diff(shard, axis=1, prepend=-1) > 0
+            place = documents[:, None] * shards + shard
+            choices[:, layer] = np.bincount(place.ravel(), minlength=D * shards).reshape(D, shards)
+            tokens[:, layer] = np.bincount(place[first], minlength=D * shards).reshape(D, shards)
+        return choices, tokens
 
 
 @dataclass(frozen=True)
@@ -50,24 +74,45 @@ def capacities(config: Config, shards: int) -> Int[np.ndarray, "N"]:
     return found
 
 
-def choose_placement(a: Activations, config: Config, shards: int, max_load: float = MAX_LOAD, seed: int = 0) -> Placement:
-    """Of every layer by itself, from the choices of `a`."""
-    capacity, order = capacities(config, shards), []
-    for layer in range(a.layers):
-        chosen = np.zeros((len(a.text.tokens), a.experts), np.float32)
-        np.put_along_axis(chosen, a.expert_ids[:, layer].astype(int), 1.0, axis=1)
-        together = chosen.T @ chosen
-        shard = assign(together, capacity, max_load, seed + layer)
-        order.append(np.argsort(shard, kind="stable"))
-    return Placement(shards, np.stack(order))
+def two_parts(source: Source, numbers: Numbers, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(documents to choose by: about that share of those of every label; the others, to measure on, without copies of the
+    first). Raises `InputError` where either is empty."""
+    groups = by_label(source, numbers)
+    chosen = [sample(group, round(len(group) * share), seed) for group in groups.values()]
+    choosing = np.sort(np.concatenate([np.zeros(0, int), *chosen]))
+    others = np.setdiff1d(np.concatenate([np.zeros(0, int), *groups.values()]).astype(int), choosing)
+    measuring = without(source, others, {document_hash(source[int(i)]) for i in choosing})
+    if not len(choosing) or not len(measuring):
+        raise InputError(f"{source.name}: of {len(choosing) + len(others)} documents {len(choosing)} choose and "
+                         f"{len(measuring)} others measure; give more documents, or another --choose-share")
+    return choosing, measuring
+
+
+def choose_placement(a: Choices, config: Config, shards: int, max_load: float = MAX_LOAD, seed: int = 0) -> Placement:
+    """By the choices of `a`."""
+    capacity, m = capacities(config, shards), config.model
+    shard_of = np.stack([assign(together(a.expert_ids[:, layer], m.num_routed_experts), capacity, max_load, seed + layer)
+                         for layer in range(a.layers)])
+    names = align(a.by_shard(shard_of, shards)[0], capacity)
+    return Placement(shards, np.argsort(np.take_along_axis(names, shard_of, axis=1), axis=1, kind="stable"))
+
+
+def together(expert_ids: Integer[np.ndarray, "n k"], experts: int) -> Float[np.ndarray, "R R"]:
+    """Tokens that chose both experts; each one's own on the diagonal."""
+    found = np.zeros((experts, experts))
+    for start in range(0, len(expert_ids), _TOKENS):
+        part = expert_ids[start:start + _TOKENS].astype(int)
+        chosen = np.zeros((len(part), experts), np.float32)
+        np.put_along_axis(chosen, part, 1.0, axis=1)
+        found += chosen.T @ chosen
+    return found
 
 
 def assign(together: Float[np.ndarray, "R R"], capacity: Int[np.ndarray, "N"], max_load: float = MAX_LOAD,
            seed: int = 0) -> Int[np.ndarray, "R"]:
-    """The shard of each expert: as many on each as it holds, most pairs of `together` (tokens that chose both; each one's own
-    on the diagonal) within a shard, and no shard much above `max_load` times the mean load. By exchanging two experts as long as
-    that helps (Kernighan and Lin), from several starts: graph partitioners such as METIS want a compiled library, and 128
-    experts are few."""
+    """The shard of each expert: as many on each as it holds, most pairs of `together` within a shard, and no shard much above
+    `max_load` times the mean load. By exchanging two experts as long as that helps (Kernighan and Lin), from several starts:
+    graph partitioners such as METIS want a compiled library, and 128 experts are few."""
     load, pairs = np.diag(together).astype(float), (together - np.diag(np.diag(together))).astype(float)
     unit, mean, best = pairs.sum() / 2, load.sum() / len(capacity), None
     draw = np.random.default_rng(seed)
@@ -102,32 +147,20 @@ def _exchange(shard: np.ndarray, pairs: np.ndarray, load: np.ndarray, max_load: 
     return float((pairs * (member @ member.T)).sum() / 2 - np.maximum(load @ member - max_load, 0).sum())
 
 
-def traffic(a: Activations, placement: Placement, config: Config) -> dict[str, Estimate]:
-    """By layer, with resamples over documents: "crossing_home", the share of choices whose expert is not on the shard that has
-    most of the document's choices in this layer; "shards", distinct shards of a token; "busiest", the load of the busiest shard
-    over the mean."""
-    shard_of, N, D = placement.shard_of(config), placement.shards, len(a.text.labels)
-    by_shard, distinct = np.zeros((2, D, a.layers, N))
-    for layer in range(a.layers):
-        shard = shard_of[layer][a.expert_ids[:, layer]]  # [n, k]
-        np.add.at(by_shard[:, layer], (a.text.documents[:, None], shard), 1)
-        counts = (np.diff(np.sort(shard, axis=1), axis=1) > 0).sum(axis=1) + 1
-        np.add.at(distinct[:, layer, 0], a.text.documents, counts)
-    lengths, choices = np.diff(a.text.starts), by_shard.sum(axis=2)
-    weights = resamples(D)
-    mean = lambda x, of: np.tensordot(weights, x, 1) / np.maximum(np.tensordot(weights, of, 1), 1e-30)
-    loads = np.tensordot(weights, by_shard, 1)
-    return {"crossing_home": Estimate(1 - mean(by_shard.max(axis=2), choices)),
-            "shards": Estimate(mean(distinct[:, :, 0], np.broadcast_to(lengths[:, None], choices.shape))),
-            "busiest": Estimate(loads.max(axis=2) / loads.mean(axis=2))}
+def align(choices: Counts, capacity: Int[np.ndarray, "N"]) -> Int[np.ndarray, "L N"]:
+    """The name that each layer's shards get, so that documents find their experts on the same one in all layers: each layer in
+    turn is matched to the sum of the others until none changes. Names go only to a shard of the same size."""
+    from scipy.optimize import linear_sum_assignment
 
-
-def compare(chosen_by: Activations, measured_on: Activations, config: Config, shards: int,
-            max_load: float = MAX_LOAD) -> tuple[Placement, dict[str, Any]]:
-    """(the placement, {"before", "after", "saved"} of every measure, means of the layers with intervals)"""
-    placement = choose_placement(chosen_by, config, shards, max_load)
-    before, after = (traffic(measured_on, p, config) for p in (Placement.as_it_is(config, shards), placement))
-    found = {key: {"before": before[key].mean().describe(), "after": after[key].mean().describe(),
-                   "saved": (before[key].mean() - after[key].mean()).describe(),
-                   "by_layer": after[key].describe()["value"]} for key in before}
-    return placement, found
+    _, layers, shards = choices.shape
+    names = np.tile(np.arange(shards), (layers, 1))
+    named, same_size = choices.astype(float), capacity[:, None] == capacity[None, :]
+    for _ in range(20):
+        before = names.copy()
+        for layer in range(layers):
+            gain = choices[:, layer].T @ (named.sum(axis=1) - named[:, layer])  # [shard, name]
+            names[layer] = linear_sum_assignment(np.where(same_size, gain, -1e30), maximize=True)[1]
+            named[:, layer, names[layer]] = choices[:, layer]
+        if np.array_equal(names, before):
+            break
+    return names

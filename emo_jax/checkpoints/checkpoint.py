@@ -52,9 +52,12 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies the parameters, for what was chosen for them (see `subset`)."""
+        """Identifies the parameters, for what was chosen for them (see `subset`). The checksum does not see the order of
+        experts: that of `surgery.permute` is added."""
+        made = self.meta.get("made", {})
+        placed = [made["of"]["hash"], made["order"]] if "order" in made else []
         text = json.dumps([dataclasses.asdict(self.config.model), self.config.router.semantics,
-                           self.meta["checksums"]["params"]["sum"]], sort_keys=True)
+                           self.meta["checksums"]["params"]["sum"], *placed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:

@@ -12,6 +12,13 @@ from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
 
 
+def require_movable(found: Checkpoint) -> None:
+    """Raises `InputError` for a model whose experts have fixed places."""
+    if found.config.model.experts_per_layer or found.config.router.forced_experts:
+        raise InputError(f"{found.path}: the experts of a model whose layers have different numbers of them, or of one with "
+                         f"router.forced_experts, have fixed places")
+
+
 def permuted_values(found: Checkpoint, order: Int[np.ndarray, "L R"]) -> Values:
     store, routed = store_of(found), found.config.model.num_routed_experts
 
@@ -26,12 +33,11 @@ def permuted_values(found: Checkpoint, order: Int[np.ndarray, "L R"]) -> Values:
 
 def permute(checkpoint: Checkpoint | str | AnyPath, order: Int[np.ndarray, "L R"], out: str | AnyPath) -> AnyPath:
     """Writes a checkpoint of the same function into `out`, in which expert `order[l, i]` of layer l is number i; returns the
-    step folder. It holds parameters only, and is another model to subsets. Raises `InputError`, `RunError`."""
+    step folder. (Of experts with equal logits a token takes the lowest new number.) It holds parameters only, no state of the
+    optimizer, and is another model to subsets. Raises `InputError`, `RunError`."""
     found = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     m = found.config.model
-    if m.experts_per_layer or found.config.router.forced_experts:
-        raise InputError(f"{found.path}: the experts of a model whose layers have different numbers of them, or of one with "
-                         f"router.forced_experts, have fixed places")
+    require_movable(found)
     if not np.array_equal(np.sort(order, axis=1), np.tile(np.arange(m.num_routed_experts), (m.num_layers, 1))):
         raise InputError(f"an order must have each of the {m.num_routed_experts} routed experts once in each of "
                          f"{m.num_layers} layers")
