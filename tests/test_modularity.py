@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
-from tiny_run import config_file, records, series, tiny_config
+from tiny_run import records, series, tiny_config
 from two_processes import finish
 from two_processes import start as start_processes
 
@@ -268,14 +268,11 @@ def test_curves_are_grouped_by_topic_and_the_use_by_labels_is_a_picture_at_every
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 
 
-def test_two_processes_find_what_one_finds_and_one_writes(folder, tmp_path):
-    config, overrides = str(config_file(tmp_path)), (*WATCHED, "--train.steps=2", "--train.log_every=2")
-    outs = [tmp_path / "one", tmp_path / "two"]
-    for processes, out in enumerate(outs, 1):
-        finish(start_processes(config, out, processes, *overrides))
-    one, two = ([r for r in records(out, evaluation=True) if r["eval"] == "subsets"] for out in outs)
-    assert len(one) == len(two) == 1
+def test_two_processes_find_what_one_finds_and_one_writes(folder, whole, tmp_path):
+    finish(start_processes(str(folder / "tiny.py"), tmp_path / "two", 2, *WATCHED, "--train.steps=4"))
+    one, two = (next(r for r in records(out, evaluation=True) if r["eval"] == "subsets") for out in (whole, tmp_path / "two"))
+    assert one["step"] == two["step"] == 4
     for name in ("loss", "label_information", "effective_experts"):
-        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4)
-    assert len(list((outs[1] / "tensorboard").iterdir())) == 1
-    assert sum(value.tag == "modularity/experts_of_labels" for _, value in events(outs[1])) == 1
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+    assert sum(value.tag == "modularity/experts_of_labels" for _, value in events(tmp_path / "two")) == 1
