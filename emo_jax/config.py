@@ -138,7 +138,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 250  # 0: only at the end
     eval_rows: int = 256  # rows of held-out text per evaluation, shared out over the labels
-    eval_subsets: bool = False  # also: loss with 25 % and 12.5 % of the experts, mutual information of experts and labels
+    eval_subsets: bool = False  # also: how modular it is: losses with 25 % and 12.5 % of the experts, experts and labels
     init_params_from: str = ""  # checkpoint whose parameters a new run starts with: fresh optimizer, step 0 (fine-tuning)
     eval_tasks: str = ""  # also: tasks of lm-evaluation-harness, names and YAML files separated by commas
     init_from: str = ""  # checkpoint that an anneal starts from: parameters, optimizer, data position, step

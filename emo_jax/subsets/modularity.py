@@ -136,4 +136,4 @@ def heatmap(use: Use, labels: Sequence[str]) -> bytes:
         axes[0].set_yticks(range(len(labels)), labels, parse_math=False)
         axes[-1].figure.colorbar(image, ax=axes[-1], label="share of the label's tokens")
 
-    return plots.render("png", len(layers), (2 + (1.5 + R / 40) * len(layers), 1.2 + 0.2 * len(labels)), draw)
+    return plots.render("png", len(layers), (2 + (1.5 + R / 40) * len(layers), max(2.5, 1.2 + 0.2 * len(labels))), draw)
