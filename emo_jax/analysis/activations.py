@@ -40,7 +40,7 @@ class Activations:
 
     text: Text
     probabilities: Float[np.ndarray, "n L R"]  # the routers', over all routed experts; float16
-    expert_ids: Int[np.ndarray, "n L k"]
+    expert_ids: Integer[np.ndarray, "n L k"]
     nats: Float[np.ndarray, "n"]  # loss of the next token; 0 at a document's end
 
     @property

@@ -24,6 +24,7 @@ from emo_jax.analysis.page import write_figures, write_page
 from emo_jax.analysis.text import Text, read_text
 from emo_jax.analysis.use import pool_size
 from emo_jax.analysis.words import Words
+from emo_jax.buckets import is_url
 from emo_jax.checkpoints.subset import Subset, require_experts
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, make_folder
@@ -70,10 +71,9 @@ def _checked(models: Sequence[LoadedModel], out: str | AnyPath) -> Path:
         if loaded.tokenizer.sha256 != models[0].tokenizer.sha256:
             raise InputError(f"{loaded.saved.run} and {models[0].saved.run} have different tokenizers; two models are compared "
                              f"token by token")
-    folder = make_folder(out)
-    if not isinstance(folder, Path):
+    if is_url(str(out)):
         raise InputError(f"--out {out}: activations are memory-mapped; give a local folder, and copy it from there")
-    return folder
+    return Path(make_folder(out))
 
 
 def _names(models: Sequence[LoadedModel]) -> list[str]:
