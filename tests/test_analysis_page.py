@@ -105,6 +105,14 @@ def test_the_answers_hold_the_numbers_of_the_data(tmp_path):
     assert f"is {cluster}: " in answer and f"the loss of {label} changes by {words.number(rise, True)} nats" in answer
 
 
+def test_clusters_that_a_random_router_has_too_are_not_called_topics(tmp_path):
+    found = contents.read(write_example(tmp_path))
+    asked = "Do modules follow topics or words?"
+    assert {q.question: q.answer for q in questions(found)}[asked].startswith("Topics to a large part")
+    found.found["random_router"]["measures"]["cluster_label"]["value"] = 0.95  # 0.94 in the model
+    assert {q.question: q.answer for q in questions(found)}[asked].startswith("Not shown")
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is not what emo-jax analyze writes"):
         write_page(tmp_path)

@@ -114,6 +114,9 @@ def _topics_or_words(found: Found) -> Question | None:
         return None
     share = max(of[0][1] / entropy, 0)
     lead = "Topics to a large part" if share >= 0.5 else "Words more than topics" if share < 0.2 else "Both"
+    null = value(found["random_router"], "cluster_label")
+    if null is not None and of[0][1] <= null:
+        lead = "Not shown, as routers drawn at random do as well"
     others = "".join(f"; in {name} {number(label)} and {number(token)} nats" for name, label, token in of[1:])
     return Question("Do modules follow topics or words?",
                     f"{lead}: a cluster tells {percent(share)} of what there is to know of a text's label ({number(of[0][1])} "

@@ -103,8 +103,8 @@ def _looked_at(found: Found) -> str:
     data, first = found["data"], found["models"][0]
     labels = f" in {len(data['labels'])} labels" if any(data["labels"]) else ""
     models = "; ".join(
-        f"{one['name']} is {'an EMO model' if one['kind'] == 'emo' else 'a standard MoE'} of {one['parameters'] / 1e6:,.1f} M "
-        f"parameters ({one['active_parameters'] / 1e6:,.1f} M used by a token), step {one['step']:,}"
+        f"{one['name']} is {'an EMO model' if one['kind'] == 'emo' else 'a standard MoE'} of {number(one['parameters'] / 1e6)} "
+        f"M parameters ({number(one['active_parameters'] / 1e6)} M used by a token), step {one['step']:,}"
         for one in found["models"])
     return (f"{data['tokens']:,} tokens of {data['documents']:,} documents{labels} (the first {data['tokens_per_document']} "
             f"tokens of each), from {data['source']}. For every token and each of {first['layers']} layers it is known which "
