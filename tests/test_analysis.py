@@ -58,6 +58,8 @@ def test_experts_of_labels():
     assert abs(of_text(a, information.cluster_token_information(found, a))) < 0.02
     assert of_text(a, use.effective_experts(a)) == pytest.approx([1.0, 8.0], rel=0.06)
     assert clusters.source_entropy(a, found) < 0.1
+    whole = clusters.cluster_tokens(a, "document", LABELS).of_token
+    assert clusters.agreement(a, whole, 200)["label"] == 1 and len(np.unique(whole)) == LABELS
 
 
 def test_experts_of_tokens():
@@ -334,7 +336,8 @@ def test_analyze_from_the_command_line(runs, tmp_path):
 
 def test_what_cannot_be_analyzed(runs, tmp_path):
     out = tmp_path / "report"
-    for more, message in ((["--features", "9"], "expected all, or a layer of 0..1"), (["--clusters", "300"], "at most 255"),
+    for more, message in ((["--features", "9"], "expected all, document, or a layer of 0..1"),
+                          (["--clusters", "300"], "at most 255"),
                           (["--out", "s3://bucket/report"], "give a local folder")):
         status, result, _ = command("analyze", runs / "emo", "--out", out, "--tokens", "1000", *more)
         assert status == 2 and message in result["error"]

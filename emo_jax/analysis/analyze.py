@@ -90,7 +90,7 @@ def _look(title: str, loaded: LoadedModel, text: Text, folder: Path | None, opti
     pooled = {key: losses(loaded, text, pool_size(m.num_routed_experts, share, m.routed_top_k), what=f"{title}: loss in pools")
               for key, share in measures.POOLS.items()}
     say(f"{title}: activations {time.monotonic() - began:.0f} s; clusters")
-    found = clusters_lib.cluster(clusters_lib.features(a, options.features), options.clusters, options.seed)
+    found = clusters_lib.cluster_tokens(a, options.features, options.clusters, options.seed)
     say(f"{title}: {len(found.centres)} clusters; measures and their intervals")
     return Looked(title, loaded, a, found, measures.measure(a, found, pooled))
 

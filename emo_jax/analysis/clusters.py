@@ -38,7 +38,7 @@ def features(a: Activations, layers: str = "all") -> Float[np.ndarray, "n F"]:
     if layers == "all":
         return a.probabilities.reshape(len(a.text.tokens), -1)
     if not layers.isdigit() or int(layers) >= a.layers:
-        raise InputError(f"features of layer {layers}: expected all, or a layer of 0..{a.layers - 1}")
+        raise InputError(f"features of layer {layers}: expected all, document, or a layer of 0..{a.layers - 1}")
     return a.probabilities[:, int(layers)]
 
 
@@ -46,6 +46,15 @@ def document_features(a: Activations) -> Float[np.ndarray, "D F"]:
     """Mean probabilities of a document's tokens."""
     means = a.probability_sums / np.diff(a.text.starts)[:, None, None]
     return means.reshape(len(means), -1)
+
+
+def cluster_tokens(a: Activations, what: str = "all", clusters: int = CLUSTERS, seed: int = 0) -> Clusters:
+    """By the probabilities of "all" layers or of the layer of a number; or, with "document", tokens of whole documents by their
+    mean probabilities."""
+    if what != "document":
+        return cluster(features(a, what), clusters, seed)
+    found = cluster(document_features(a), clusters, seed)
+    return found._replace(of_token=found.of_token[a.text.documents])
 
 
 def cluster(x: Float[np.ndarray, "n F"], clusters: int = CLUSTERS, seed: int = 0) -> Clusters:

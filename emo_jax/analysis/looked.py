@@ -16,7 +16,7 @@ class Options:
     tokens: int = 200_000  # of text, at most
     tokens_per_document: int = 100  # as published
     clusters: int = clusters_lib.CLUSTERS  # at most 255
-    features: str = "all"  # or the number of a layer
+    features: str = "all"  # or "document", or the number of a layer
     removal_tokens: int = 4_096  # by which the cost of removing experts is measured; 0: not at all
     null_tokens: int = 20_000  # by which routers drawn at random are measured; 0: not at all
     seed: int = 0

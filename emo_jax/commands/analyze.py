@@ -23,8 +23,8 @@ def add(parser: ArgumentParser) -> None:
                         help="the first so many of each document (default: 100, as published)")
     parser.add_argument("--clusters", type=arguments.at_least(2), default=32, metavar="C",
                         help="of tokens (default: 32, as published)")
-    parser.add_argument("--features", default="all", metavar="all|LAYER", help="what tokens are clustered by: the router "
-                        "probabilities of all layers (default), or of one")
+    parser.add_argument("--features", default="all", metavar="all|LAYER|document", help="what is clustered: tokens by "
+                        "the router probabilities of all layers (default), or of one; or whole documents")
     parser.add_argument("--subset", nargs="+", default=[], metavar="FILE", help="files of emo-jax select for CKPT, to look "
                         "at as modules")
     parser.add_argument("--removal-tokens", type=arguments.at_least(0), default=4096, metavar="N", help="by which the cost of "
