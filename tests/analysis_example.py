@@ -134,14 +134,16 @@ def _model(draw, i, by_topic, of_token, of_document, vocabulary, names, layers, 
     kept = [(share, max(1, round(share * experts)), (0.9, 3.1)[i] * (1 - share) ** 3) for share in (0.5, 0.25, 0.125)]
     own = (np.arange(clusters)[:, None] + np.arange(3)) % experts
     overlap = [[len(set(a) & set(b)) / 3 for b in own.tolist()] for a in own.tolist()]
+    made = [_cluster(draw, c, by_topic, of_token, of_document, vocabulary, names, layers, experts, own[c], overlap[c])
+            for c in range(clusters)]
+    subset = {key: value for key, value in made[-1].items() if key not in ("id", "overlap")} | {"name": "law", "share": 0.25}
     return {
         "name": ("emo_tiny", "std_tiny")[i], "checkpoint": f"runs/{('emo', 'std')[i]}/checkpoints/300", "step": 300,
         "layers": layers, "experts": experts, "top_k": 3, "shared": 1, "kind": ("emo", "standard")[i], "parameters": 3_617_280,
         "active_parameters": 1_027_712, "measures": _measures(i),
         "by_layer": {key: {"value": v.tolist(), "low": (0.93 * v).tolist(), "high": (1.07 * v).tolist()}
                      for key, v in values.items()},
-        "clusters": [_cluster(draw, c, by_topic, of_token, of_document, vocabulary, names, layers, experts, own[c], overlap[c])
-                     for c in range(clusters)],
+        "clusters": made, "subsets": [] if i else [subset],
         "coverage": {"use": use.tolist(), "effective": np.exp(-(use * np.log(use + 1e-12)).sum(axis=2)).tolist(),
                      "covered": (use > 1 / experts).mean(axis=2).tolist()},
         "similarity": {"cosine": cosine.tolist(), "distance": (1 - cosine).tolist(), "pool_overlap": (0.9 * cosine).tolist()},

@@ -135,6 +135,13 @@ def test_a_cluster_its_document_and_the_other_model_are_some_clicks_away(reader)
     assert reader.js("return document.querySelector('.card').getAttribute('href')").startswith("#cluster=b:")
 
 
+def test_a_subset_is_shown_as_a_module(reader):
+    reader.open("clusters")
+    text = reader.wait("return document.querySelector('.subset')?.innerText")
+    for part in ("Subset law", "25\u00a0% of the experts", "Contexts", "What removing it costs"):
+        assert part in text
+
+
 def test_a_token_says_its_cluster_and_expert_and_the_legend_filters(reader):
     reader.open("document=3")
     token = reader.all(".pane .t")[5]

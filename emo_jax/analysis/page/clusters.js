@@ -35,6 +35,7 @@ function clustersView(found, value) {
     grid,
     h("div", { class: "pair" }, [`removal-${model}`, `overlap-${model}`].map((name) =>
       found.charts.includes(name) && chart(name, { scrolls: true, level: "h2" }))),
+    subsetParts(one),
   ];
 }
 
@@ -43,23 +44,34 @@ async function clusterView(found, value) {
   const c = one.clusters.find((other) => String(other.id) === id);
   if (!c) return clustersView(found, which);
   const next = one.clusters[(one.clusters.indexOf(c) + 1) % one.clusters.length];
-  const word = (w) => h("li", {}, h("span", { class: "token" }, visible(w.text)), note(`×${number(w.lift)}`));
-  const context = (x) => h("li", {},
-    link(`document=${x.document}`, "…", x.before.trimStart(), marked(x.token), x.after.trimEnd(), "…"));
   return [
     h("p", { class: "crumbs" }, link(`clusters=${letter(model)}`, "← All clusters"),
       link(clusterHash(model, next), `Cluster ${next.id} →`)),
     h("p", { class: "eyebrow" }, `Cluster ${c.id} of ${one.name}`), h("h1", {}, named(c)),
     lead(`${size(one, c)}.`, pairedWith(found, model, c)),
+    ...moduleParts(c),
+    overlapSection(one, model, c),
+    await documentsSection(found, model, c),
+  ];
+}
+
+/** What a cluster and a subset have in common. */
+function moduleParts(c) {
+  const word = (w) => h("li", {}, h("span", { class: "token" }, visible(w.text)), note(`×${number(w.lift)}`));
+  const context = (x) => h("li", {},
+    link(`document=${x.document}`, "…", x.before.trimStart(), marked(x.token), x.after.trimEnd(), "…"));
+  return [
     h("div", { class: "pair" }, section("Labels of its tokens", labelBars(c, 10)),
       section("Words", help("How many times as often as in all text."), h("ul", { class: "words" }, c.words.map(word)))),
     section("Contexts", h("ul", { class: "contexts" }, c.contexts.map(context))),
     h("div", { class: "pair" }, section("Experts by layer", help("The strongest of each layer: their share of the router's ",
       "probability, and how many times that is their share in all text."), expertsTable(c.experts)), removalSection(c)),
-    overlapSection(one, model, c),
-    await documentsSection(found, model, c),
   ];
 }
+
+/** A subset that was given: its tokens are those that give its experts most of their probability. */
+const subsetParts = (one) => (one.subsets ?? []).map((s) => h("div", { class: "subset" },
+  section(`Subset ${s.name}`, help(`${percent(s.share)} of the experts; ${size(one, s)} prefer them most.`)), moduleParts(s)));
 
 /** A token as it is read alone. */
 function visible(token) {
@@ -86,7 +98,7 @@ function expertsTable(layers) {
 
 function removalSection(c) {
   const title = "What removing it costs";
-  if (!c.removal) return section(title, help("Not measured for this cluster."));
+  if (!c.removal) return section(title, help("Not measured."));
   const rises = Object.entries(c.removal.loss).filter(([, rise]) => rise !== null);
   const most = Math.max(...rises.map(([, rise]) => Math.abs(rise)), 1e-9);
   const rows = rises.sort(([a, x], [b, y]) => (b === "all") - (a === "all") || y - x).map(([label, rise]) => [
