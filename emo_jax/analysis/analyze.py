@@ -38,7 +38,8 @@ def analyze(models: Sequence[LoadedModel], out: str | AnyPath, options: Options,
     """Writes the folder and returns what is in analysis.json. The text is that of the first model's data; `subsets` are of the
     first model, by name; `keep_curves` the results of `emo-jax eval --keep` by name of model. Raises `InputError` for models
     that do not read the same tokens."""
-    folder = _checked(models, out)
+    _check(models)
+    folder = local_folder(out)
     source, numbers = models[0].documents_to_score()
     text = read_text(models[0].config, source, models[0].tokenizer, numbers, options.tokens_per_document, options.tokens)
     say(f"{len(text.tokens):,} tokens of {len(text.labels):,} documents in {len(text.names)} labels of {text.source}")
@@ -63,7 +64,7 @@ def analyze(models: Sequence[LoadedModel], out: str | AnyPath, options: Options,
     return found
 
 
-def _checked(models: Sequence[LoadedModel], out: str | AnyPath) -> Path:
+def _check(models: Sequence[LoadedModel]) -> None:
     if jax.process_count() > 1:
         raise InputError("analyze runs in one process (of any number of devices)")
     for loaded in models:
@@ -71,16 +72,20 @@ def _checked(models: Sequence[LoadedModel], out: str | AnyPath) -> Path:
         if loaded.tokenizer.sha256 != models[0].tokenizer.sha256:
             raise InputError(f"{loaded.saved.run} and {models[0].saved.run} have different tokenizers; two models are compared "
                              f"token by token")
+
+
+def local_folder(out: str | AnyPath) -> Path:
+    """--out. Raises `InputError` for one in a bucket."""
     if is_url(str(out)):
         raise InputError(f"--out {out}: activations are memory-mapped; give a local folder, and copy it from there")
     return Path(make_folder(out))
 
 
 def _names(models: Sequence[LoadedModel]) -> list[str]:
-    """Of the config; of two with the same, also that of the run's folder."""
+    """Of the config; of two with the same, also the run's folder and the step."""
     names = [loaded.config.name for loaded in models]
     if len(set(names)) < len(names):
-        names = [f"{loaded.config.name}-{loaded.saved.run.name}" for loaded in models]
+        names = [f"{loaded.config.name}-{loaded.saved.run.name}-{loaded.saved.step}" for loaded in models]
     return names if len(set(names)) == len(names) else [f"{n}-{i}" for i, n in enumerate(names)]
 
 

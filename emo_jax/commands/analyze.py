@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
@@ -34,9 +35,7 @@ def add(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> Result:
-    from pathlib import Path
-
-    from emo_jax.analysis.analyze import analyze
+    from emo_jax.analysis.analyze import analyze, local_folder
     from emo_jax.analysis.looked import Options
     from emo_jax.analysis.report import text_table
     from emo_jax.checkpoints.subset import load as load_subset
@@ -44,25 +43,24 @@ def run(args: Namespace) -> Result:
 
     if args.clusters > 255:
         raise InputError(f"--clusters {args.clusters}: at most 255")
+    out = local_folder(args.out)
     models = [load(args.checkpoint, args.overrides, step=args.step, data=args.data)]
     if args.against:
         models.append(load(args.against, args.overrides, data=args.data))
     subsets = {Path(path).stem: load_subset(path, models[0].saved) for path in args.subset}
     options = Options(args.tokens, args.tokens_per_document, args.clusters, args.features, args.removal_tokens,
                       args.null_tokens, args.seed or 0)
-    found = analyze(models, args.out, options, subsets, _keep_curves(args.out))
-    page = f"{args.out.rstrip('/')}/report.html"
+    found = analyze(models, out, options, subsets, _keep_curves(out))
+    page = str(out / "report.html")
     value = {"report": page, "data": found["data"], "difference": found["difference"],
              "models": {one["name"]: one["measures"] for one in found["models"]},
              "random_router": found["random_router"] and found["random_router"]["measures"]}
     return Result(value, f"{text_table(found)}\n\nreport: {page}")
 
 
-def _keep_curves(out: str) -> dict[str, Any]:
+def _keep_curves(out: Path) -> dict[str, Any]:
     """What `emo-jax eval --keep --out` left in the same folder."""
-    from emo_jax.files import given_path
-
-    path = given_path(out, "--out") / "keep_curve.json"
+    path = out / "keep_curve.json"
     try:
         models = json.loads(path.read_text())["models"] if path.exists() else {}
         return {name: {"rows": [_point(row) for row in result["subsets"]]} for name, result in models.items()}
