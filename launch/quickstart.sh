@@ -25,5 +25,5 @@ emo-jax train stdmoe_tiny --out "$out/stdmoe" "${tokenizer[@]}" "${overrides[@]}
 echo "== 3/4 choosing half, a quarter and an eighth of the experts for every kind of text" >&2
 emo-jax eval "$out/emo" --against "$out/stdmoe" --keep 16,8,4 --out "$out/report"
 echo "== 4/4 looking at what the experts of both became" >&2
-emo-jax analyze "$out/emo" "$out/stdmoe" --tokens 50000 --out "$out/report"
+emo-jax analyze "$out/emo" "$out/stdmoe" --tokens 30000 --null-tokens 10000 --removal-tokens 2048 --out "$out/report"
 echo "Checkpoints, metrics.jsonl and TensorBoard events: $out/emo, $out/stdmoe. Open the report: file://$out/report/report.html"
