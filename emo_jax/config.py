@@ -10,14 +10,13 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from emo_jax.config_rules import mesh_shape as mesh_shape
-from emo_jax.config_rules import validate
+from emo_jax.config_rules import type_hints, validate
 from emo_jax.errors import InputError
 from emo_jax.files import given_path, shortened
 
@@ -142,6 +141,9 @@ class TrainConfig:
     init_params_from: str = ""  # checkpoint whose parameters a new run starts with: fresh optimizer, step 0 (fine-tuning)
     eval_tasks: str = ""  # also: tasks of lm-evaluation-harness, names and YAML files separated by commas
     init_from: str = ""  # checkpoint that an anneal starts from: parameters, optimizer, data position, step
+    # Folder of compiled programs for the next start, also in a bucket. "": the user's, ~/.cache/emo_jax/compiled; of a run
+    # on TPU or GPU its own, so that all its hosts and the machines after them find them.
+    compilation_cache: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,8 +258,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
             if isinstance(node, (list, tuple)):
                 node, section = node[int(parent)], Stage
             else:
-                node, section = node[parent], typing.get_type_hints(section)[parent]
-        node[leaf] = _parse(key, text, typing.get_type_hints(section)[leaf])
+                node, section = node[parent], type_hints(section)[parent]
+        node[leaf] = _parse(key, text, type_hints(section)[leaf])
     return from_dict(tree)
 
 
@@ -279,7 +281,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
     def build(cls: type, node: Any, prefix: str) -> Any:
         if not isinstance(node, dict):
             raise InputError(f"config {prefix.rstrip('.')}: {shortened(repr(node))} must be an object of fields")
-        hints = typing.get_type_hints(cls)
+        hints = type_hints(cls)
         unknown = set(node) - set(hints)
         if unknown:
             key = sorted(unknown)[0]

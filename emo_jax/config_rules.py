@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable
@@ -40,6 +41,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "in [0, 1]": (lambda x: 0 <= x <= 1, "optimizer.final_fraction data.max_skipped"),
     "in 0..2^63 - 1": (lambda x: 0 <= x < 2**63, "seed"),
 }
+type_hints = functools.cache(typing.get_type_hints)  # which compiles every annotation each time
+
 _RANGE_OF = {field: (allowed, holds) for allowed, (holds, fields) in RANGES.items() for field in fields.split()}
 
 
@@ -104,7 +107,7 @@ def validate(c: Config) -> None:
 
 def _check_fields(part: Any, where: str, prefix: str = "") -> None:
     """The type and the range of every field."""
-    hints = typing.get_type_hints(type(part))
+    hints = type_hints(type(part))
     for f in dataclasses.fields(part):
         value, hint, name = getattr(part, f.name), hints[f.name], prefix + f.name
         allowed, in_range = _RANGE_OF.get(name, ("", lambda _: True))

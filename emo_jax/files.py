@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Generator
 from pathlib import Path, PurePath, PurePosixPath
@@ -51,6 +52,20 @@ def _url_path(given: str, field: str) -> AnyPath:
     from etils import epath
 
     return epath.Path(given.rstrip("/"))
+
+
+def cache_folder() -> Path:
+    """Where indices, decompressed copies and compiled programs are kept between runs (safe to delete when no run uses them):
+    $XDG_CACHE_HOME/emo_jax, else ~/.cache/emo_jax, else a folder of the user in the temporary directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    for folder in (Path(home) / "emo_jax", Path(tempfile.gettempdir()) / f"emo_jax-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            continue
+    return Path(tempfile.mkdtemp(prefix="emo_jax-"))
 
 
 def absolute_path(given: str | AnyPath, field: str) -> AnyPath:

@@ -28,6 +28,7 @@ from emo_jax import compat, model, sharding
 from emo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from emo_jax.checkpoints.compatibility import require_same_model
 from emo_jax.checkpoints.subset import Subset, open_subset, require_experts
+from emo_jax.compilation import keep_programs
 from emo_jax.config import Config, MeshConfig, override
 from emo_jax.convert.importing import published_end_ids
 from emo_jax.data.evaluation import evaluation_rows, evaluation_set
@@ -226,6 +227,7 @@ def load(path: str | AnyPath | Checkpoint, overrides: Sequence[str] = (), *, ste
         raise InputError(f"{found.run} has no tokenizer.json; put the one of the model there")
     tokenizer = Tokenizer(found.run / "tokenizer.json", config.data.eos_token)
     chosen = None if subset is None else open_subset(subset, found)
+    keep_programs(config.train.compilation_cache)
     device_mesh = sharding.make_mesh(_fit_batch(config))
     with compat.set_mesh(device_mesh):
         params = found.restore_params(device_mesh, config)

@@ -16,6 +16,7 @@ parameters are stacked on a leading L axis and scanned over. Auxiliary losses ar
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from emo_jax import sharding
+from emo_jax.compilation import program_config
 from emo_jax.config import Config, ModelConfig
 from emo_jax.kernels import Kernel
 from emo_jax.kernels import attention as attention_kernels
@@ -135,9 +137,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, rows: RowContext, execution: Execution, past=None):
         """(output, (keys, values) of these tokens). `past`: those of a cache, [B, G, S, W], and its segments [B, S]."""
-        q_BTHW, k_BTGW, v_BTGW = (
-            jnp.einsum("btd,dhw->bthw", x_BTD, gather_weight(w[...], execution.dtype, None, "tensor", None))
-            for w in (self.q, self.k, self.v))
+        with jax.named_scope("projections"):
+            q_BTHW, k_BTGW, v_BTGW = (
+                jnp.einsum("btd,dhw->bthw", x_BTD, gather_weight(w[...], execution.dtype, None, "tensor", None))
+                for w in (self.q, self.k, self.v))
         q_BTHW, k_BTGW = rotate(q_BTHW, rows.rotary), rotate(k_BTGW, rows.rotary)
         # Under sequence sharding a device attends with its own queries to the keys of the whole row.
         k_BTGW, v_BTGW = (reshard(a, BATCH, None, "tensor", None) for a in (k_BTGW, v_BTGW))
@@ -148,8 +151,9 @@ class Attention(nnx.Module):
         else:
             out_BTHW = attention_kernels.attention(q_BTHW, k_BTGW, v_BTGW, rows.segments,
                                                    reshard(rows.segments, BATCH, None), execution.attention)
-        o_HWD = gather_weight(self.o[...], execution.dtype, "tensor", None, None)
-        return jnp.einsum("bthw,hwd->btd", out_BTHW, o_HWD, out_sharding=ACTIVATIONS), (k_BTGW, v_BTGW)
+        with jax.named_scope("projections"):
+            o_HWD = gather_weight(self.o[...], execution.dtype, "tensor", None, None)
+            return jnp.einsum("bthw,hwd->btd", out_BTHW, o_HWD, out_sharding=ACTIVATIONS), (k_BTGW, v_BTGW)
 
 
 class MoE(nnx.Module):
@@ -237,11 +241,14 @@ class Transformer(nnx.Module):
 
 def init_params(config: Config, mesh: jax.sharding.Mesh) -> Params:
     """New parameters, made in place on the mesh; their values do not depend on it."""
-    abstract = abstract_params(config)
-    make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config.model, config.seed))),
-                   out_shardings=sharding.parameter_shardings(abstract, mesh))
     with jax.set_mesh(mesh):
-        return make()
+        return _init(program_config(config), mesh)()
+
+
+@functools.lru_cache(maxsize=4)
+def _init(config: Config, mesh: jax.sharding.Mesh) -> Any:
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config.model, config.seed))),
+                   out_shardings=sharding.parameter_shardings(abstract_params(config), mesh))
 
 
 def abstract_params(config: Config, mesh: jax.sharding.Mesh | None = None) -> Params:
@@ -333,6 +340,7 @@ def row_context(batch: dict[str, Array], execution: Execution) -> RowContext:
         rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta))
 
 
+@jax.named_scope("embedding")
 def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     table_VD = gather_weight(embedding, dtype, None, None)
     return table_VD.at[tokens].get(out_sharding=ACTIVATIONS)
@@ -363,6 +371,7 @@ def logits(params: Params, x_BTD: Float[Array, "B T D"], execution: Execution) -
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

@@ -1,9 +1,11 @@
 """Tests run on eight fake CPU devices; most use one of them. Every call of the package checks its annotations and shapes."""
 
+import gc
 import importlib.util
 import os
 import sys
 
+import pytest
 from jaxtyping import install_import_hook
 from slow_tests import FAST, LONG, SLOW
 
@@ -15,7 +17,8 @@ else:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
         " --xla_force_host_platform_device_count=8"
-        " --xla_backend_optimization_level=0")  # compiles three times as fast; nothing here is timed
+        # Compiles four times as fast; nothing here is timed.
+        " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 assert "jax" not in sys.modules, "jax was imported before the number of fake devices was set"
 import emo_jax.config  # noqa: E402, F401  before the hook: its fields hold whatever a person wrote, until `validate`
 
@@ -26,6 +29,15 @@ CLIENTS = {"test_convert_stock.py": ("torch", "transformers"), "test_harness.py"
 left_out = [file for file, packages in CLIENTS.items() if not all(map(importlib.util.find_spec, packages))]
 own_runs = {"test_gpu.py": GPU, "test_engines.py": "EMO_JAX_ENGINES" in os.environ}  # `launch/test.sh --gpu`, `--engines`
 collect_ignore = [*left_out, *(file for file, asked in own_runs.items() if not asked)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """What a module leaves behind, compiled programs above all, is not looked at by later collections: each run's end asks for
+    a whole one."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

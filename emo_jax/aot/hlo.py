@@ -105,9 +105,12 @@ class Module:
         """FLOPs of an instruction's matmuls, those inside a fusion included."""
         if instruction.opcode in ("dot", "convolution"):
             operands = self.operands(computation, instruction)[:2]
-            # Every dimension of a plain matmul is in two of the three arrays.
             if len(operands) < 2:
                 return 0.0
+            if contracted := re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes):
+                sizes = dimensions(operands[0].shape)[0]
+                return 2.0 * _elements(instruction.shape) * math.prod(sizes[int(d)] for d in contracted[1].split(",") if d)
+            # A convolution that is a plain matmul: every dimension is in two of the three arrays.
             return 2 * math.sqrt(math.prod(_elements(a.shape) for a in (instruction, *operands)))
         body = instruction.called("calls") if instruction.opcode == "fusion" else ""
         return sum(self.matmul_flops(body, inner) for inner in self.computations.get(body, ()))

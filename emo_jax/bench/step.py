@@ -12,6 +12,7 @@ import numpy as np
 
 from emo_jax import model, sharding
 from emo_jax.bench import interleaved, matmul, random_segments, ratio
+from emo_jax.compilation import keep_programs
 from emo_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RouterConfig, TrainConfig
 from emo_jax.train.flops import flops_per_token
 from emo_jax.train.replicas import hashes
@@ -35,6 +36,7 @@ def step(config: Config | None, rounds: int) -> dict[str, Any]:
     """Times `config` (default: `standard()`) against the same model without document pools and against a dense matmul of
     the machine, on random tokens and documents."""
     emo = config or standard()
+    keep_programs(emo.train.compilation_cache)
     plain = dataclasses.replace(emo, router=dataclasses.replace(emo.router, document_pool=False))
     mesh = sharding.make_mesh(emo)
     batch = sharding.global_batch(mesh, random_batch(emo, documents=4))

@@ -27,7 +27,13 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from emo_jax import buckets
 from emo_jax.files import AnyPath
 
+REPLICA_BYTES = 1 << 20  # arrays below it are written by one device that has them, not a slice by each
+
 COMMITTED = orbax_path.atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step folder in a bucket that is complete
+
+
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=REPLICA_BYTES), override=True)
 
 
 def restore_tree(folder: AnyPath, target: Any) -> Any:

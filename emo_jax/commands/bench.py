@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
+
+
+def _result(found: dict[str, Any], report: Callable[[dict[str, Any]], str]) -> Result:
+    """With the machine that the figures are about."""
+    from emo_jax import machine
+
+    about = machine.describe()
+    return Result(found | {"machine": about}, f"{report(found)}\n{machine.summary(about)}")
 
 
 def _add_rounds(parser: ArgumentParser) -> None:
@@ -21,16 +32,22 @@ def _add_kernel(parser: ArgumentParser, *sizes: str) -> None:
 
 def add_step(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="default: a small step for CPUs")
+    parser.add_argument("--breakdown", action="store_true", help="where the time goes, on one core of a CPU")
     _add_rounds(parser)
 
 
 def step(args: Namespace) -> Result:
+    if args.breakdown and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before XLA makes its threads
+    from emo_jax.bench import breakdown
     from emo_jax.bench import step as lib
     from emo_jax.config import load_config, override
 
     config = load_config(args.config, args.overrides) if args.config else override(lib.standard(), args.overrides)
+    if args.breakdown:
+        return _result(breakdown.breakdown(config, args.rounds), breakdown.report)
     result = lib.step(config, args.rounds)
-    return Result(result, lib.report(result))
+    return _result(result, lib.report)
 
 
 def add_moe(parser: ArgumentParser) -> None:
@@ -42,7 +59,7 @@ def moe(args: Namespace) -> Result:
     from emo_jax.bench import shape
 
     result = lib.moe(**shape(lib.SMALL, lib.PUBLISHED, args), rounds=args.rounds, kernel=args.kernel)
-    return Result(result, lib.report(result))
+    return _result(result, lib.report)
 
 
 def add_attention(parser: ArgumentParser) -> None:
@@ -56,7 +73,7 @@ def attention(args: Namespace) -> Result:
 
     result = lib.attention(**shape(lib.SMALL, lib.PUBLISHED, args), documents=args.documents, rounds=args.rounds,
                            kernel=args.kernel)
-    return Result(result, lib.report(result))
+    return _result(result, lib.report)
 
 
 COMMANDS = (

@@ -13,9 +13,9 @@ from emo_jax.buckets import errors, is_url
 from emo_jax.config import DataConfig
 from emo_jax.data.arrow_messages import BATCH, DICTIONARY, SCHEMA, messages
 from emo_jax.data.columns import ColumnSource
-from emo_jax.data.documents import Recent, cache_folder, hash_text
+from emo_jax.data.documents import Recent, hash_text
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, Listed, inside, replacing
+from emo_jax.files import AnyPath, Listed, cache_folder, inside, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa

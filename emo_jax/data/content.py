@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emo_jax.data.documents import cache_folder, hash_text
+from emo_jax.data.documents import hash_text
 from emo_jax.errors import InputError
-from emo_jax.files import Listed, reason, replacing
+from emo_jax.files import Listed, cache_folder, reason, replacing
 from emo_jax.progress import track
 
 THREADS = 8  # files that are read at the same time

@@ -1,14 +1,12 @@
-"""What a source of documents is, and where its indices are kept."""
+"""What a source of documents is."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -150,20 +148,6 @@ def require_unchanged(path: str, size: int) -> None:
         raise RunError(f"{path}: {e.strerror}; it was there when it was opened") from None
     if now != size:
         raise RunError(f"{path}: has {now:,} bytes and had {size:,} when it was opened: it was changed while in use")
-
-
-def cache_folder() -> Path:
-    """Where indices and decompressed copies are kept between runs (safe to delete when no run uses them):
-    $XDG_CACHE_HOME/emo_jax, else ~/.cache/emo_jax, else a folder of the user in the temporary directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for folder in (Path(home) / "emo_jax", Path(tempfile.gettempdir()) / f"emo_jax-{os.getuid()}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-        except OSError:
-            continue
-    return Path(tempfile.mkdtemp(prefix="emo_jax-"))
 
 
 def hash_text(*parts: object) -> str:

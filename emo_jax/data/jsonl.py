@@ -23,12 +23,12 @@ import numpy as np
 from emo_jax.buckets import is_url
 from emo_jax.config import DataConfig
 from emo_jax.data.content import content_of
-from emo_jax.data.documents import Document, Source, UnreadableDocument, cache_folder, hash_text
+from emo_jax.data.documents import Document, Source, UnreadableDocument, hash_text
 from emo_jax.data.ranges import RangeReader
 from emo_jax.data.records import label_of, text_of, tokens_of
 from emo_jax.data.skipping import Skipping
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, Listed
+from emo_jax.files import AnyPath, Listed, cache_folder
 from emo_jax.progress import Progress, say
 
 MAX_LABELS = 1000  # more of them in one file mean that the label field is no label

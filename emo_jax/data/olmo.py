@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from emo_jax.config import DataConfig
-from emo_jax.data.documents import cache_folder, hash_text
+from emo_jax.data.documents import hash_text
 from emo_jax.data.ranges import RangeReader
 from emo_jax.data.shards import index_documents, pack_index
 from emo_jax.data.tokenizer import Tokenizer
 from emo_jax.data.tokens import TokenFile, TokenSection, TokenSource
 from emo_jax.errors import InputError
-from emo_jax.files import Listed, given_path, list_files, replacing
+from emo_jax.files import Listed, cache_folder, given_path, list_files, replacing
 from emo_jax.progress import track
 
 _PIECE = 1 << 23  # tokens that are scanned at a time

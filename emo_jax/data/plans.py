@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emo_jax.data.documents import cache_folder, hash_text
-from emo_jax.files import replacing
+from emo_jax.data.documents import hash_text
+from emo_jax.files import cache_folder, replacing
 from emo_jax.progress import track
 
 _CHUNK = 256  # blocks that a process works on at a time

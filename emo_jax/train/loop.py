@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from emo_jax import compat, ending, processes, sharding
 from emo_jax.checkpoints import tiers
 from emo_jax.checkpoints.checkpoint import FOLDER
+from emo_jax.compilation import keep_programs
 from emo_jax.config import Config, mesh_shape
 from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RestartError, RunError
@@ -59,7 +60,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
     """`train` into a folder that this run holds already."""
     mesh = sharding.make_mesh(config)
     folder = run_folder.open_folder(config, out)
-    run_folder.cache_compilation(folder)
+    keep_programs(config.train.compilation_cache or ("" if jax.default_backend() == "cpu" else folder / "compilation_cache"))
     config, origin = start.find_start(config, folder)
     plan = phases(config)
     for phase in plan:

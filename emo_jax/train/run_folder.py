@@ -10,8 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import jax
-
 from emo_jax import buckets, processes
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import tiers
@@ -81,15 +79,6 @@ def _prepare(config: Config, out: AnyPath) -> None:
         write_text(out / CONFIG, config_lib.dumps(config))
     except (OSError, *buckets.errors(out)) as e:
         raise RunError(f"{out} cannot be written: {reason(e)}") from e
-
-
-def cache_compilation(out: AnyPath) -> None:
-    """Keeps compiled programs in the run's folder, so that a restart begins at once and with the same kernels.
-
-    Not on CPU: XLA specialises its code for the host's processor, and the next host may be another.
-    """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
-        jax.config.update("jax_compilation_cache_dir", str(out / "compilation_cache"))
 
 
 # ---- a run that has no checkpoint ------------------------------------------------------------------------------------

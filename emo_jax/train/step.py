@@ -8,6 +8,7 @@ microbatch nothing is added).
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
 from emo_jax import model, sharding
+from emo_jax.compilation import program_config
 from emo_jax.config import Config
 from emo_jax.data.documents import MAX_LABELS
 from emo_jax.kernels.compiler_options import compiler_options
@@ -42,12 +44,16 @@ class TrainState(NamedTuple):
 def init_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """A new state, made in place on the mesh; its values do not depend on the mesh."""
     params = model.init_params(config, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings.opt_state)(params)
-        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)()
-        recent = jax.jit(bad_steps.nothing_yet, out_shardings=shardings.recent)()
-    return TrainState(params, opt_state, step, recent)
+        return _init_rest(program_config(config), mesh)(params)
+
+
+@functools.lru_cache(maxsize=4)
+def _init_rest(config: Config, mesh: jax.sharding.Mesh) -> Any:
+    """A jitted params -> `TrainState` of them."""
+    make = lambda params: TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32),
+                                     bad_steps.nothing_yet())
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)), donate_argnums=0)
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -64,12 +70,17 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -
     `grad_norm_by_layer`, `param_norm_by_layer` and what the routers did (see `RouterStats`); and the `verdict` on the step, a
     `bad_steps.Verdict`: if it is skipped, parameters and optimizer stay as they are. A batch that has `labels` [B, T], of each
     token's document, gives `label_nats` and `label_tokens` [MAX_LABELS]: sums over the tokens with a loss."""
-    execution = model.Execution.of(config, mesh, eos_id)
-    optimizer, schedule = make_optimizer(config), learning_rate(config)
     M = config.train.microbatches
     if M > 1 and config.model.num_experts and config.router.balance_scope == "step":
         log.warning("router.balance_scope=step with train.microbatches=%d: every step runs one more forward pass to count "
                     "the experts of all microbatches", M)
+    return _train_step(program_config(config), mesh, eos_id)
+
+
+@functools.lru_cache(maxsize=4)
+def _train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
+    execution, M = model.Execution.of(config, mesh, eos_id), config.train.microbatches
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
 
     def train_step(state: TrainState, batch: Batch):
         totals, tokens = Totals.of(batch), jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
@@ -97,6 +108,11 @@ def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) ->
     `loss_bytes` where the batch has `target_bytes` [B, T]. `allowed` bool [L, R] restricts the routed experts; [L, B, 1, R]
     those of every row. `pool_size`: routed experts in the pool of every document and layer, at least the top k, whether or not
     the model was trained with pools; None: `router.pool_eval` (0: no pools). Another size compiles nothing anew."""
+    return _eval_step(program_config(config), mesh, eos_id)
+
+
+@functools.lru_cache(maxsize=4)
+def _eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
     execution = model.Execution.of(config, mesh, eos_id)
 
     def eval_step(params, batch: Batch, allowed=None, pool_size: Int[Array, ""] | None = None):
