@@ -17,7 +17,7 @@ import traceback
 from typing import Any, NoReturn
 
 import emo_jax
-from emo_jax import ending, failures
+from emo_jax import ending, failures, machine
 from emo_jax.commands import (
     Command,
     analyze,
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     if own and not args.debug:
         failures.hide_tracebacks()
     command: Command = args.command
+    if own and (command.devices or command.logs):
+        machine.use_huge_pages()
     logging.basicConfig(format="%(message)s")  # to standard error: warnings, and which kernels and dispatch were chosen
     logging.getLogger("emo_jax").setLevel(logging.INFO if command.logs or args.verbose else logging.WARNING)
     ending.report = functools.partial(_say, args)

@@ -1,4 +1,4 @@
-"""The machine in front of us: what its figures are about, and what its processor can execute."""
+"""The machine in front of us: what its figures are about, what its processor can execute, and what makes it fast."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")  # no library: py-cpuinfo starts processes and takes a second to say what four lines do
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _SETS = ("amx_tile", "avx512_bf16", "avx512f", "avx2", "avx", "sve2", "sve", "asimd")  # the widest first
 PACKAGES = ("jax", "jaxlib", "numpy")
 
@@ -23,7 +25,7 @@ def describe() -> dict[str, object]:
         "cores": cores(), "memory_gb": round(_memory() / 1e9, 1), "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "huge_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""),
+        "huge_pages": HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 
@@ -31,6 +33,14 @@ def summary(about: dict[str, object]) -> str:
     return (f"{about['cpu']} ({about['instruction_set']}), {about['cores']} cores, {about['memory_gb']} GB; "
             f"Python {about['python']}, {', '.join(f'{name} {about[name]}' for name in PACKAGES)}"
             f"{'' if about['huge_pages'] else '; without huge pages'}")
+
+
+def use_huge_pages() -> None:
+    """Begins this process anew, in its place, with huge pages for large arrays, unless it has GLIBC_TUNABLES of its own: glibc
+    reads them only at a program's start. Nothing is done where there is no glibc."""
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def cores() -> int:

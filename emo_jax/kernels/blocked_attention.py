@@ -53,12 +53,14 @@ def _backward(saved, d_out):
     d_q, d_k, d_v = [], jnp.zeros_like(ks, jnp.float32), jnp.zeros_like(vs, jnp.float32)
     for i, j, seen in _blocks(q, k):
         at, keys = (slice(None),) * 3 + (slice(i, j),), (slice(None), slice(None), slice(0, seen))
-        probs = jnp.exp(_logits(qs[at], ks[keys], *where, i) - lse[at])
-        d_probs = jnp.einsum("bgmtw,bgsw->bgmts", ds[at], vs[keys], preferred_element_type=jnp.float32)
-        d_logits = (probs * (d_probs - delta[at])).astype(dtype)
-        d_q.append(jnp.einsum("bgmts,bgsw->bgmtw", d_logits, ks[keys]))
-        d_k = d_k.at[keys].add(jnp.einsum("bgmts,bgmtw->bgsw", d_logits, qs[at], preferred_element_type=jnp.float32))
-        d_v = d_v.at[keys].add(jnp.einsum("bgmts,bgmtw->bgsw", probs.astype(dtype), ds[at],
+        # Keys by queries: two of the three products below then need no transposed copy of a block.
+        logits = _logits(qs[at], ks[keys], *where, i, by_key=True)
+        probs = jnp.exp(logits - jnp.swapaxes(lse[at], -1, -2))
+        d_probs = jnp.einsum("bgsw,bgmtw->bgmst", vs[keys], ds[at], preferred_element_type=jnp.float32)
+        d_logits = (probs * (d_probs - jnp.swapaxes(delta[at], -1, -2))).astype(dtype)
+        d_q.append(jnp.einsum("bgmst,bgsw->bgmtw", d_logits, ks[keys]))
+        d_k = d_k.at[keys].add(jnp.einsum("bgmst,bgmtw->bgsw", d_logits, qs[at], preferred_element_type=jnp.float32))
+        d_v = d_v.at[keys].add(jnp.einsum("bgmst,bgmtw->bgsw", probs.astype(dtype), ds[at],
                                           preferred_element_type=jnp.float32))
     d_q = _from_queries(jnp.concatenate(d_q, axis=3)) / math.sqrt(q.shape[-1])
     return d_q.astype(dtype), *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (d_k, d_v)), None, None, None
@@ -70,16 +72,19 @@ blocked_attention.defvjp(_forward_saved, _backward)
 def _blocks(q, k) -> list[tuple[int, int, int]]:
     """(first query, end of the queries, end of the keys that they may see)"""
     length, keys = q.shape[1], k.shape[1]
-    block = max(128, ceil_div(length, 16))  # at most 16 blocks are unrolled
+    block = max(64, ceil_div(length, 16))  # at most 16 blocks are unrolled
     ends = [(i, min(i + block, length)) for i in range(0, length, block)]
     return [(i, j, j if length == keys else keys) for i, j in ends]
 
 
-def _logits(q_block, keys, q_segments, k_segments, start, i):
-    logits = jnp.einsum("bgmtw,bgsw->bgmts", q_block, keys, preferred_element_type=jnp.float32)
-    t, s = logits.shape[-2:]
+def _logits(q_block, keys, q_segments, k_segments, start, i, by_key=False):
+    """[..., queries, keys], or [..., keys, queries]"""
+    t, s = q_block.shape[-2], keys.shape[-2]
+    operands = ("bgsw,bgmtw->bgmst", keys, q_block) if by_key else ("bgmtw,bgsw->bgmts", q_block, keys)
+    logits = jnp.einsum(*operands, preferred_element_type=jnp.float32)
     causal = start + i + jnp.arange(t)[:, None] >= jnp.arange(s)
     visible = causal & (q_segments[:, i : i + t, None] == k_segments[:, None, :s])
+    visible = jnp.swapaxes(visible, -1, -2) if by_key else visible
     return jnp.where(visible[:, None, None], logits, -1e30)
 
 

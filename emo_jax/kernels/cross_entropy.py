@@ -86,7 +86,7 @@ def _objective_forward(x, head, targets, weights, z_weight, chunk_tokens, of_tok
         probs = jnp.exp(logits - lse[:, None]) * (weights * (1 + 2 * z_weight * lse))[:, None]
         d_logits = jnp.where(_is_target(logits, targets), probs - weights[:, None], probs).astype(x.dtype)
         d_x = lax.dot_general(d_logits, head, (((1,), (1,)), ((), ()))).astype(x.dtype)
-        d_head += lax.dot_general(x, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        d_head += _over_tokens(x, d_logits)
         nll_sum, z_sum = jnp.sum(weights * nll) / share, jnp.sum(weights * jnp.square(lse)) / share
         sums += jnp.stack([nll_sum + z_weight * z_sum, nll_sum, z_sum])
         return (sums, d_head), (d_x, weights * nll / share if of_tokens else None)
@@ -117,6 +117,14 @@ def _losses(x, head, targets):
     sums = lax.psum(sums, "tensor")
     lse = top + jnp.log(sums[0])
     return logits, lse - sums[1], lse
+
+
+def _over_tokens(x, y):
+    """[T, D] and [T, V] -> [D, V], fp32. XLA's fast matmuls of CPUs take rows times columns only."""
+    multiply = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+    return lax.platform_dependent(
+        x, y, cpu=lambda x, y: multiply(lax.optimization_barrier(x.T), y, (((1,), (0,)), ((), ()))),
+        default=lambda x, y: multiply(x, y, (((0,), (0,)), ((), ()))))
 
 
 def _is_target(logits, targets):
