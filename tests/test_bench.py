@@ -92,7 +92,8 @@ def test_commands_that_compute_take_huge_pages_and_leave_settings_of_ones_own():
     def huge_pages(**given):
         environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
         command = "bench moe --tokens 64 --experts 4 --rounds 1 --json".split()
-        made = subprocess.run([sys.executable, "-m", "emo_jax", *command], env=environment, capture_output=True, text=True, check=True)
+        made = subprocess.run([sys.executable, "-m", "emo_jax", *command], env=environment, capture_output=True, text=True,
+                              check=True)
         return json.loads(made.stdout.splitlines()[-1])["machine"]["huge_pages"]
 
     assert huge_pages() and not huge_pages(GLIBC_TUNABLES="glibc.malloc.check=0")

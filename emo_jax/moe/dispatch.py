@@ -77,7 +77,7 @@ def gather_tokens(x: Float[Array, "T D"], plan: Plan, fill: bool = True) -> Floa
 def combine(rows: Float[Array, "Q D"], plan: Plan, fill: bool = True) -> Float[Array, "T D"]:
     """The sum of every token's rows, accumulated in fp32. `fill` is that of the adjoint."""
     if fill:  # CPU and GPU: choice by choice, which no array of all choices is made for
-        return sum(_choice(rows, row_T) for row_T in plan.row_of_slot.T).astype(rows.dtype)
+        return functools.reduce(jnp.add, [_choice(rows, row_T) for row_T in plan.row_of_slot.T]).astype(rows.dtype)
     row_kT = plan.row_of_slot.T  # then the sum is over the leading axis, which needs no change of layout
     parts_kTD = rows.at[jnp.minimum(row_kT, rows.shape[0] - 1)].get(mode="promise_in_bounds")
     # TPU: else the cast is fused into the gather, which then writes twice the bytes.
