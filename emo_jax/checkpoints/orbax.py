@@ -32,10 +32,6 @@ REPLICA_BYTES = 1 << 20  # arrays below it are written by one device that has th
 COMMITTED = orbax_path.atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step folder in a bucket that is complete
 
 
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=REPLICA_BYTES), override=True)
-
-
 def restore_tree(folder: AnyPath, target: Any) -> Any:
     """The arrays of an item, laid out as a tree of `jax.ShapeDtypeStruct` with shardings asks."""
     return ocp.PyTreeCheckpointHandler().restore(_for_orbax(folder), args=ocp.args.PyTreeRestore(
@@ -151,7 +147,17 @@ def _without_stacks(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname) or logging.getLogger("emo_jax").isEnabledFor(logging.DEBUG)
 
 
+def _write_small_arrays_whole() -> None:
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of what is meant
+    ocp.type_handlers.register_type_handler(
+        jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=REPLICA_BYTES), override=True)
+    log.setLevel(level)
+
+
 logging.getLogger("absl").addFilter(_without_stacks)
+_write_small_arrays_whole()
 
 
 # ---- S3 -------------------------------------------------------------------------------------------------------------
