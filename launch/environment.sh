@@ -1,9 +1,9 @@
 # Sourced by the other scripts: makes a virtual environment (EMO_JAX_VENV, default .venv) with this checkout, the extras
-# named in $1 and the requirement $2, if any, installed, and puts it on the PATH. A second call with nothing changed installs
-# nothing.
+# named in $1 (EMO_JAX_EXTRAS: those instead) and the requirement $2, if any, installed, and puts it on the PATH. A second call
+# with nothing changed installs nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extras=${1:-} requirement=${2:-}
+extras=${EMO_JAX_EXTRAS:-${1:-}} requirement=${2:-${EMO_JAX_EXTRAS:+${EMO_JAX_TORCH:-}}}
 venv=${EMO_JAX_VENV:-.venv}
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

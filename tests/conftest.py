@@ -57,6 +57,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("clients")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what was imported; see frozen_heap
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if left_out:
         terminalreporter.write_line(f"left out: {', '.join(left_out)} (against stock PyTorch, transformers and "
