@@ -71,17 +71,19 @@ def token_information(a: Activations, seed: int = 0, frequent: int = 0) -> Measu
     few = a.thinned(TOKENS) if len(a.text.tokens) > TOKENS else a
     use = frequent_tokens(few.text.tokens, frequent) if frequent else np.ones(len(few.text.tokens), bool)
     n, documents, of_document = use.sum(), np.isin(a.text.numbers, few.text.numbers), few.text.documents[use]
-    layers = [few.probabilities[use, layer].astype(np.float32) for layer in range(a.layers)]
 
     def of(weights: np.ndarray, identities: np.ndarray) -> np.ndarray:
-        made, size = [], int(identities.max()) + 1
+        by_identity, size = [], int(identities.max()) + 1
         for w in weights[:TOKEN_RESAMPLES]:
             of_token = w[documents][of_document]
-            by_identity = csr_matrix((of_token.astype(np.float32), (identities, np.arange(n))), (size, n))
-            counts = np.bincount(identities, of_token, size)
-            sums = np.stack([by_identity @ p for p in layers], axis=1)[counts > 0]
-            made.append(mutual_information(sums, counts[counts > 0]))
-        return np.stack(made)
+            summing = csr_matrix((of_token.astype(np.float32), (identities, np.arange(n))), (size, n))
+            by_identity.append((summing, np.bincount(identities, of_token, size)))
+        made = []
+        for layer in range(a.layers):  # one at a time: sums of all layers by identity would be gigabytes
+            p = few.probabilities[use, layer].astype(np.float32)
+            made.append([mutual_information((summing @ p)[counts > 0][:, None], counts[counts > 0])[0]
+                         for summing, counts in by_identity])
+        return np.transpose(made)
 
     return _above_shuffled(of, np.unique(few.text.tokens[use], return_inverse=True)[1], seed)
 
