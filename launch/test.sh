@@ -37,4 +37,5 @@ while [ $# -gt 0 ]; do
 done
 source "$(dirname "$0")/environment.sh" "$extras" "$torch"
 export JAX_PLATFORMS=$platform
+export PYTHONDONTWRITEBYTECODE=  # hundreds of processes start here, and each would compile the package anew
 exec python -m pytest -q -n "${EMO_JAX_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"

@@ -55,10 +55,13 @@ LONG = (
 SLOW = (
     "test_bench.py::test_a_step_is",
     "test_bench.py::test_the_flops",
+    "test_analysis.py::test_analyze_from",
+    "test_analysis.py::test_what_cannot",
     "test_analysis_browser.py",
     "test_analysis_page.py::test_every_figure",
     "test_remote_code.py",
     "test_hub.py::test_what_is_pushed",
+    "test_card.py::test_a_card_tells",
     "test_card.py::test_what_a_card_shows",
     "test_bad_steps.py::test_a_",
     "test_bad_steps.py::test_rows",
@@ -130,6 +133,7 @@ SLOW = (
     "test_library.py::test_devices",
     "test_library.py::test_the_examples",
     "test_lost_processes.py",
+    "test_placement.py::test_a_placed_model",
     "test_plots.py::test_the_picture",
     "test_sharded_step.py",
     "test_study.py::test_activations",
@@ -167,5 +171,5 @@ FAST = (
     "test_subsets_check.py::test_mutual",
     "test_subsets_choose.py::test_contributions_agree_under_every_dispatch[ring",
     "test_subsets_store.py::test_forced",
-    "test_watchdog.py::test_a_worker",
+    "test_watchdog.py::test_a_worker_that_works_no_more_is_named[19",
 )
