@@ -3,7 +3,8 @@ from the compiled program.
 
 TPU FLOP rates and memory sizes: cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}. Memory bandwidth and link rates: the
 hardware tables of jax-ml.github.io/scaling-book, whose link rates are what one-directional transfers reach (90 GB/s a
-direction on v5p and v6e, 45 on v5e), and for tpu7x its documentation. GPU FLOP rates: NVIDIA's product pages (SXM, dense
+direction on v5p and v6e, 45 on v5e), and for tpu7x its documentation. Network: the same pages of cloud.google.com (50 Gbit/s a
+chip of v5p; of a pod of 256 chips 6.4 Tbit/s for v5e, 25.6 for v6e). GPU FLOP rates: NVIDIA's product pages (SXM, dense
 bf16). A JAX device is a chip; of a tpu7x it is one of two cores, with half of everything.
 """
 
@@ -18,12 +19,13 @@ class Chip(NamedTuple):
     bandwidth: float | None = None  # bytes/s of that memory
     link: float | None = None  # bytes/s of a ring along one torus axis, both directions together
     clock: float | None = None  # Hz, of the compiler's cycle estimates; None: not published
+    network: float | None = None  # bytes/s of the data center's network between slices
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95.74e9, 2.765e12, 1.8e11, 1.75e9),
-    "v5e": Chip(197e12, 16e9, 8.1e11, 0.9e11, 1.5e9),
-    "v6e": Chip(918e12, 32e9, 1.6e12, 1.8e11, 1.75e9),
+    "v5p": Chip(459e12, 95.74e9, 2.765e12, 1.8e11, 1.75e9, 6.25e9),
+    "v5e": Chip(197e12, 16e9, 8.1e11, 0.9e11, 1.5e9, 3.125e9),
+    "v6e": Chip(918e12, 32e9, 1.6e12, 1.8e11, 1.75e9, 12.5e9),
     "tpu7x": Chip(1153.5e12, 96e9, 3.7e12, 1.8e11),
     "v4": Chip(275e12),
     "B200": Chip(2250e12), "H200": Chip(989e12), "H100": Chip(989e12), "A100": Chip(312e12),

@@ -140,22 +140,25 @@ def _check_fields(part: Any, where: str, prefix: str = "") -> None:
                 require(value <= MAX_INT or name == "seed", f"at most {MAX_INT}")
 
 
-def mesh_shape(c: Config, num_devices: int) -> dict[str, int]:
+def mesh_shape(c: Config, num_devices: int, num_slices: int = 1) -> dict[str, int]:
     """The size of every mesh axis on `num_devices` devices, with -1 filled in; `InputError` if it does not fit the
-    devices, the batch or the model."""
-    sizes = dataclasses.asdict(c.mesh)
+    devices, the batch or the model. The config describes a slice: several of them are so many times `mesh.data`."""
+    sizes, num_devices = dataclasses.asdict(c.mesh), num_devices // num_slices
     fixed = math.prod(n for n in sizes.values() if n != -1)
     if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
-        raise InputError(f"config {c.name}: mesh {sizes} does not divide the {num_devices} devices; the axis sizes must "
+        raise InputError(f"config {c.name}: mesh {sizes} does not divide the {num_devices} devices"
+                         f"{' of a slice' * (num_slices > 1)}; the axis sizes must "
                          f"multiply to {num_devices} (one axis may be -1: all that are left)")
     sizes = {axis: num_devices // fixed if n == -1 else n for axis, n in sizes.items()}
+    sizes["data"] *= num_slices
     rows, shards = c.train.batch_size // c.train.microbatches, sizes["data"] * sizes["fsdp"] * sizes["expert"]
 
     def divides(axis_size: int, value: int, axis: str, what: str) -> None:
         if value % axis_size:
             raise InputError(f"config {c.name}: {axis}={axis_size} must divide {what}={value}")
 
-    divides(shards, rows, "mesh.data x mesh.fsdp x mesh.expert", "train.batch_size / train.microbatches")
+    divides(shards, rows, "slices x " * (num_slices > 1) + "mesh.data x mesh.fsdp x mesh.expert",
+            "train.batch_size / train.microbatches")
     divides(sizes["sequence"], c.data.sequence_length, "mesh.sequence", "data.sequence_length")
     divides(sizes["tensor"], c.model.num_kv_heads, "mesh.tensor", "model.num_kv_heads")
     divides(sizes["tensor"], c.model.d_ff, "mesh.tensor", "model.d_ff")

@@ -34,7 +34,8 @@ def start_distributed() -> None:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _join(os.environ["EMO_JAX_COORDINATOR"], int(os.environ["EMO_JAX_NUM_PROCESSES"]),
               int(os.environ["EMO_JAX_PROCESS_ID"]))
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif (int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+          or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1):  # slices of one host, too
         _join(*_detected())
 
 

@@ -3,20 +3,26 @@
 The mesh has five axes (size 1 where unused). All of them are Explicit: the sharding of an array is part of its type, and a
 wrong layout is an error while tracing. The batch is sharded over `data`, `fsdp` and `expert` (and `sequence` along T);
 parameters over `fsdp`, experts over `expert`, hidden widths and heads over `tensor`.
+
+Several TPU slices are the outer part of `data`: every slice holds all parameters, and what crosses the network between them is
+one reduction of the gradients (and sums of the router's probabilities).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emo_jax import compat
 from emo_jax.config import Config, mesh_shape
+from emo_jax.errors import InputError
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH = ("data", "fsdp", "expert")
@@ -43,9 +49,30 @@ PARAMETER_SPECS = {
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all devices of all processes). Raises `InputError` if the mesh
     does not divide the devices, the batch or the model."""
-    devices = jax.devices() if devices is None else devices
-    shape = tuple(mesh_shape(config, len(devices))[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    slices = slices_of(jax.devices() if devices is None else devices)
+    sizes = mesh_shape(config, sum(map(len, slices)), len(slices))
+    types = (AxisType.Explicit,) * len(AXES)
+    if len(slices) == 1:
+        return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=types, devices=slices[0])
+    sizes["data"] //= len(slices)
+    within = [mesh_utils.create_device_mesh([sizes[axis] for axis in AXES], devices) for devices in slices]
+    return Mesh(np.concatenate(within, axis=AXES.index("data")), AXES, axis_types=types)
+
+
+def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of every TPU slice. EMO_JAX_SLICES: CPU devices count as so many."""
+    if devices[0].platform == "cpu" and (pretended := int(os.environ.get("EMO_JAX_SLICES", "1"))) > 1:
+        if len(devices) % pretended:
+            raise InputError(f"EMO_JAX_SLICES={pretended} does not divide the {len(devices)} devices")
+        return np.reshape(np.asarray(devices, object), (pretended, -1)).tolist()
+    if devices[0].platform != "tpu":
+        return [list(devices)]
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(sizes := set(map(len, slices.values()))) > 1:
+        raise InputError(f"the slices have {', '.join(map(str, sorted(sizes)))} devices; all must have as many")
+    return [slices[index] for index in sorted(slices)]
 
 
 def single_device_mesh(device: Any = None) -> Mesh:

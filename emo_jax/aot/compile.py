@@ -12,19 +12,22 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from emo_jax.config import Config, mesh_shape
+from emo_jax.config import Config
+from emo_jax.errors import InputError
 
 NOTE = "Seconds are bounds computed from the compiled program and the chip's peak rates, not measurements: nothing was run."
 
 
-def compile_config(config: Config, topology: str | None) -> dict[str, Any]:
-    """The report, for `topology` or for this process's own devices."""
+def compile_config(config: Config, topology: str | None, slices: int = 1) -> dict[str, Any]:
+    """The report, for so many slices of `topology` or for this process's own devices."""
+    if slices < 1 or (slices > 1 and topology is None):
+        raise InputError(f"--slices {slices} must be at least 1, and takes a --topology")
     if topology is not None:
         from emo_jax.aot import topology as topologies
 
         topologies.parse(topology)
         topologies.without_tpu()
-        devices = topologies.devices(topology)
+        devices = topologies.devices(topology, slices)
     else:
         import jax
 
@@ -52,7 +55,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> tuple[Any, float]:
 
 
 def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, Any]:
-    from emo_jax import chips
+    from emo_jax import chips, sharding
     from emo_jax.aot.hlo import Module
     from emo_jax.aot.schedule import schedule
     from emo_jax.train.flops import flops_per_token
@@ -61,14 +64,16 @@ def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, A
     known = name is not None and chips.CHIPS[name].link is not None
     # Without known rates times mean nothing, but counts do not need them.
     chip = chips.CHIPS[name] if known else chips.Chip(1.0, None, 1.0, 1.0)
-    memory, walked = compiled.memory_analysis(), schedule(Module(compiled.as_text()), chip, _grid(devices))
+    slices = len(sharding.slices_of(devices))
+    memory = compiled.memory_analysis()
+    walked = schedule(Module(compiled.as_text()), chip, _grid(devices), len(devices) // slices if slices > 1 else 0)
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = flops_per_token(config) * tokens / len(devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "config": config.name, "devices": len(devices), "chip": name or devices[0].device_kind,
-        "mesh": {axis: n for axis, n in mesh_shape(config, len(devices)).items() if n > 1},
+        "slices": slices, "mesh": {axis: n for axis, n in sharding.make_mesh(config, devices).shape.items() if n > 1},
         "rows_per_device": config.train.batch_size / len(devices), "microbatches": config.train.microbatches,
         "tokens_per_step": tokens, "remat": config.train.remat,
         "memory": {"arguments": arguments, "temporaries": temporaries, "outputs": memory.output_size_in_bytes,
@@ -105,8 +110,9 @@ def text(r: dict[str, Any]) -> str:
     """The report for people."""
     m, f, b = r["memory"], r["flops"], r["bounds"]
     mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
+    slices = f"{r['slices']} x " * (r["slices"] > 1)
     lines = [
-        f"{r['config']} for {r['topology']}: {r['devices']} x {r['chip']}, mesh {mesh}, {r['rows_per_device']:g} rows a "
+        f"{r['config']} for {slices}{r['topology']}: {r['devices']} x {r['chip']}, mesh {mesh}, {r['rows_per_device']:g} rows a "
         f"device in {r['microbatches']} microbatches, {r['tokens_per_step']:,} tokens a step, remat {r['remat']}",
         f"compiled in {r['compile_seconds']:.0f} s",
         f"memory of a device   {m['peak'] / 1e9:.2f} GB" + (f" of {m['of_chip'] / 1e9:.1f}" if m["of_chip"] else "")
@@ -119,7 +125,8 @@ def text(r: dict[str, Any]) -> str:
     for c in r["collectives"]:
         exposed = f"{1e3 * c['exposed_seconds']:10.1f}" if b else "         -"
         lines.append(f"  {c['kind']:<18} {c['count']:>5}  {c['payload_bytes'] / 1e9:10.3f}  {c['wire_bytes'] / 1e9:14.3f}  "
-                     f"{'yes' if c['asynchronous'] else 'no':>12}  {exposed}  groups of {c['group']}")
+                     f"{'yes' if c['asynchronous'] else 'no':>12}  {exposed}  groups of {c['group']}"
+                     + ", between slices" * c["between_slices"])
     if b:
         lines += [
             f"bounds               compute {b['compute_seconds']:.3f} s, memory {b['memory_seconds']:.3f} s, interconnect "

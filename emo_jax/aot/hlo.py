@@ -6,6 +6,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 _BYTES = dict(f64=8, s64=8, u64=8, f32=4, s32=4, u32=4, bf16=2, f16=2, s16=2, u16=2, s8=1, u8=1, pred=1, f8e4m3fn=1,
               f8e5m2=1, s4=0.5, u4=0.5, token=0)
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
@@ -149,16 +151,35 @@ def array_bytes(shape: str, main_memory: bool = False, largest: bool = False) ->
     return (max(sizes) if largest else sum(sizes)) if sizes else 0.0
 
 
+def replica_groups(attributes: str) -> list[list[int]]:
+    """The devices, by their number in the program, of each replica group of a collective."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        grouped = re.findall(r"'(\w+)'", mesh[3])
+        numbers = _iota(mesh[2] or f"[{math.prod(sizes.values())}]", list(sizes.values()))
+        order = [list(sizes).index(axis) for axis in (*(a for a in sizes if a not in grouped), *grouped)]
+        return numbers.transpose(order).reshape(-1, math.prod(sizes[axis] for axis in grouped)).tolist()
+    if groups := re.search(r"replica_groups=\{\{([\d,{}]+)\}\}", attributes):
+        return [[int(n) for n in group.split(",")] for group in groups[1].split("},{")]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?\](?:T\([\d,]+\))?)", attributes):
+        return _iota(iota[2], [int(n) for n in iota[1].split(",")]).tolist()
+    if pairs := re.search(r"source_target_pairs=\{\{([\d,{}]+)\}\}", attributes):
+        return [[int(n) for n in pair.split(",")] for pair in pairs[1].split("},{")]
+    return []
+
+
+def _iota(text: str, shape: list[int]) -> np.ndarray:
+    """XLA's "[4,2]T(1,0)": 0 to 7 as [4, 2], transposed; in another shape."""
+    dims = [int(n) for n in re.findall(r"\d+", text[:text.index("]")])]
+    order = re.search(r"T\(([\d,]+)\)", text)
+    numbers = np.arange(math.prod(dims)).reshape(dims)
+    return numbers.transpose([int(n) for n in order[1].split(",")] if order else range(len(dims))).reshape(shape)
+
+
 def group_size(attributes: str) -> int:
-    """Devices of each replica group of a collective."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
-    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(groups.group(1).split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
-        return int(iota.group(2))
-    return 0
+    """Devices of each replica group of a collective; 0: all."""
+    groups = [] if "replica_groups" not in attributes else replica_groups(attributes)
+    return len(groups[0]) if groups else 0
 
 
 def dimensions(shape: str) -> list[list[int]]:

@@ -3,7 +3,8 @@
 Loops count as often as they run; of a conditional the first branch counts (the MoE layer's fallback is the second). Two
 estimates of the time of everything but collectives: `roofline`, max(FLOPs / peak, bytes / bandwidth) of every kernel, and
 `cycles`, the compiler's own estimate of its fusions. A collective takes its ring bytes / link bandwidth; an asynchronous
-one is exposed only for what the work between its start and its end does not cover. These rank programs; they are no
+one is exposed only for what the work between its start and its end does not cover. One that crosses from slice to slice takes
+its bytes / the network's bandwidth of each chip. These rank programs; they are no
 measurement: contention, launch and DMA overheads, and slow gathers are in neither.
 """
 
@@ -15,7 +16,7 @@ import operator
 import re
 from dataclasses import dataclass, field
 
-from emo_jax.aot.hlo import Instruction, Module, aliases, array_bytes, dimensions, group_size
+from emo_jax.aot.hlo import Instruction, Module, aliases, array_bytes, dimensions, group_size, replica_groups
 from emo_jax.chips import Chip
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -31,9 +32,10 @@ class Collective:
     kind: str
     asynchronous: bool
     group: int
+    between_slices: bool = False
     count: int = 0
     payload_bytes: float = 0.0  # the whole array: the gathered, or the unreduced one
-    wire_bytes: float = 0.0  # that a device sends in a ring
+    wire_bytes: float = 0.0  # that a device sends in a ring; between slices: over the network
     seconds: float = 0.0
     exposed_seconds: float = 0.0
 
@@ -59,17 +61,19 @@ class _Pending:
     covered: float = 0.0
 
 
-def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = ()) -> Schedule:
-    """`grid`: devices along each torus axis of the slice, if it is one."""
-    walk = _Walk(module, chip, grid)
+def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slice_devices: int = 0) -> Schedule:
+    """`grid`: devices along each torus axis of the slice, if it is one. slice_devices: of each of several slices, whose devices
+    are numbered one slice after the other."""
+    walk = _Walk(module, chip, grid, slice_devices)
     walk.computation(module.entry, 1)
     walk.result.collectives = sorted(walk.collectives.values(), key=lambda c: -c.wire_bytes)
     return walk.result
 
 
 class _Walk:
-    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...]):
+    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...], slice_devices: int):
         self.module, self.chip, self.grid, self.result = module, chip, sorted(grid, reverse=True), Schedule()
+        self.slice_devices = slice_devices
         self.collectives: dict[tuple, Collective] = {}
         self.home = {id(i): name for name, body in module.computations.items() for i in body}
 
@@ -196,14 +200,19 @@ class _Walk:
         return exposed
 
     def _count(self, kind, i, times, asynchronous) -> tuple[Collective, float]:
-        group = group_size(i.attributes)
+        group, slices = group_size(i.attributes), self._slices(i)
         payload = self._payload(kind, i)
         # All-reduce: reduce-scatter and all-gather. What a device keeps does not travel.
         passes = 2 if kind == "all-reduce" else 1
-        wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
-        links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
-        seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
-        collective = self.collectives.setdefault((kind, asynchronous, group), Collective(kind, asynchronous, group))
+        if slices > 1:  # every device of a slice sends its part of what the slice as a whole has
+            wire = payload * passes * (slices - 1) / max(group, slices)
+            seconds = wire / (self.chip.network or math.nan)
+        else:
+            wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
+            links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
+            seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
+        collective = self.collectives.setdefault((kind, asynchronous, group, slices > 1),
+                                                 Collective(kind, asynchronous, group, slices > 1))
         collective.count += times
         collective.payload_bytes += payload * times
         collective.wire_bytes += wire * times
@@ -217,6 +226,12 @@ class _Walk:
         if kind == "reduce-scatter" or (kind == "all-reduce" and i.opcode.endswith("-start")):
             return sum(map(array_bytes, operands))
         return array_bytes(i.shape, largest=i.opcode.endswith("-start") or kind.startswith("collective"))
+
+    def _slices(self, i: Instruction) -> int:
+        """How many slices the largest of its groups spans."""
+        if not self.slice_devices:
+            return 1
+        return max((len({n // self.slice_devices for n in group}) for group in replica_groups(i.attributes)), default=1)
 
     def _axes(self, group: int) -> int:
         """Torus axes whose links a group of this size can use at the same time: as few as hold it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from typing import Any
 
 from emo_jax.errors import InputError, RunError
 
@@ -33,8 +34,8 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     return chip, sizes
 
 
-def devices(name: str) -> list:
-    """The slice's devices, for meshes to compile for."""
+def devices(name: str, slices: int = 1) -> list:
+    """The devices of so many slices, for meshes to compile for."""
     chip, sizes = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise RunError("compiling for TPU needs the TPU compiler, but no TPU: pip install 'emo-jax[tpu]'")
@@ -42,8 +43,10 @@ def devices(name: str) -> list:
 
     # A torus axis wraps around where it is a multiple of 4 chips (16 on the two-dimensional ones).
     wrap = tuple(n % (4 if len(sizes) == 3 else 16) == 0 for n in sizes)
-    options = {"chip_config_name": "megacore"} if chip == "v5p" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip == "v5p" else {}
     bounds = (min(2, sizes[0]), min(2, sizes[1]), 1)
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         slice_ = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{_LIBTPU[chip]}:{'x'.join(map(str, sizes))}", chips_per_host_bounds=bounds,

@@ -11,13 +11,15 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
     parser.add_argument("--topology", metavar="CHIP:GRID", help="a TPU slice, e.g. v5p:4x4x4, v5p-128, v6e:16x16; needs "
                         "emo-jax[tpu] but no TPU (default: the devices of this machine)")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of that slice, joined by a data center's "
+                        "network; the config's mesh is that of one slice, its batch that of all (default: 1)")
 
 
 def run(args: Namespace) -> Result:
     from emo_jax.aot import compile as aot
     from emo_jax.config import load_config
 
-    result = aot.compile_config(load_config(args.config, args.overrides), args.topology)
+    result = aot.compile_config(load_config(args.config, args.overrides), args.topology, args.slices)
     return Result(result, aot.text(result))
 
 

@@ -19,7 +19,7 @@ from emo_jax import compat, ending, processes, sharding
 from emo_jax.checkpoints import tiers
 from emo_jax.checkpoints.checkpoint import FOLDER
 from emo_jax.compilation import keep_programs
-from emo_jax.config import Config, mesh_shape
+from emo_jax.config import Config
 from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RestartError, RunError
 from emo_jax.files import AnyPath, make_folder, reason
@@ -64,7 +64,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
     config, origin = start.find_start(config, folder)
     plan = phases(config)
     for phase in plan:
-        mesh_shape(phase.config, mesh.size)
+        sharding.make_mesh(phase.config)
     documents = DocumentsOfPhases(folder)
     while True:
         tiers.prepare(folder, config.checkpoint)
