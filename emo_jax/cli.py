@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ from emo_jax.commands import (
     eval,
     export,
     generate,
+    goodput,
     import_,
     place,
     replay,
@@ -41,9 +43,9 @@ from emo_jax.commands.arguments import take_overrides
 from emo_jax.errors import InputError
 from emo_jax.progress import is_primary
 
-COMMANDS = (train.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS, analyze.COMMAND,
-            place.COMMAND, generate.COMMAND, import_.COMMAND, export.COMMAND, config.COMMAND, *data.COMMANDS, *bench.COMMANDS,
-            compile.COMMAND, completion.COMMAND)
+COMMANDS = (train.COMMAND, goodput.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS,
+            analyze.COMMAND, place.COMMAND, generate.COMMAND, import_.COMMAND, export.COMMAND, config.COMMAND, *data.COMMANDS,
+            *bench.COMMANDS, compile.COMMAND, completion.COMMAND)
 GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
           "data": "the documents of a config", "bench": "speed against the ideal of this machine"}
 
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"emo-jax {command.name} has no config to override: {' '.join(overrides)}")
         if command.overrides == "config" and args.seed is not None:
             overrides.append(f"--seed={args.seed}")
-        args.overrides = overrides
+        args.overrides, args.began = overrides, machine.process_began() if own else time.time()
         if command.devices:
             from emo_jax import processes
 

@@ -30,7 +30,8 @@ def program_config(config: Config) -> Config:
     t, o = config.train, config.optimizer
     steps = max(o.start_step, 0) + 1 if o.schedule == "constant" else t.steps
     train = dataclasses.replace(t, steps=steps, log_every=1, eval_every=0, eval_rows=1, eval_subsets=False,
-                                eval_tasks="", init_params_from="", init_from="", batch_ramp="", compilation_cache="")
+                                eval_tasks="", init_params_from="", init_from="", batch_ramp="", compilation_cache="",
+                                profile_steps="", trackers="")
     data = DataConfig(sequence_length=config.data.sequence_length, max_documents_per_row=config.data.max_documents_per_row)
     faults = FaultsConfig(skip_sigma=config.faults.skip_sigma)
     return dataclasses.replace(config, name="program", data=data, train=train, checkpoint=CheckpointConfig(), faults=faults,

@@ -144,6 +144,8 @@ class TrainConfig:
     # Folder of compiled programs for the next start, also in a bucket. "": the user's, ~/.cache/emo_jax/compiled; of a run
     # on TPU or GPU its own, so that all its hosts and the machines after them find them.
     compilation_cache: str = ""
+    profile_steps: str = ""  # "FIRST:LAST": what devices and host do in these steps, for XProf, in the folder profile/ of --out
+    trackers: str = "tensorboard"  # where numbers go besides metrics.jsonl: any of tensorboard,wandb,trackio; "": nowhere
 
 
 @dataclass(frozen=True, kw_only=True)

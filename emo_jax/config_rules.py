@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # `config` checks every `Config` with this module when it is 
 
 MAX_INT = 2**31 - 1  # steps, tokens of a row and sizes are int32 on the devices
 MAX_FLOAT = 3.4e38  # float32
+TRACKERS = ("tensorboard", "wandb", "trackio")  # see train.trackers
 
 # What a number must be -> the fields. Every number but model.experts_per_layer and kernels.buffer_factor is in one line.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -97,12 +98,25 @@ def validate(c: Config) -> None:
     require(not t.eval_subsets or m.num_experts > 0, "train.eval_subsets needs experts (model.num_experts=0)")
     require(not d.tokens_field or bool(d.tokenizer),
             f"data.tokens_field={d.tokens_field!r} needs data.tokenizer: the one that the token ids were made with")
+    if t.profile_steps:
+        first, last = step_range(t.profile_steps)
+        require(1 <= first <= last, f"train.profile_steps={t.profile_steps!r} must be FIRST:LAST, two steps such as 100:105, "
+                "both of which are profiled")
+    for name in t.trackers.split(",") if t.trackers else ():
+        require(name in TRACKERS, f"train.trackers={t.trackers!r} must be some of {', '.join(TRACKERS)}, separated by commas")
     sizes = dataclasses.asdict(c.mesh)
     require(list(sizes.values()).count(-1) <= 1, f"at most one mesh axis may be -1, got {sizes}")
     if c.stages or t.batch_ramp:
         from emo_jax.phases import phases
 
         phases(c)  # every part of the run is a config that keeps these rules
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """(first, last) of "FIRST:LAST", both inclusive; (0, -1), which is none, for anything else."""
+    first, _, last = text.partition(":")
+    digits = text.isascii() and first.isdecimal() and last.isdecimal() and len(text) <= 21
+    return (int(first), int(last)) if digits else (0, -1)
 
 
 def _check_fields(part: Any, where: str, prefix: str = "") -> None:

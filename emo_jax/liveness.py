@@ -43,7 +43,8 @@ class Liveness:
     def __init__(self, index: int, count: int, relay: Relay | None):
         self._index, self._count, self._relay, self._store = index, count, relay, store()
         self._watched = [i for i in range(count) if i != index] if index == 0 else [0]
-        self._hosts = dict.fromkeys(self._watched, "")
+        self.hosts = dict.fromkeys(self._watched, "")
+        self.own, self.told = "", dict[int, str]()  # what this process shares, and those that it watches
         self._beats: dict[int, str] = {}
         self._clock = 0.0  # seconds in which this process ran: a stop of its own says nothing about others
         self._changed = dict.fromkeys(self._watched, 0.0)
@@ -60,7 +61,8 @@ class Liveness:
         while not self._left.is_set():
             beat += 1
             try:
-                self._store.key_value_set(f"{_ALIVE}{self._index}", f"{beat} {socket.gethostname()}", allow_overwrite=True)
+                self._store.key_value_set(f"{_ALIVE}{self._index}", f"{beat} {socket.gethostname()} {self.own}",
+                                          allow_overwrite=True)
                 alive = self._store.key_value_dir_get(_ALIVE) if self._index == 0 else [
                     (f"{_ALIVE}0", self._store.key_value_try_get(f"{_ALIVE}0"))]
                 ended = self._store.key_value_dir_get(_ENDED)
@@ -75,7 +77,9 @@ class Liveness:
     def _saw(self, index: int, beat: str) -> None:
         if index in self._changed and self._beats.get(index) != beat:
             self._beats[index], self._changed[index] = beat, self._clock
-            self._hosts[index] = beat.partition(" ")[2]
+            _, self.hosts[index], told = beat.split(" ", 2)
+            if told:
+                self.told[index] = told
 
     def _judge(self) -> None:
         before = time.monotonic()
@@ -102,7 +106,7 @@ class Liveness:
             ending.end(message, status)
 
     def _named(self, index: int) -> str:
-        host = self._hosts.get(index)
+        host = self.hosts.get(index)
         return f"process {index} of {self._count}" + (f" on {host}" if host else "")
 
     def mark(self, status: int, message: str) -> None:
@@ -130,6 +134,17 @@ class Liveness:
 
 
 _watch: Liveness | None = None
+
+
+def share(text: str) -> None:
+    """Tells the first process, with the next sign of life."""
+    if _watch is not None:
+        _watch.own = text
+
+
+def shared() -> dict[int, tuple[str, str]]:
+    """In the first process: {process: (its host, what it shared last)} of the others."""
+    return {} if _watch is None else {index: (_watch.hosts[index], told) for index, told in dict(_watch.told).items()}
 
 
 def watch(index: int, count: int, relay: Relay | None) -> None:

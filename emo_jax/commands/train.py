@@ -30,7 +30,7 @@ def run(args: Namespace) -> Result:
         from emo_jax.harness import TaskEvaluation
 
         evaluations.append(TaskEvaluation.make)
-    result = loop.train(config, args.out, evaluations, start_over=args.start_over)
+    result = loop.train(config, args.out, evaluations, start_over=args.start_over, began=args.began)
     lines = [f"{'stopped at' if result['stopped'] else 'trained to'} step {result['step']} of {result['steps']}, "
              f"{result['tokens']:,} tokens; checkpoint {result['checkpoint']}"]
     if result["held_out"]:

@@ -25,11 +25,13 @@ from emo_jax.errors import RestartError, RunError
 from emo_jax.files import AnyPath, make_folder, reason
 from emo_jax.phases import Phase, phase_at, phases
 from emo_jax.progress import is_primary, say
-from emo_jax.train import bad_steps, run_folder, start
+from emo_jax.train import bad_steps, goodput, run_folder, start, trackers
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches, TokenBatchesOfPhase, batches_of, check_phases
+from emo_jax.train.goodput import Clock
 from emo_jax.train.holder import Holder, HolderLost, hold
 from emo_jax.train.metrics import MAX_STEPS_IN_FLIGHT, Log
 from emo_jax.train.optimizer import reset_moments
+from emo_jax.train.profile import Profile
 from emo_jax.train.replicas import RepeatCheck, ReplicaCheck
 from emo_jax.train.rollback import SkippedRows, roll_back
 from emo_jax.train.signals import StopSignals
@@ -40,25 +42,30 @@ from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
 
 
-def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_over: bool = False) -> dict[str, Any]:
+def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_over: bool = False,
+          began: float | None = None) -> dict[str, Any]:
     """Trains `config` into the folder `out`, going on from what is there; returns what `emo-jax train` reports.
 
     `evaluations`: more of them, made by `make(config, mesh, documents)`; each is None or has a `name` and returns
-    numbers for parameters. start_over: at step 0, where the checkpoints that the folder had are gone.
+    numbers for parameters. start_over: at step 0, where the checkpoints that the folder had are gone. began: when this
+    process was started to train, in Unix time; None: now.
 
     Raises `InputError` before the first step for what is wrong with the config, the documents or the folder, and
     `RunError` when the run fails.
     """
+    clock = Clock(began)
     processes.start_distributed()
     sharding.make_mesh(config)  # if that cannot be, nothing is written
     with hold(make_folder(out)) as holder:
-        return train_held(config, out, evaluations, holder, start_over)
+        return train_held(config, out, evaluations, holder, start_over, clock)
 
 
 def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder: Holder | None,
-               start_over: bool = False) -> dict[str, Any]:
+               start_over: bool = False, clock: Clock | None = None) -> dict[str, Any]:
     """`train` into a folder that this run holds already."""
-    mesh = sharding.make_mesh(config)
+    mesh, clock = sharding.make_mesh(config), clock or Clock()
+    if is_primary():
+        trackers.require_packages(config)
     folder = run_folder.open_folder(config, out)
     keep_programs(config.train.compilation_cache or ("" if jax.default_backend() == "cpu" else folder / "compilation_cache"))
     config, origin = start.find_start(config, folder)
@@ -69,7 +76,9 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
     while True:
         tiers.prepare(folder, config.checkpoint)
         with compat.set_mesh(mesh):
-            position = start.resume(config, mesh, folder, documents.of)
+            clock.lap(goodput.STARTUP)
+            position = start.resume(config, mesh, folder, clock.lapping(goodput.RESTORE, documents.of, goodput.STARTUP))
+            clock.lap(goodput.RESTORE if position else goodput.STARTUP)
             if position is None:
                 run_folder.require_new(config, folder, start_over)
                 position = start.initial_position(config, mesh, origin, documents.of)
@@ -79,7 +88,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
             if not left:
                 say(f"{folder} is at its last step, {position.step}: nothing to do")
             _describe(phase_at(config, position.step).config, mesh, documents, position)
-            loop = TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder)
+            loop = TrainingLoop(config, mesh, folder, documents, position, left, evaluations, holder, clock)
             del position
             try:
                 return loop.run()
@@ -87,6 +96,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
                 bad = found
             del loop.state  # there is room for one
             roll_back(folder, bad)
+            clock.lap(goodput.ROLLBACK)
             start_over = False
             if processes.any_process(loop.stop.requested is not None):
                 raise RestartError("asked to stop while rolling back: the same command goes on from there")
@@ -123,16 +133,17 @@ class TrainingLoop:
     first_of_phase: int  # the step before its first in this start
 
     def __init__(self, config: Config, mesh: Mesh, out: AnyPath, documents: DocumentsOfPhases, position: start.Position,
-                 left: Sequence[Phase], evaluations: Iterable = (), holder: Holder | None = None):
+                 left: Sequence[Phase], evaluations: Iterable, holder: Holder | None, clock: Clock):
         self.config, self.mesh, self.out, self.all_documents, self.left = config, mesh, out, documents, left
         self.state, self.step, self.first_step = position.state, position.step, position.step
-        self.place, self.make_evaluations, self.holder = position.place, tuple(evaluations), holder
+        self.place, self.make_evaluations, self.holder, self.clock = position.place, tuple(evaluations), holder, clock
         self.writer = tiers.TieredWriter(out, config.checkpoint, position.step, self._items())
         if left:
             self.writer.require_room()
         self.saved_mark = run_folder.SavedMark(out)
         self.watchdog = Watchdog(out, jax.process_index(), config.faults.hang_seconds)
-        self.log = Log(config, out, position.step, position.tokens, is_primary(), position.evaluated)
+        self.log = Log(config, out, position.step, position.tokens, is_primary(), position.evaluated, clock)
+        self.profile = Profile(config.train.profile_steps, out, self.log.say)
         self.saved_step = position.step if (out / FOLDER / str(position.step)).is_dir() else None
         self.skipped_rows = SkippedRows(out)
         self.replicas, self.stop = ReplicaCheck(mesh, config.faults.check_replicas_every), StopSignals()
@@ -154,7 +165,9 @@ class TrainingLoop:
             ending.last_good = str
             ending.end(str(e), status=1)
         except BaseException as e:
+            self.clock.lap(goodput.STEPS if isinstance(e, RollBack) else goodput.OTHER)
             kept = self._last_good(e)
+            self.clock.lap(goodput.SAVE)
             if isinstance(e, OSError):
                 raise RunError(f"{e.filename or self.out}: {reason(e)}; {kept}") from e
             if isinstance(e, RunError):
@@ -165,7 +178,9 @@ class TrainingLoop:
             self.watchdog.close()
             if self.batches is not None:
                 self.batches.close()
-            self.log.close()
+            self.profile.close(self.step)
+            self.clock.lap(goodput.OTHER)
+            self.log.close(done=self.saved_step == self.config.train.steps)
         ending.last_good = str  # else the thread that watches other processes may yet have to say it
         return self._result(stopped, time.monotonic() - began)
 
@@ -191,6 +206,7 @@ class TrainingLoop:
             self.other_evaluations = [evaluation for evaluation in made if evaluation is not None]
         self.log.begin(self.step, c, self.batches.labels)
         self.first_of_phase = self.step
+        self.clock.lap(goodput.STARTUP)
 
     def _say_phase(self, phase: Phase) -> None:
         stage = f"stage {phase.stage}, " if self.config.stages else ""
@@ -220,6 +236,8 @@ class TrainingLoop:
     def _one_step(self) -> None:
         assert self.batches is not None
         began, first = time.monotonic(), self.step < self.first_of_phase + MAX_STEPS_IN_FLIGHT  # which compile
+        if self.profile.before(self.step + 1, self.log.flush):
+            self.clock.lap(goodput.OTHER)
         self.watchdog.at(DATA, long=first)
         left_out = self.skipped_rows.before(self.step + 1)
         self.before_left_out = self.batches.position() if left_out else None
@@ -227,14 +245,22 @@ class TrainingLoop:
             next(self.batches)
         batch = self.log.data_wait.next_batch(self.batches, self.mesh)
         self.before_left_out = None
+        self.clock.lap(goodput.DATA_WAIT if self.log.devices_are_idle() else goodput.STEPS)
         self.watchdog.at(f"step {self.step + 1}", long=first)
         self.repeat.before_step(self.step + 1, self.state, batch)
-        self.state, metrics = self.train_step(self.state, batch)
+        with self.profile.step(self.step + 1):
+            self.state, metrics = self.train_step(self.state, batch)
+        if self.step == self.first_of_phase:
+            self.clock.lap(goodput.COMPILE)
         self.step += 1
         self.replicas.after_step(self.step, self.state.params)
         self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
+        if self.profile.after(self.step, self.log.flush):
+            self.log.restart_clock(self.step)
+            self.clock.lap(goodput.OTHER)
+        self.clock.lap(goodput.STEPS)
         self.watchdog.stepped(began)
 
     def _evaluation_is_due(self) -> bool:
@@ -260,6 +286,7 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         self.watchdog.at(EVALUATION, long=True)
         self.log.flush()
+        self.clock.lap(goodput.STEPS)
         result = self.evaluate(self.state.params)
         if not math.isfinite(result["loss"]):
             raise RunError(f"the held-out loss is {result['loss']} after step {self.step}, though that of the steps is finite",
@@ -268,6 +295,7 @@ class TrainingLoop:
         self.log.evaluation(self.step, "held_out", result)
         for evaluate in self.other_evaluations:
             self.log.numbers(self.step, evaluate.name, evaluate(self.state.params))
+        self.clock.lap(goodput.EVALUATION)
         self.log.restart_clock(self.step)
 
     def _items(self) -> dict[str, Any]:
@@ -279,6 +307,7 @@ class TrainingLoop:
         if self.holder is not None:
             self.holder.confirm()
         self.log.flush()
+        self.clock.lap(goodput.STEPS)
         self.replicas.before_save(self.step, self.state.params)
         assert self.batches is not None  # a run without a step to take has nothing to save
         evaluation, began = self.evaluated.get(self.step), time.monotonic()
@@ -286,6 +315,7 @@ class TrainingLoop:
                          tokens=self.log.tokens, source=self.documents.fingerprint,
                          position=self.before_left_out or self.batches.position(),
                          loss=evaluation["loss"] if evaluation else None, recent=bad_steps.to_json(self.state.recent))
+        self.clock.lap(goodput.SAVE)
         self.log.saved(time.monotonic() - began)
         if not local:
             self.saved_step = self.step
@@ -298,8 +328,10 @@ class TrainingLoop:
         if self.saved_step != self.step:
             self._save()
         self.log.flush()
+        self.clock.lap(goodput.STEPS)
         self.writer.close()
         self.saved_mark.note()
+        self.clock.lap(goodput.SAVE)
 
     def _last_good(self, error: BaseException) -> str:
         """Lets the last save finish and says where the run can go on."""

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress line on standard error.
+"""Where the numbers of a run go: metrics.jsonl, trackers, and a progress line on standard error.
 
 Metrics stay on the devices until a logged step is over, and are read while the next step runs.
 """
@@ -25,8 +25,11 @@ from emo_jax.files import AnyPath, write_text
 from emo_jax.progress import duration
 from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
+from emo_jax.train.goodput import STEPS, TIME, Clock, TimeFile
+from emo_jax.train.hosts import Hosts, Pace
 from emo_jax.train.mirror import Mirror
-from emo_jax.train.tensorboard import Picture, TensorBoard
+from emo_jax.train.tensorboard import Picture
+from emo_jax.train.trackers import Trackers
 from emo_jax.train.verdicts import Watch
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
@@ -122,6 +125,8 @@ class Rate:
     def __init__(self, step: int, tokens: int):
         self.tokens_per_second = 0.0
         self.seconds_per_step: float | None = None
+        self.pace: Pace | None = None
+        self.waited = 0.0  # seconds since the last mark, for devices
         self.dispatched = step
         self.data_wait = DataWait()
         self.begin(step, tokens)
@@ -132,7 +137,7 @@ class Rate:
 
     def restart(self, step: int, tokens: int) -> None:
         self._time, self._step, self._tokens = time.monotonic(), step, tokens
-        self._dispatched = self.dispatched
+        self._dispatched, self.waited = self.dispatched, 0.0
         self.data_wait.restart()
 
     def mark(self, step: int, tokens: int) -> None:
@@ -142,6 +147,7 @@ class Rate:
             self.tokens_per_second = (tokens - self._tokens) / seconds
             self.seconds_per_step = seconds / (step - self._step) if self._marks else None
             self.data_wait.mark(seconds)
+            self.pace = Pace((seconds - self.waited) / (step - self._step), self.data_wait.fraction)
             self._marks += 1
         self.restart(step, tokens)
 
@@ -153,6 +159,14 @@ def finite_or_null(x: Any) -> Any:
     if isinstance(x, list):
         return [finite_or_null(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _device_memory() -> dict[str, int]:
+    """Bytes of the fullest device of this host, now and at most so far; nothing where the platform does not say."""
+    stats = [s for device in jax.local_devices() if (s := device.memory_stats())]
+    return {name: max(s[key] for s in stats) for name, key in (
+        ("device_memory_bytes", "bytes_in_use"), ("device_memory_peak_bytes", "peak_bytes_in_use"))
+        if stats and all(key in s for s in stats)}
 
 
 class NoLog:
@@ -169,7 +183,7 @@ class Log:
     all of them look.
     """
 
-    def __init__(self, config: Config, out: AnyPath, step: int, tokens: int, primary: bool, evaluated: bool = True):
+    def __init__(self, config: Config, out: AnyPath, step: int, tokens: int, primary: bool, evaluated: bool, clock: Clock):
         self.tokens = tokens  # tokens seen up to the last flushed step
         self.last: dict[str, Any] = {}  # the last written record
         self._config, self._pending = config, deque()
@@ -180,11 +194,14 @@ class Log:
         self._by_label = np.zeros((2, MAX_LABELS))  # nats and tokens since the last record
         self._rate = Rate(step, tokens)
         self.data_wait = self._rate.data_wait
-        self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, METRICS)
+        self._over, self._clock, self._hosts = step, clock, Hosts()
+        self._clock.goes_on_after(step)
+        self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, (METRICS, TIME))
         folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
         self._file = MetricsFile(folder / METRICS, step, evaluated) if primary else NoLog()
-        self._events = TensorBoard(Path(folder / "tensorboard"), step) if primary else NoLog()
+        self._times = TimeFile(folder / TIME) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
+        self._trackers = Trackers(config, out, Path(folder), step, self._progress.say) if primary else NoLog()
         self._peak_tokens_per_second: float | None = None
         self.say = self._progress.say
         self._watch = Watch(config, out, self.say)
@@ -213,7 +230,9 @@ class Log:
         """Reads the steps up to `until` (default: all). Raises what `Watch.see` does."""
         while self._pending and (until is None or self._pending[0][0] <= until):
             step, metrics = self._pending.popleft()
+            began = time.monotonic()
             metrics = jax.device_get(metrics)
+            self._rate.waited += time.monotonic() - began
             if "expert_load_max" in metrics:
                 metrics["experts_max_load"] = metrics["expert_load_max"].max()
             try:
@@ -221,13 +240,17 @@ class Log:
             except BaseException:
                 self._pending.clear()
                 raise
-            self._skipped += skipped
+            self._over, self._skipped = step, self._skipped + skipped
             self.tokens += int(metrics["tokens"])
             self._count_buffers(step, metrics)
             if "label_nats" in metrics and not skipped:
                 self._by_label += np.stack([metrics["label_nats"], metrics["label_tokens"]])
             if self.is_logged(step):
                 self._write(step, metrics | {"skipped": skipped})
+
+    def devices_are_idle(self) -> bool:
+        """Whether every step that was added is over."""
+        return not self._pending or self._pending[-1][1]["loss"].is_ready()
 
     def is_good(self) -> bool:
         """Whether the last step was, so that its state is one to go back to."""
@@ -257,15 +280,19 @@ class Log:
         if self._save_seconds:
             record["save_seconds"], self._save_seconds = self._save_seconds, 0.0
         record |= {name: np.asarray(metrics[name], np.float64).tolist() for name in PER_LAYER if name in metrics}
-        record |= self._label_means()
+        record |= self._label_means() | _device_memory()
+        if (pace := self._rate.seconds_per_step) and self._rate.pace:
+            record |= self._hosts.record(self._rate.pace, pace)
         self.last = finite_or_null(record)
         self._file.write(self.last)
-        self._events.write(step, self.last)
+        self._clock.lap(STEPS)
+        self._times.write(self._clock.record(step))
+        self._trackers.write(step, self.last)
         self._mirror.changed()
-        pace = self._rate.seconds_per_step
         self._progress.update(record, pace and pace * (self._config.train.steps - step))
-        if pace and (slow := self.data_wait.complaint()):
-            self.say(f"step {step}: {slow}")
+        for slow in (self.data_wait.complaint(), self._hosts.complaint(record)) if pace else ():
+            if slow:
+                self.say(f"step {step}: {slow}")
 
     def _label_means(self) -> dict[str, dict[str, float]]:
         """Loss and tokens of every label since the last record."""
@@ -280,8 +307,8 @@ class Log:
 
     def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
         self._file.write({"eval": name, "step": step} | result)
-        self._events.write(step, {name: {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"],
-                                         "labels": {k: v["loss"] for k, v in result["labels"].items()}}})
+        self._trackers.write(step, {name: {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"],
+                                           "labels": {k: v["loss"] for k, v in result["labels"].items()}}})
         self.say(f"step {step}  held-out loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte  ("
                  + ", ".join(f"{k} {v['loss']:.3f}" for k, v in result["labels"].items()) + ")")
 
@@ -289,15 +316,19 @@ class Log:
         """Any other evaluation: (nested) numbers, lists by layer, and `Picture`s."""
         numbers = {k: v for k, v in result.items() if not isinstance(v, Picture)}
         self._file.write({"eval": name, "step": step} | numbers)
-        self._events.write(step, {name: result})
+        self._trackers.write(step, {name: result})
         self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(numbers).items()
                                                       if isinstance(v, float)))
 
     def saved(self, seconds: float) -> None:
         """A save took so long until training could go on. Whoever goes on from here finds the metrics up to here."""
         self._save_seconds += seconds
+        self._times.write(self._clock.record(self._over))
         self._mirror.upload()
 
-    def close(self) -> None:
-        for part in (self._progress, self._events, self._file, self._mirror):
+    def close(self, done: bool) -> None:
+        """done: the run has come to its last step."""
+        with contextlib.suppress(OSError):  # as of a full disk
+            self._times.write(self._clock.record(self._over, done))
+        for part in (self._progress, self._trackers, self._times, self._file, self._mirror):
             part.close()

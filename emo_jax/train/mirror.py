@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,12 +19,13 @@ SHARE = 20  # and so many times what the last one took: it grows with the files
 
 class Mirror:
     """`folder`, a temporary one, whose files are written to `target` as whole objects: from time to time in the background,
-    at `upload` and at the end. `first`: the file of `target` that is gone on with."""
+    at `upload` and at the end. `first`: the files of `target` that are gone on with."""
 
-    def __init__(self, target: AnyPath, first: str):
+    def __init__(self, target: AnyPath, first: Sequence[str]):
         self.target, self.folder = target, Path(tempfile.mkdtemp(prefix="emo_jax-run-"))
-        if (target / first).exists():
-            (self.folder / first).write_bytes((target / first).read_bytes())
+        for name in first:
+            if (target / name).exists():
+                (self.folder / name).write_bytes((target / name).read_bytes())
         self._pool = ThreadPoolExecutor(1, "mirror")
         self._running: Future | None = None
         self._sizes: dict[Path, int] = {}

@@ -19,6 +19,7 @@ from emo_jax.config import Config
 from emo_jax.errors import InputError, RunError
 from emo_jax.files import AnyPath, make_folder, reason, write_json, write_text
 from emo_jax.progress import is_primary, say
+from emo_jax.train.goodput import TIME
 from emo_jax.train.metrics import METRICS, records_and_foreign_lines
 
 CONFIG = "config.json"
@@ -69,6 +70,8 @@ def _prepare(config: Config, out: AnyPath) -> None:
             if path.name.isdigit() and not (is_step(path.name) and path.is_dir()):  # which a save would stumble over
                 set_aside(out, path, "is not the folder of a step")
         _check_metrics(out)
+        if _is_there(times := out / TIME) and not times.is_file():
+            set_aside(out, times, "is not a file")
         if isinstance(out, Path) and _is_there(events := out / TENSORBOARD) and not events.is_dir():
             set_aside(out, events, "is not a folder")
         if _is_there(saved := out / CONFIG):
@@ -101,7 +104,7 @@ def require_new(config: Config, out: AnyPath, start_over: bool) -> None:
     what that run logged aside."""
     logged = [record["step"] for record in records_and_foreign_lines(_read(out / METRICS))[0]]
     if start_over:
-        for path in (out / METRICS, out / TENSORBOARD, out / SAVED):
+        for path in (out / METRICS, out / TIME, out / TENSORBOARD, out / SAVED):
             if is_primary() and _is_there(path):
                 set_aside(out, path, "is of the run before (--start-over)")
         return

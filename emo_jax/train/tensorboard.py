@@ -1,4 +1,4 @@
-"""TensorBoard's curves and pictures, grouped by topic: the part of a tag before its first slash."""
+"""Curves and pictures for TensorBoard and other trackers, grouped by topic: the part of a tag before its first slash."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ TOPICS = {
     "optimizer": ("learning_rate", "grad_norm", "grad_norm_by_layer", "param_norm_by_layer", "skipped_steps", "skipped"),
     "routing": ("experts_max_load", "expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean",
                 "experts_per_document", "dropped_tokens", "required_capacity_factor", "fallback_steps"),
-    "speed": ("tokens_per_second", "mfu", "data_wait_fraction", "save_seconds"),
+    "speed": ("tokens_per_second", "mfu", "data_wait_fraction", "save_seconds", "host_step_seconds", "host_data_wait_fraction",
+              "device_memory_bytes", "device_memory_peak_bytes"),
     "data": ("tokens", "loss_tokens", "tokens_by_label"),
 }
 TAGS = {name: f"{topic}/{name}" for topic, names in TOPICS.items() for name in names} | {"subsets": "modularity"}
@@ -26,6 +27,24 @@ class Picture(NamedTuple):
     """A value of an evaluation that is for TensorBoard only; drawn by the process that writes."""
 
     png: Callable[[], bytes]
+
+
+def tagged(record: dict[str, Any]) -> Iterator[tuple[str, float | Picture]]:
+    """The (tag, number or picture) of a record of metrics.jsonl, or of {name: that of an evaluation}."""
+    for name, value in record.items():
+        if name != "step":
+            yield from _tagged(TAGS.get(name, name), value)
+
+
+def _tagged(tag: str, value: Any) -> Iterator[tuple[str, float | Picture]]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _tagged(f"{tag}/{name}", part)
+    elif isinstance(value, list):
+        for layer, part in enumerate(value):
+            yield from _tagged(f"{tag}/layer_{layer:02d}", part)
+    elif isinstance(value, (int, float, Picture)):
+        yield tag, value
 
 
 class TensorBoard:
@@ -50,24 +69,10 @@ class TensorBoard:
         self._file.write_event(self._event(step=resumed_at + 1, session_log=start))  # hides what was logged of later steps
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """A record of metrics.jsonl, or {name: that of an evaluation}; there a value may be a `Picture`."""
         if self._file:
-            for name, value in record.items():
-                if name != "step":
-                    self._write(step, TAGS.get(name, name), value)
+            for tag, value in tagged(record):
+                self._add(step, self._image(tag, value.png()) if isinstance(value, Picture) else self._scalar(tag, value))
             self._file.flush()
-
-    def _write(self, step: int, tag: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, part in value.items():
-                self._write(step, f"{tag}/{name}", part)
-        elif isinstance(value, list):
-            for layer, part in enumerate(value):
-                self._write(step, f"{tag}/layer_{layer:02d}", part)
-        elif isinstance(value, Picture):
-            self._add(step, self._image(tag, value.png()))
-        elif isinstance(value, (int, float)):
-            self._add(step, self._scalar(tag, value))
 
     def _image(self, tag: str, png: bytes) -> Any:
         width, height = struct.unpack(">II", png[16:24])  # of its header
