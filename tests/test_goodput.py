@@ -95,7 +95,7 @@ def killed(tmp_path_factory):
 def test_the_parts_of_a_run_that_was_killed_and_went_on_add_up_to_the_clock(killed, capsys):
     from emo_jax import cli
 
-    out, began, last, resumed_from = killed
+    out, began, last, _ = killed
     assert cli.main(["goodput", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     ended = (out / "time.jsonl").stat().st_mtime
@@ -113,7 +113,7 @@ def test_the_parts_of_a_run_that_was_killed_and_went_on_add_up_to_the_clock(kill
 
 
 def test_the_steps_that_the_kill_undid_are_those_that_are_repeated(killed):
-    out, _, last, resumed_from = killed
+    out, _, _, resumed_from = killed
     before = goodput.read(out / "time.jsonl")
     first = before[:next(i for i, r in enumerate(before) if i and "start" in r)]
     undone = sum(r["seconds"].get("steps", 0.0) for r in first if r["step"] > resumed_from)

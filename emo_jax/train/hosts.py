@@ -1,6 +1,7 @@
 """Which process of several holds the others up. In one program all wait for each other, so that a step takes as long on each;
 what differs is how much of it a process was busy itself: waiting for its rows, taking them to its devices, anything but
-waiting for the devices. Told with the signs of life (`emo_jax.liveness`); a slow chip is not seen here, but in a profile."""
+dispatching steps and waiting for the devices. Told with the signs of life (`emo_jax.liveness`); a slow chip is not seen here,
+but in a profile."""
 
 from __future__ import annotations
 

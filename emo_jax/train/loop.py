@@ -248,13 +248,15 @@ class TrainingLoop:
         self.clock.lap(goodput.DATA_WAIT if self.log.devices_are_idle() else goodput.STEPS)
         self.watchdog.at(f"step {self.step + 1}", long=first)
         self.repeat.before_step(self.step + 1, self.state, batch)
+        dispatched = time.monotonic()
         with self.profile.step(self.step + 1):
             self.state, metrics = self.train_step(self.state, batch)
+        dispatching = time.monotonic() - dispatched
         if self.step == self.first_of_phase:
             self.clock.lap(goodput.COMPILE)
         self.step += 1
         self.replicas.after_step(self.step, self.state.params)
-        self.log.add(self.step, metrics)
+        self.log.add(self.step, metrics, dispatching)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
         if self.profile.after(self.step, self.log.flush):

@@ -219,11 +219,13 @@ class Log:
     def is_logged(self, step: int) -> bool:
         return step % self._config.train.log_every == 0 or step == self._config.train.steps
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array], dispatching: float) -> None:
+        """dispatching: seconds that the dispatch of the step took, which may wait for the devices."""
         needed = ("loss", "grad_norm", "verdict", "tokens", "loss_tokens", "label_nats", "label_tokens", *BUFFERS)
         kept = metrics if self.is_logged(step) else {name: metrics[name] for name in needed if name in metrics}
         self._pending.append((step, dict(kept)))
         self._rate.dispatched = step
+        self._rate.waited += dispatching
         self.flush(until=step - MAX_STEPS_IN_FLIGHT)
 
     def flush(self, until: int | None = None) -> None:

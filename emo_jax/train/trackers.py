@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from emo_jax.train.tensorboard import Picture, TensorBoard, tagged
 
 FILE = "trackers.json"
 PROJECT = "emo_jax"
-CLOSE_S = 60.0  # for which the end of a run waits for a tracker
+CLOSE_S = 60.0  # for which the end of a run waits for what is not sent yet
 
 
 class Run(NamedTuple):
@@ -57,7 +58,11 @@ class WandB:
         self._run.log({"step": step} | _numbers(record))
 
     def close(self) -> None:
-        self._run.finish()
+        finishing = threading.Thread(target=self._run.finish, daemon=True)  # without a network it would wait for ever
+        finishing.start()
+        finishing.join(CLOSE_S)
+        if finishing.is_alive():
+            raise TimeoutError(f"not everything was sent within {CLOSE_S:.0f} s; `wandb sync` sends the rest")
 
 
 class Trackio:
@@ -66,14 +71,15 @@ class Trackio:
     def __init__(self, run: Run):
         import trackio
 
+        self._finish = trackio.finish
         self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=run.name, resume="allow",
-                                 config=to_dict(run.config), embed=False)
+                                 config=to_dict(run.config))
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         self._run.log(_numbers(record), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        self._finish()
 
 
 TRACKERS: dict[str, Callable[[Run], Tracker]] = {
@@ -114,24 +120,22 @@ class Trackers:
     def __init__(self, config: Config, out: AnyPath, folder: Path, step: int, say: Callable[[str], None]):
         self._say, self._open = say, dict[str, Tracker]()
         run = Run(config, folder, run_name(config, out) if set(names(config)) & set(EXTRAS) else config.name, step)
-        for name in names(config):
-            self._try(name, lambda: self._open.update({name: TRACKERS[name](run)}))
+        with contextlib.redirect_stdout(sys.stderr):
+            for name in names(config):
+                self._try(name, lambda: self._open.update({name: TRACKERS[name](run)}))
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         for name, tracker in list(self._open.items()):
             self._try(name, lambda: tracker.write(step, record))
 
     def close(self) -> None:
-        for name, tracker in list(self._open.items()):
-            closing = threading.Thread(target=self._try, args=(name, tracker.close), daemon=True)
-            closing.start()
-            closing.join(CLOSE_S)
-            if closing.is_alive():
-                self._say(f"train.trackers: {name} has not sent everything within {CLOSE_S:.0f} s, and is not waited for")
+        with contextlib.redirect_stdout(sys.stderr):
+            for name, tracker in list(self._open.items()):
+                self._try(name, tracker.close)
 
     def _try(self, name: str, do: Callable[[], object]) -> None:
         try:
             do()
         except Exception as e:  # theirs are of any kind
             self._open.pop(name, None)
-            self._say(f"train.trackers: {name} failed and gets no more numbers: {type(e).__name__}: {reason(e)}")
+            self._say(f"train.trackers: {name} failed and gets no more numbers ({type(e).__name__}: {reason(e)})")
