@@ -1,6 +1,6 @@
 """emo-jax: `pip install .` (CPU), `.[tpu]`, `.[cuda]`; `.[gcs]`, `.[s3]` for buckets; `.[parquet,report,eval,hub]` for Parquet
-and Arrow files, figures and clusters, tasks, `export --push`; `.[test]`, `.[test-clients]` (PyTorch, transformers,
-lm-evaluation-harness: some GB) and `.[check]` for changing it."""
+and Arrow files, figures and clusters, tasks, `export --push`; `.[wandb,trackio]`; `.[test]`, `.[test-clients]`
+(PyTorch, transformers, lm-evaluation-harness and others: some GB) and `.[check]` for changing it."""
 
 import pathlib
 import re
@@ -15,6 +15,7 @@ report = ["matplotlib", "scikit-learn", "scipy", "vl-convert-python>=1.9"]
 parquet = ["pyarrow>=17"]  # Arrow files and saved Hugging Face datasets too
 evaluation = ["lm-eval>=0.4.13", "accelerate>=1.0"]  # accelerate: for `lm_eval --model hf` on an export
 hub = ["huggingface_hub>=0.34"]
+trackers = ["wandb>=0.31", "trackio>=0.43"]
 buckets = {"gcs": ["gcsfs>=2025.3"], "s3": ["s3fs>=2025.3"]}
 gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
 
@@ -57,10 +58,12 @@ setup(
         "eval": evaluation,
         "gguf": ["gguf>=0.17"],
         "hub": hub,
+        "wandb": trackers[:1],
+        "trackio": trackers[1:],
         "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
         "test": ["gguf", "pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
                  *buckets["gcs"], *buckets["s3"], "moto[s3]", "selenium>=4.20", "flask", "flask-cors", "gcp-storage-emulator"],
-        "test-clients": [*evaluation, *hub, "torch==2.13.0", "transformers>=5"],
+        "test-clients": [*evaluation, *hub, *trackers, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more
     },
     entry_points={"console_scripts": ["emo-jax=emo_jax.cli:main"]},

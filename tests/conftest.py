@@ -25,7 +25,8 @@ import emo_jax.config  # noqa: E402, F401  before the hook: its fields hold what
 install_import_hook("emo_jax", "annotations.check")
 
 CLIENTS = {"test_convert_stock.py": ("torch", "transformers"), "test_harness.py": ("lm_eval",),
-           "test_remote_code.py": ("torch", "transformers"), "test_hub.py": ("huggingface_hub",)}
+           "test_remote_code.py": ("torch", "transformers"), "test_hub.py": ("huggingface_hub",),
+           "test_tracker_clients.py": ("wandb", "trackio")}
 left_out = [file for file, packages in CLIENTS.items() if not all(map(importlib.util.find_spec, packages))]
 own_runs = {"test_gpu.py": GPU, "test_engines.py": "EMO_JAX_ENGINES" in os.environ}  # `launch/test.sh --gpu`, `--engines`
 collect_ignore = [*left_out, *(file for file, asked in own_runs.items() if not asked)]
@@ -63,7 +64,7 @@ def pytest_collection_finish():
 
 def pytest_terminal_summary(terminalreporter, config):
     if left_out:
-        terminalreporter.write_line(f"left out: {', '.join(left_out)} (against stock PyTorch, transformers and "
-                                    "lm-evaluation-harness), which `bash launch/test.sh --clients` installs and runs")
+        terminalreporter.write_line(f"left out: {', '.join(left_out)} (against stock PyTorch, transformers, "
+                                    "lm-evaluation-harness, trackers), which `bash launch/test.sh --clients` installs and runs")
     if config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: tests marked slow, which `bash launch/test.sh` runs")

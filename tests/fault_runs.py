@@ -51,7 +51,8 @@ def config():
         checkpoint=CheckpointConfig(every=2, keep_last=3))
 '''
 WORDS = {"color": "red green blue gray pink".split(), "count": "one two six ten".split()}
-CLOCK = ("tokens_per_second", "seconds", "mfu", "wait", "blocked")  # parts of the names of what two runs differ in
+# Parts of the names of what two runs differ in.
+CLOCK = ("tokens_per_second", "seconds", "mfu", "wait", "blocked", "slowest_host", "device_memory")
 
 
 def write_config(folder: Path) -> Path:

@@ -158,6 +158,10 @@ SLOW = (
     "test_train_stages.py",
     "test_two_processes.py",
     "test_watchdog.py",
+    "test_goodput.py::test_the_",
+    "test_hosts.py::test_a_slow",
+    "test_profile.py::test_every",
+    "test_tracker_clients.py",
 )
 # But not these, because each covers its room:
 FAST = (

@@ -1,6 +1,7 @@
 """A run whose folder is in a bucket: trained, stopped, gone on with, read and rewritten there as in a folder."""
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from emo_jax.convert.importing import import_checkpoint
 from emo_jax.errors import InputError
 from emo_jax.files import absolute_path, copy_tree, folder_path, make_folder, remove_tree, write_result
 from emo_jax.surgery.extract import extract
+from emo_jax.train.goodput import goodput
 from emo_jax.train.loop import train
 
 STEPS = ("--train.steps=4", "--checkpoint.every=2", "--checkpoint.keep_last=2")
@@ -47,7 +49,7 @@ def done(scheme, folder):
     train(tiny_config(folder, *STEPS, "--train.steps=2"), out)
     proxy.faults = [Fault("checkpoints/2/params", 2, status=503), Fault("checkpoints/4/params", 2, status=503, method=(
         "PUT" if scheme == "s3" else "POST"))]
-    train(tiny_config(folder, *STEPS), out)
+    train(tiny_config(folder, *STEPS, "--train.profile_steps=3:3"), out)
     assert not any(fault.times for fault in proxy.faults)
     return out
 
@@ -75,7 +77,10 @@ def test_a_run_in_a_bucket_goes_on_with_the_losses_of_an_uninterrupted_one(done,
     assert [open_checkpoint(done, step).hash for step in (2, 4)] == [
         open_checkpoint(folder / "local", step).hash for step in (2, 4)]
     assert open_checkpoint(f"{done}/checkpoints/4").position() == open_checkpoint(folder / "local", 4).position()
-    assert {"/config.json", "/tokenizer.json", "/metrics.jsonl", "/checkpoints/4/params/_sharding"} < names(done)
+    assert {"/config.json", "/tokenizer.json", "/metrics.jsonl", "/checkpoints/4/params/_sharding",
+            f"/profile/plugins/profile/steps_3_3/{socket.gethostname()}_0.xplane.pb"} < names(done)
+    time = goodput(done)
+    assert (time["starts"], time["from"], time["step"]) == (2, 0, 4) and time["seconds"]["restore"] > 0
     assert not any(Path(start).exists() for start in ("s3:", "gs:"))  # all of it is in the bucket
     assert sum(name.startswith("/tensorboard/events") for name in names(done)) == 2
 

@@ -203,7 +203,7 @@ def test_every_way_to_damage_a_checkpoint_leads_to_the_one_before(folder, whole,
 
 
 def test_what_is_of_the_wrong_kind_in_a_run_is_set_aside(folder, whole, out, capsys):
-    for name in ("config.json", "metrics.jsonl", "tokenizer.json"):
+    for name in ("config.json", "metrics.jsonl", "time.jsonl", "tokenizer.json"):
         (out / name).unlink()
         (out / name).mkdir()
         (out / name / "inside").write_text(name)
@@ -214,7 +214,8 @@ def test_what_is_of_the_wrong_kind_in_a_run_is_set_aside(folder, whole, out, cap
     assert result["resumed_from"] == 6
     assert_as_undisturbed(out, whole, result)
     aside = out / "damaged-2"
-    assert sorted(p.name for p in aside.iterdir()) == ["config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"]
+    assert sorted(p.name for p in aside.iterdir()) == ["config.json", "metrics.jsonl", "tensorboard", "time.jsonl",
+                                                       "tokenizer.json"]
     assert (aside / "metrics.jsonl" / "inside").read_text() == "metrics.jsonl" and (out / "damaged").read_text() == "y"
     message = capsys.readouterr().err
     for name in ("config.json is written anew", "metrics.jsonl is not a file", "tensorboard is not a folder",

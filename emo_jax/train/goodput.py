@@ -37,7 +37,7 @@ CAUSES = {
     EVALUATION: "evaluation",
     DATA_WAIT: "waiting for data while the devices had nothing to do",
     ROLLBACK: "going back after bad steps",
-    OTHER: "writing profiles, failing",
+    OTHER: "writing profiles, ending",
     RESTART: "between the last record of one start and the next start",
     REPEATED: "steps that were taken again after a restart or a rollback",
 }
