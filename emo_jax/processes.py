@@ -99,9 +99,9 @@ def require_same(what: str, facts: dict[str, Any]) -> None:
     host, facts = json.loads(own)
     for name in facts:
         if facts[name] != first.get(name):
-            raise InputError(f"the processes of this run do not have the same {what}: {name} is {shortened(repr(facts[name]))} in "
-                             f"process {jax.process_index()} on {host}, and {shortened(repr(first.get(name)))} in process 0 on "
-                             f"{first_host}")
+            ours, theirs = (shortened(repr(known.get(name))) for known in (facts, first))
+            raise InputError(f"the processes of this run do not have the same {what}: {name} is {ours} in process "
+                             f"{jax.process_index()} on {host}, and {theirs} in process 0 on {first_host}")
 
 
 def asked_to_stop(step: int) -> bool:

@@ -25,7 +25,8 @@ sys.stdin.readline()
 
 
 def ends():
-    process = subprocess.Popen([sys.executable, "-c", ENDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    process = subprocess.Popen([sys.executable, "-c", ENDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               bufsize=1)
     relay = Relay(f"127.0.0.1:{process.stdout.readline().strip()}")
     process.stdin.write(f"{relay.address}\n")
     return process, relay

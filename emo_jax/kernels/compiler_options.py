@@ -16,13 +16,13 @@ _OFFLOAD, _FUSE = "xla_tpu_enable_sparse_core_collective_offload_", "xla_tpu_ena
 _BESIDE = "runs on the SparseCores, beside the compute, instead of while nothing else does"
 _ALL_TPU = (
     Option("xla_enable_async_all_gather", "true", "weights are gathered while the layer before computes"),
-    Option("xla_tpu_scoped_vmem_limit_kib", "65536", "blocks of the grouped matmul and of attention that need more than 16 MiB"),
+    Option("xla_tpu_scoped_vmem_limit_kib", "65536", "blocks of the grouped matmul and of attention take over 16 MiB"),
 )
 _SPARSE_CORE = (
     *(Option(_OFFLOAD + kind, "true", _BESIDE) for kind in (
         "all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce", "ragged_all_to_all")),
     Option(f"{_OFFLOAD}nd_reduce_scatter", "true",
-           "a reduce-scatter over several torus axes stays one: without it XLA makes a whole all-reduce of it, twice the bytes"),
+           "over several torus axes too, where XLA else makes a whole all-reduce of it: twice the bytes"),
     Option("xla_tpu_enable_sparse_core_reduce_scatter_v2", "true", "reduce-scatters of all shapes"),
     *(Option(f"{_FUSE}_fuse_{kind}", "false", "the TensorCore's own way of overlapping, which excludes the SparseCore's")
       for kind in ("all_gather", "reduce_scatter", "all_reduce")),
