@@ -136,6 +136,8 @@ SLOW = (
     "test_placement.py::test_a_placed_model",
     "test_plots.py::test_the_picture",
     "test_sharded_step.py",
+    "test_slices.py::test_a_step_on",
+    "test_slices.py::test_one_reduction",
     "test_smoke.py::test_four_steps",
     "test_study.py::test_activations",
     "test_study.py::test_measures",
