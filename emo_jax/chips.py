@@ -1,7 +1,8 @@
 """Peak rates of the chips: for MFU while training, and the only numbers of `emo-jax compile`'s roofline that do not come
 from the compiled program.
 
-TPU FLOP rates and memory sizes: cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}. Memory bandwidth and link rates: the
+TPU FLOP rates: cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}. Memory sizes: what the TPU compiler lets a
+program have. Memory bandwidth and link rates: the
 hardware tables of jax-ml.github.io/scaling-book, whose link rates are what one-directional transfers reach (90 GB/s a
 direction on v5p and v6e, 45 on v5e), and for tpu7x its documentation. Network: the same pages of cloud.google.com (50 Gbit/s a
 chip of v5p; of a pod of 256 chips 6.4 Tbit/s for v5e, 25.6 for v6e). GPU FLOP rates: NVIDIA's product pages (SXM, dense
@@ -11,6 +12,8 @@ bf16). A JAX device is a chip; of a tpu7x it is one of two cores, with half of e
 from __future__ import annotations
 
 from typing import NamedTuple
+
+GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -23,10 +26,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95.74e9, 2.765e12, 1.8e11, 1.75e9, 6.25e9),
-    "v5e": Chip(197e12, 16e9, 8.1e11, 0.9e11, 1.5e9, 3.125e9),
-    "v6e": Chip(918e12, 32e9, 1.6e12, 1.8e11, 1.75e9, 12.5e9),
-    "tpu7x": Chip(1153.5e12, 96e9, 3.7e12, 1.8e11),
+    "v5p": Chip(459e12, 95.74 * GIB, 2.765e12, 1.8e11, 1.75e9, 6.25e9),
+    "v5e": Chip(197e12, 15.75 * GIB, 8.1e11, 0.9e11, 1.5e9, 3.125e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 1.6e12, 1.8e11, 1.75e9, 12.5e9),
+    "tpu7x": Chip(1153.5e12, 94.75 * GIB, 3.7e12, 1.8e11),
     "v4": Chip(275e12),
     "B200": Chip(2250e12), "H200": Chip(989e12), "H100": Chip(989e12), "A100": Chip(312e12),
 }

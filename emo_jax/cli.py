@@ -35,6 +35,7 @@ from emo_jax.commands import (
     place,
     replay,
     select,
+    smoke,
     study,
     subset,
     train,
@@ -43,9 +44,9 @@ from emo_jax.commands.arguments import take_overrides
 from emo_jax.errors import InputError
 from emo_jax.progress import is_primary
 
-COMMANDS = (train.COMMAND, goodput.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS, *study.COMMANDS,
-            analyze.COMMAND, place.COMMAND, generate.COMMAND, import_.COMMAND, export.COMMAND, config.COMMAND, *data.COMMANDS,
-            *bench.COMMANDS, compile.COMMAND, completion.COMMAND)
+COMMANDS = (train.COMMAND, goodput.COMMAND, smoke.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS,
+            *study.COMMANDS, analyze.COMMAND, place.COMMAND, generate.COMMAND, import_.COMMAND, export.COMMAND, config.COMMAND,
+            *data.COMMANDS, *bench.COMMANDS, compile.COMMAND, completion.COMMAND)
 GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
           "data": "the documents of a config", "bench": "speed against the ideal of this machine"}
 

@@ -63,6 +63,21 @@ def code_key() -> str:
     return f"{platform.machine()}-{hashlib.sha256(' '.join(sorted(_flags())).encode()).hexdigest()[:8]}"
 
 
+def code_version() -> str:
+    """A hash of the package's own text."""
+    package = Path(__file__).parent
+    text = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return text.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """What two processes of one run must have alike: this package, Python, and the libraries that decide on numbers."""
+    return {"emo_jax": code_version(), "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
 def _flags() -> set[str]:
     return set((_field("flags") or _field("Features")).split())
 

@@ -4,9 +4,12 @@ and where everybody's data stands. With one process nothing here communicates.""
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import socket
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +17,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from emo_jax import ending, liveness, sharding
-from emo_jax.errors import RestartError
+from emo_jax.errors import InputError, RestartError
+from emo_jax.files import shortened
 from emo_jax.relay import Relay
 
 JOIN_S = 110.0  # between the first and the last process of a run that are started
 BARRIER_S = 3600  # what one process does while the others wait takes less
 _PROXIES, _NO_PROXY = ("grpc_proxy", "https_proxy", "http_proxy"), "no_grpc_proxy"
-_barriers = itertools.count()
+_barriers, _comparisons = itertools.count(), itertools.count()
 
 
 def start_distributed() -> None:
@@ -64,7 +68,7 @@ def _join(coordinator: str | None = None, count: int | None = None, index: int |
     jax.distributed.initialize(relay.address if relay else coordinator, count, index, devices)
     late.cancel()
     if relay:
-        relay.joined = True
+        relay.join()
     liveness.watch(jax.process_index() if index is None else index, count or jax.process_count(), relay)
 
 
@@ -80,6 +84,24 @@ def wait_for_all(name: str) -> None:
         store.wait_at_barrier(f"emo_jax/{next(_barriers)}/{name}", BARRIER_S * 1000)
     except Exception as e:  # of JAX's own kind
         raise RestartError(f"not all processes came to {name!r} within {BARRIER_S} s: {str(e).splitlines()[0]}") from None
+
+
+def require_same(what: str, facts: dict[str, Any]) -> None:
+    """Every process calls this with what it believes to be the same everywhere. Raises `InputError`, which names the field and
+    the hosts, on those that differ from the first."""
+    if jax.process_count() == 1 or (store := liveness.store()) is None:
+        return
+    key, own = f"emo_jax/same/{next(_comparisons)}", json.dumps([socket.gethostname(), facts])
+    if jax.process_index() == 0:
+        store.key_value_set(key, own)
+        return
+    first_host, first = json.loads(store.blocking_key_value_get(key, BARRIER_S * 1000))
+    host, facts = json.loads(own)
+    for name in facts:
+        if facts[name] != first.get(name):
+            ours, theirs = (shortened(repr(known.get(name))) for known in (facts, first))
+            raise InputError(f"the processes of this run do not have the same {what}: {name} is {ours} in process "
+                             f"{jax.process_index()} on {host}, and {theirs} in process 0 on {first_host}")
 
 
 def asked_to_stop(step: int) -> bool:

@@ -17,7 +17,8 @@ def start_command(command, processes):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}"}
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]  # what compiles faster stays
+    env = os.environ | {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={4 // processes}"])}
     if processes > 1:
         env |= {"EMO_JAX_COORDINATOR": f"localhost:{port}", "EMO_JAX_NUM_PROCESSES": str(processes)}
     return [subprocess.Popen([sys.executable, *command], env=env | ({"EMO_JAX_PROCESS_ID": str(i)} if processes > 1 else {}),

@@ -18,6 +18,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> Result:
     from emo_jax import config as lib
+    from emo_jax.kernels.compiler_options import PLATFORMS
 
     if args.config is None:
         names = lib.config_names()
@@ -32,8 +33,12 @@ def run(args: Namespace) -> Result:
             f"  steps {p['first_step']:,} to {p['until']:,} (stage {p['stage']}), learning rate by the schedule of steps "
             f"{p['schedule'][0]:,} to {p['schedule'][1]:,}" + ", fresh moments" * p["reset_optimizer"]
             + "".join(f"\n    {key} = {value!r}" for key, value in p["changes"].items()) for p in parts)
+    text += "\n\nXLA options of the training step, set by the command itself:\n" + "\n".join(
+        f"  {platform}\n" + "\n".join(f"    {o.name}={o.value}: {o.reason}" for o in options)
+        for platform, options in PLATFORMS.items())
     return Result({"config": lib.to_dict(resolved), "parts": parts, "difference": {
-        key: {"default": old, "value": new} for key, (old, new) in changed.items()}}, text)
+        key: {"default": old, "value": new} for key, (old, new) in changed.items()},
+        "xla_options": {platform: {o.name: o.value for o in options} for platform, options in PLATFORMS.items()}}, text)
 
 
 def _parts(config: Config) -> list[dict[str, Any]]:

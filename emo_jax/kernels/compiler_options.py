@@ -1,32 +1,44 @@
-"""XLA options of the training step, by platform.
-
-On chips with SparseCores these run the collectives, beside the compute: without them every weight gather and gradient
-reduction of a pod is synchronous, and every reduce-scatter over several torus axes becomes a whole all-reduce.
-"""
+"""XLA options of the training step, by platform, with a reason each: the one place where they are set. `emo-jax config` shows
+them. CPU and GPU take none: nothing measured there was worth one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
-_SPARSE_CORE = {
-    f"{_OFFLOAD}all_gather": "true", f"{_OFFLOAD}2d_all_gather": "true", f"{_OFFLOAD}3d_all_gather": "true",
-    f"{_OFFLOAD}reduce_scatter": "true", f"{_OFFLOAD}nd_reduce_scatter": "true", f"{_OFFLOAD}all_reduce": "true",
-    f"{_OFFLOAD}ragged_all_to_all": "true",
-    "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
-    # The TensorCore's own way of overlapping, which excludes the SparseCore's.
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
-    "xla_tpu_use_tc_device_shape_on_sc": "true", "xla_sc_disable_megacore_partitioning": "true",
-    "xla_enable_async_all_gather": "true",
-}
-_TENSOR_CORE = {
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    "xla_tpu_enable_async_ragged_all_to_all": "true", "xla_enable_async_all_gather": "true",
+
+class Option(NamedTuple):
+    name: str
+    value: str
+    reason: str
+
+
+_OFFLOAD, _FUSE = "xla_tpu_enable_sparse_core_collective_offload_", "xla_tpu_enable_async_collective_fusion"
+_BESIDE = "runs on the SparseCores, beside the compute, instead of while nothing else does"
+_ALL_TPU = (
+    Option("xla_enable_async_all_gather", "true", "weights are gathered while the layer before computes"),
+    Option("xla_tpu_scoped_vmem_limit_kib", "65536", "blocks of the grouped matmul and of attention take over 16 MiB"),
+)
+_SPARSE_CORE = (
+    *(Option(_OFFLOAD + kind, "true", _BESIDE) for kind in (
+        "all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce", "ragged_all_to_all")),
+    Option(f"{_OFFLOAD}nd_reduce_scatter", "true",
+           "over several torus axes too, where XLA else makes a whole all-reduce of it: twice the bytes"),
+    Option("xla_tpu_enable_sparse_core_reduce_scatter_v2", "true", "reduce-scatters of all shapes"),
+    *(Option(f"{_FUSE}_fuse_{kind}", "false", "the TensorCore's own way of overlapping, which excludes the SparseCore's")
+      for kind in ("all_gather", "reduce_scatter", "all_reduce")),
+    Option("xla_tpu_use_tc_device_shape_on_sc", "true", "SparseCores take arrays in the TensorCore's layout, without a copy"),
+    Option("xla_sc_disable_megacore_partitioning", "true", "of both TensorCores of a chip at once"),
+)
+_TENSOR_CORE = (
+    Option(_FUSE, "true", "without SparseCores a collective moves on in steps inside of fusions"),
+    Option(f"{_FUSE}_fuse_all_gather", "true", "all-gathers too"),
+    Option(f"{_FUSE}_multiple_steps", "true", "over several fusions"),
+    Option("xla_tpu_overlap_compute_collective_tc", "true", "compute beside collectives"),
+    Option("xla_tpu_enable_async_ragged_all_to_all", "true", "rows travel to their experts while others are multiplied"),
+)
+PLATFORMS = {
+    "tpu with SparseCores (v5p, v6e, tpu7x)": (*_ALL_TPU, *_SPARSE_CORE),
+    "tpu without SparseCores (v5e)": (*_ALL_TPU, *_TENSOR_CORE),
 }
 
 
@@ -34,7 +46,8 @@ def compiler_options(device: Any) -> dict[str, str] | None:
     """For a step that runs on devices like `device`."""
     if device.platform != "tpu":
         return None
-    return (_SPARSE_CORE if has_sparse_cores(device) else _TENSOR_CORE) | {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    options = (*_ALL_TPU, *(_SPARSE_CORE if has_sparse_cores(device) else _TENSOR_CORE))
+    return {option.name: option.value for option in options}
 
 
 def has_sparse_cores(device: Any) -> bool:

@@ -151,8 +151,9 @@ def _gather_table(table, dtype, fsdp, over_experts, by_rings):
     Over two axes they are gathered one axis at a time, down in the other order where it can be: then the second gathers,
     which move nearly all the bytes, use the links of both torus axes, and the adjoints are reduce-scatters over one axis
     each, where XLA:TPU makes all-reduces of those over both."""
-    gate_up_EDF = jnp.concatenate([table["gate"], table["up"]], axis=-1).astype(dtype)
-    down_EFD = table["down"].astype(dtype)
+    # Before they are gathered: the adjoint then sums over `data` what `fsdp` has scattered, the least that can travel there.
+    gate_up_EDF = compat.vary(jnp.concatenate([table["gate"], table["up"]], axis=-1).astype(dtype), ("data", "sequence"))
+    down_EFD = compat.vary(table["down"].astype(dtype), ("data", "sequence"))
     gather = functools.partial(jax.lax.all_gather, tiled=True)
     if not over_experts:
         return gather(gate_up_EDF, "fsdp", axis=fsdp["gate"]), gather(down_EFD, "fsdp", axis=fsdp["down"])

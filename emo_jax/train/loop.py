@@ -15,11 +15,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from emo_jax import compat, ending, processes, sharding
+from emo_jax import compat, ending, machine, processes, sharding
 from emo_jax.checkpoints import tiers
 from emo_jax.checkpoints.checkpoint import FOLDER
 from emo_jax.compilation import keep_programs
-from emo_jax.config import Config
+from emo_jax.config import Config, flatten, to_dict
 from emo_jax.data.waiting import Interrupted
 from emo_jax.errors import RestartError, RunError
 from emo_jax.files import AnyPath, make_folder, reason
@@ -39,6 +39,8 @@ from emo_jax.train.step import TrainState, make_train_step
 from emo_jax.train.verdicts import RollBack
 from emo_jax.train.watchdog import DATA, EVALUATION, SAVING, Watchdog
 
+OF_A_HOST = ("data.path", "data.eval_path", "data.mix_root", "data.tokenizer", "data.workers", "data.cache_gb",
+             "train.compilation_cache")  # may differ: what is read there is compared by its content
 SAVING_S = 10.0  # for which one of several processes that fails waits for a save, which the others may not go on with
 
 
@@ -55,6 +57,8 @@ def train(config: Config, out: str | AnyPath, evaluations: Iterable = (), start_
     """
     clock = Clock(began)
     processes.start_distributed()
+    processes.require_same("code", machine.versions())
+    processes.require_same("config", {key: value for key, value in flatten(to_dict(config)).items() if key not in OF_A_HOST})
     sharding.make_mesh(config)  # if that cannot be, nothing is written
     with hold(make_folder(out)) as holder:
         return train_held(config, out, evaluations, holder, start_over, clock)

@@ -70,14 +70,16 @@ def open_documents(config: Config, out: AnyPath) -> Documents:
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """Identifies documents and tokenizer, wherever their files lie: the number of documents, and hashes. The files are read, if
-    they must be, by the primary process only."""
+    they must be, by the primary process only. Raises `InputError` if the processes see different ones."""
     sample = hashlib.sha256()
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         sample.update(source[int(i)].content)
+    seen = {"documents": len(source), "sample": sample.hexdigest()[:16],
+            "tokenizer": hashlib.sha256(tokenizer.content).hexdigest()[:16]}
+    processes.require_same("data", seen)
     content = (source.content_hash() if is_primary() else "").encode().ljust(64)
     content = processes.gather(np.frombuffer(content, np.uint8))[0].tobytes().decode().strip()
-    return {"documents": len(source), "sample": sample.hexdigest()[:16], "content": content,
-            "tokenizer": hashlib.sha256(tokenizer.content).hexdigest()[:16]}
+    return seen | {"content": content}
 
 
 def evaluation_of(config: Config, mesh: Mesh, documents: Documents) -> Evaluation | None:
