@@ -19,6 +19,7 @@ from emo_jax.checkpoints import checkpoint
 from emo_jax.config import FaultsConfig
 from emo_jax.errors import RestartError, RunError
 from emo_jax.train import bad_steps, loop, rollback
+from emo_jax.train.goodput import goodput
 from emo_jax.train.loop import train
 from emo_jax.train.step import init_state, make_train_step
 
@@ -199,6 +200,8 @@ def test_too_many_lead_back_and_their_rows_are_left_out(folder, tmp_path, poison
     train(tiny_config(folder, *overrides), tmp_path / "other")
     assert series(tmp_path / "run") == series(tmp_path / "other")
     assert all(r["skipped_steps"] == 0 for r in records(tmp_path / "run"))
+    time = goodput(str(tmp_path / "run"))
+    assert time["starts"] == 1 and all(time["seconds"][cause] > 0 for cause in ("steps", "rollback", "repeated", "restore"))
     for step in (4, 8):
         again = shutil.copytree(tmp_path / "run", tmp_path / f"from{step}")
         for later in checkpoint.steps(again / "checkpoints"):

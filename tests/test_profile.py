@@ -1,5 +1,6 @@
 """train.profile_steps: a trace of some steps, in which the parts of the model are found by their names."""
 
+import jax
 import pytest
 from profiles import scopes_and_steps
 from tiny_run import config_file, series, tiny_config
@@ -31,6 +32,13 @@ def test_a_run_that_ends_or_begins_in_between_keeps_the_steps_that_it_took(tmp_p
         train(tiny_config(tmp_path, f"--train.steps={steps}", "--train.profile_steps=2:9"), tmp_path / "run")
         session = tmp_path / "run" / "profile" / "plugins" / "profile" / f"steps_{min(expected)}_{max(expected)}"
         assert scopes_and_steps(next(session.iterdir()))[1] == expected
+
+
+def test_a_profile_that_cannot_be_taken_costs_no_step(tmp_path, capsys):
+    with jax.profiler.trace(str(tmp_path / "another")):
+        result = train(tiny_config(tmp_path, "--train.steps=4", "--train.profile_steps=2:3"), tmp_path / "run")
+    assert result["step"] == 4 and capsys.readouterr().err.count("steps 2 to 3 are not profiled: ") == 1
+    assert not (tmp_path / "run" / "profile").exists()
 
 
 def test_a_profile_that_cannot_be_written_costs_no_step(tmp_path, capsys):

@@ -35,9 +35,16 @@ class Profile:
         settle()
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the steps down
-        self._folder, self._began = tempfile.mkdtemp(prefix="emo_jax-profile-"), step
-        jax.profiler.start_trace(self._folder, profiler_options=options)
-        return True
+        folder = tempfile.mkdtemp(prefix="emo_jax-profile-")
+        try:
+            jax.profiler.start_trace(folder, profiler_options=options)
+        except Exception as e:  # of many kinds, none of which is worth a run
+            self._say(f"steps {step} to {self._last} are not profiled: {reason(e)}")
+            self._last = -1
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            self._folder, self._began = folder, step
+        return self._folder is not None
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of a step, for XProf's analysis by step."""
@@ -64,7 +71,7 @@ class Profile:
             jax.profiler.stop_trace()
             for path in Path(folder).rglob("*.xplane.pb"):
                 _move(path, session / f"{socket.gethostname()}_{jax.process_index()}.xplane.pb")
-        except Exception as e:  # of many kinds, none of which is worth a run
+        except Exception as e:  # likewise
             self._say(f"the profile of steps {self._began} to {step} could not be written to {session}: {reason(e)}")
         else:
             self._say(f"the profile of steps {self._began} to {step} is in {target}; to see it: pip install xprof; "
