@@ -139,15 +139,14 @@ def account(records: list[dict[str, Any]]) -> dict[str, float]:
     for record in records:
         if before and not before.get("done"):
             seconds[RESTART] += max(record["began"] - before["ended"], 0.0)
-        if before and record["from"] < before["step"]:
-            kept = []
-            for first, last, spent in taken:
-                lost = spent * min(max((last - record["from"]) / max(last - first, 1), 0.0), 1.0)
-                seconds[REPEATED] += lost
-                seconds[STEPS] -= lost
-                if first < record["from"]:
-                    kept.append((first, min(last, record["from"]), spent - lost))
-            taken = kept
+        while taken and taken[-1][1] > record["from"]:
+            first, last, spent = taken.pop()
+            lost = spent
+            if first < record["from"]:
+                lost = spent * (last - record["from"]) / (last - first)
+                taken.append((first, record["from"], spent - lost))
+            seconds[REPEATED] += lost
+            seconds[STEPS] -= lost
         for cause, s in record["seconds"].items():
             seconds[cause] += s
         taken.append((record["from"], record["step"], record["seconds"].get(STEPS, 0.0)))

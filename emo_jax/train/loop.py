@@ -255,12 +255,12 @@ class TrainingLoop:
         dispatched = time.monotonic()
         with self.profile.step(self.step + 1):
             self.state, metrics = self.train_step(self.state, batch)
-        dispatching = time.monotonic() - dispatched
+        self.log.waited(time.monotonic() - dispatched)
         if self.step == self.first_of_phase:
             self.clock.lap(goodput.COMPILE)
         self.step += 1
         self.replicas.after_step(self.step, self.state.params)
-        self.log.add(self.step, metrics, dispatching)
+        self.log.add(self.step, metrics)
         if self.log.is_logged(self.step - 1):
             self.log.flush(until=self.step - 1)
         if self.profile.after(self.step, self.log.flush):

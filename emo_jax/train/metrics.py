@@ -219,13 +219,11 @@ class Log:
     def is_logged(self, step: int) -> bool:
         return step % self._config.train.log_every == 0 or step == self._config.train.steps
 
-    def add(self, step: int, metrics: dict[str, jax.Array], dispatching: float) -> None:
-        """dispatching: seconds that the dispatch of the step took, which may wait for the devices."""
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         needed = ("loss", "grad_norm", "verdict", "tokens", "loss_tokens", "label_nats", "label_tokens", *BUFFERS)
         kept = metrics if self.is_logged(step) else {name: metrics[name] for name in needed if name in metrics}
         self._pending.append((step, dict(kept)))
         self._rate.dispatched = step
-        self._rate.waited += dispatching
         self.flush(until=step - MAX_STEPS_IN_FLIGHT)
 
     def flush(self, until: int | None = None) -> None:
@@ -234,7 +232,7 @@ class Log:
             step, metrics = self._pending.popleft()
             began = time.monotonic()
             metrics = jax.device_get(metrics)
-            self._rate.waited += time.monotonic() - began
+            self.waited(time.monotonic() - began)
             if "expert_load_max" in metrics:
                 metrics["experts_max_load"] = metrics["expert_load_max"].max()
             try:
@@ -249,6 +247,10 @@ class Log:
                 self._by_label += np.stack([metrics["label_nats"], metrics["label_tokens"]])
             if self.is_logged(step):
                 self._write(step, metrics | {"skipped": skipped})
+
+    def waited(self, seconds: float) -> None:
+        """For devices, or to dispatch a step, which may wait for them."""
+        self._rate.waited += seconds
 
     def devices_are_idle(self) -> bool:
         """Whether every step that was added is over."""
