@@ -66,7 +66,7 @@ def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, A
     chip = chips.CHIPS[name] if known else chips.Chip(1.0, None, 1.0, 1.0)
     slices = len(sharding.slices_of(devices))
     memory = compiled.memory_analysis()
-    walked = schedule(Module(compiled.as_text()), chip, _grid(devices), len(devices) // slices if slices > 1 else 0)
+    walked = schedule(Module(compiled.as_text()), chip, _grid(devices), slices, len(devices) // slices if slices > 1 else 0)
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = flops_per_token(config) * tokens / len(devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

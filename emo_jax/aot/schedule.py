@@ -61,19 +61,19 @@ class _Pending:
     covered: float = 0.0
 
 
-def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slice_devices: int = 0) -> Schedule:
+def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slices: int = 1, slice_devices: int = 0) -> Schedule:
     """`grid`: devices along each torus axis of the slice, if it is one. slice_devices: of each of several slices, whose devices
     are numbered one slice after the other."""
-    walk = _Walk(module, chip, grid, slice_devices)
+    walk = _Walk(module, chip, grid, slices, slice_devices)
     walk.computation(module.entry, 1)
     walk.result.collectives = sorted(walk.collectives.values(), key=lambda c: -c.wire_bytes)
     return walk.result
 
 
 class _Walk:
-    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...], slice_devices: int):
+    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...], slices: int, slice_devices: int):
         self.module, self.chip, self.grid, self.result = module, chip, sorted(grid, reverse=True), Schedule()
-        self.slice_devices = slice_devices
+        self.slices, self.slice_devices = slices, slice_devices
         self.collectives: dict[tuple, Collective] = {}
         self.home = {id(i): name for name, body in module.computations.items() for i in body}
 
@@ -105,6 +105,8 @@ class _Walk:
             return self._synchronous(i.opcode, i, times)
         if i.opcode.removesuffix("-start") in (*KINDS, "async", "call") and i.opcode.endswith("-start"):
             return self._start(i, times, pending)
+        if i.opcode == "send" and (kind := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)):
+            return self._send_to_slices(home, kind[1].lower().replace("_", "-"), i, times, pending)
         if i.opcode.endswith("-done"):
             started = pending.pop(i.operands[0], None) if i.operands else None
             return self._finish(started) if started else 0.0
@@ -166,6 +168,16 @@ class _Walk:
         pending[i.name] = _Pending(collective, seconds, times)
         return 0.0
 
+    def _send_to_slices(self, home, kind, i, times, pending) -> float:
+        """What TPUs hand to their hosts' network, and get back when the `recv` of the same rendezvous is done."""
+        rendezvous = re.search(r'_rendezvous="[^"]*"', i.attributes)
+        collective, seconds = self._add_collective(kind, True, self.slices, True, times, *self._network(
+            kind, array_bytes(i.shape, largest=True), self.slices, self.slices))
+        back = next((other.name for other in self.module.computations[home]
+                     if other.opcode == "recv" and rendezvous and rendezvous[0] in other.attributes), i.name)
+        pending[back] = _Pending(collective, seconds, times)
+        return 0.0
+
     def _fused_collective(self, home, i, inner, times, pending) -> float:
         """A collective inside a fusion: an all-reduce and a slice, which is a reduce-scatter; or a step of one that is
         spread over several fusions, told by its channel."""
@@ -200,19 +212,26 @@ class _Walk:
         return exposed
 
     def _count(self, kind, i, times, asynchronous) -> tuple[Collective, float]:
-        group, slices = group_size(i.attributes), self._slices(i)
+        group, slices = group_size(i.attributes), self._spanned_slices(i)
         payload = self._payload(kind, i)
+        if slices > 1:
+            return self._add_collective(kind, asynchronous, group, True, times, *self._network(kind, payload, slices, group))
         # All-reduce: reduce-scatter and all-gather. What a device keeps does not travel.
         passes = 2 if kind == "all-reduce" else 1
-        if slices > 1:  # every device of a slice sends its part of what the slice as a whole has
-            wire = payload * passes * (slices - 1) / max(group, slices)
-            seconds = wire / (self.chip.network or math.nan)
-        else:
-            wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
-            links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
-            seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
-        collective = self.collectives.setdefault((kind, asynchronous, group, slices > 1),
-                                                 Collective(kind, asynchronous, group, slices > 1))
+        wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
+        links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
+        seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
+        return self._add_collective(kind, asynchronous, group, False, times, payload, wire, seconds)
+
+    def _network(self, kind, payload, slices, group) -> tuple[float, float, float]:
+        """(payload, bytes that a device sends to other slices, seconds): all devices of a slice share out what it has."""
+        wire = payload * (2 if kind == "all-reduce" else 1) * (slices - 1) / max(group, slices)
+        return payload, wire, wire / (self.chip.network or math.nan)
+
+    def _add_collective(self, kind, asynchronous, group, between_slices, times, payload, wire,
+                        seconds) -> tuple[Collective, float]:
+        key = (kind, asynchronous, group, between_slices)
+        collective = self.collectives.setdefault(key, Collective(*key))
         collective.count += times
         collective.payload_bytes += payload * times
         collective.wire_bytes += wire * times
@@ -227,7 +246,7 @@ class _Walk:
             return sum(map(array_bytes, operands))
         return array_bytes(i.shape, largest=i.opcode.endswith("-start") or kind.startswith("collective"))
 
-    def _slices(self, i: Instruction) -> int:
+    def _spanned_slices(self, i: Instruction) -> int:
         """How many slices the largest of its groups spans."""
         if not self.slice_devices:
             return 1
