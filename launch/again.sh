@@ -38,7 +38,7 @@ while :; do
   interrupted=1
   while [ -n "$interrupted" ]; do  # a signal ends `wait` before the command has ended
     interrupted=''
-    wait "$child"; status=$?
+    wait "$child" 2>/dev/null; status=$?
   done
   child=''
   (( SECONDS - began < 3600 )) || failed=0
@@ -59,7 +59,8 @@ while :; do
   esac
   (( ++attempt ))
   sleep "$pause" & child=$!
-  wait "$child"
+  [ -z "$stop" ] || kill "$child"
+  wait "$child" 2>/dev/null
   child=''
   [ -z "$stop" ] || { say "told to stop; the command is not started again"; exit "$status"; }
 done

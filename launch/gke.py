@@ -2,7 +2,7 @@
 
     python launch/gke.py --name NAME --topology v5p-128 --slices N --image IMAGE [OPTIONS] train CONFIG ... | kubectl apply -f -
 
-What restarts is the whole set, by the exit status of emo-jax: not for 2, --failures times for 1, always for everything else (75,
+What restarts is the whole set, by the exit status of emo-jax: not for 2, --failures times for 1, always for all else (75,
 killed, a lost or preempted node). A command without --out writes to $BUCKET/runs/NAME.
 """
 

@@ -72,7 +72,7 @@ fi
 result=0
 for pid in "${pids[@]}"; do
   interrupted=1
-  while [ -n "$interrupted" ]; do interrupted=''; wait "$pid"; status=$?; done
+  while [ -n "$interrupted" ]; do interrupted=''; wait "$pid" 2>/dev/null; status=$?; done
   case $status in
     0) ;;
     2) result=2 ;;

@@ -73,15 +73,15 @@ run() {
     printf -v line '%q ' "$@"
     echo "${line% }"
   else
-    "$@"
+    "$@" 3>&-
   fi
 }
 queued() { run gcloud compute tpus queued-resources "$1" "${@:2}" "--project=$PROJECT" "--zone=$ZONE"; }
 workers() {  # a command on all of them, or with --node and --worker on some
-  local where=(--node=all --worker=all --batch-size=all)
+  local command where=(--node=all --worker=all --batch-size=all)
   [[ $1 != --node=* ]] || { where=("$1" "$2"); shift 2; }
-  local command
   printf -v command '%q ' bash tpu_worker.sh "$@"
+  [ "$1" != state ] || command+="|| echo state: none "  # a new machine, where that file is not yet
   # shellcheck disable=SC2086  # flags
   queued ssh "$name" "${where[@]}" ${SSH_FLAGS:-} "--command=${command% }"
 }
