@@ -113,15 +113,49 @@ def test_a_local_dry_run_prints_every_process():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    ((), "no command"), (("--devices", "many", "train"), "--devices needs a number"), (("--hosts", "2", "train"), "unknown option"),
-    (("--slices", "3", "train"), "--slices 3 must divide"), (("--processes", "0", "train"), "may be 0")])
+    ((), "no command"), (("--devices", "many", "train"), "--devices needs a number"),
+    (("--hosts", "2", "train"), "unknown option"), (("--slices", "3", "train"), "--slices 3 must divide"),
+    (("--processes", "0", "train"), "may be 0")])
 def test_local_refuses_wrong_usage(arguments, said):
     assert said in run("bash", LAUNCH / "local.sh", *arguments, status=2).stderr
 
 
+@pytest.mark.parametrize("statuses, ended", [(("0 0",), 0), (("1 2",), 2), (("kill 75", "0 0"), 0)])
+def test_processes_end_and_start_together(tmp_path, statuses, ended):
+    program(tmp_path / "emo-jax", f'''#!/usr/bin/env bash
+echo "$EMO_JAX_COORDINATOR $EMO_JAX_PROCESS_ID" >> {tmp_path}/started
+statuses=({" ".join(shlex.quote(s) for s in statuses)})
+export STATUSES=${{statuses[$EMO_JAX_ATTEMPT]}}
+EMO_JAX_ATTEMPT=$EMO_JAX_PROCESS_ID exec bash -c {shlex.quote(NEXT)}
+''')
+    run("bash", LAUNCH / "local.sh", "train", status=ended, PATH=f"{tmp_path}:{os.environ['PATH']}", EMO_JAX_ATTEMPT=None)
+    started = [line.split() for line in (tmp_path / "started").read_text().splitlines()]
+    assert sorted(index for _, index in started) == sorted("01" * len(statuses))
+    assert len({coordinator for coordinator, _ in started}) == len(statuses)  # another port every time
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_local_run_that_is_stopped_leaves_nothing_behind(tmp_path, how):
+    program(tmp_path / "emo-jax", f"""#!/usr/bin/env bash
+trap 'echo saved; exit 75' TERM
+sleep 300 &
+echo $! >> {tmp_path}/workers
+wait""")
+    started = subprocess.Popen(["bash", str(LAUNCH / "local.sh"), "train"], stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which jobs in the background ignore
+    while not (tmp_path / "workers").exists() or len((tmp_path / "workers").read_text().split()) < 2:
+        time.sleep(0.05)
+    started.send_signal(how)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == 75 and sorted(said.splitlines()) == ["[0] saved", "[1] saved"]
+    for worker in (tmp_path / "workers").read_text().split():
+        assert not Path("/proc", worker).exists() or "Z" in Path("/proc", worker, "stat").read_text()
+
+
 def test_a_local_run_whose_process_is_killed_has_the_losses_of_an_undisturbed_one(tmp_path):
     command = ["bash", LAUNCH / "local.sh", "--processes", 2, "--devices", 4, "--slices", 2]
-    train = ["train", config_file(tmp_path), "--train.steps=16", "--train.log_every=4", "--checkpoint.every=2", "--json", "--out"]
+    train = ["train", config_file(tmp_path), "--json", "--train.steps=16", "--train.log_every=4", "--checkpoint.every=2", "--out"]
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     run(*command, *train, tmp_path / "whole", **env)
     result = run(*command, "--kill-one", 0, *train, tmp_path / "killed", **env)
@@ -141,7 +175,8 @@ def job_set(*arguments, **env):
 
 
 @pytest.mark.parametrize("arguments", [
-    ("--topology", "v5p-128", "--slices", "2"), ("--topology", "v6e:16x16", "--spot", "--service-account", "emo", "--grace", "25")])
+    ("--topology", "v5p-128", "--slices", "2"),
+    ("--topology", "v6e:16x16", "--spot", "--service-account", "emo", "--grace", "25")])
 def test_a_manifest_meets_the_published_schemas(arguments):
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     models = pytest.importorskip("kubeflow_trainer_api.models")
@@ -176,7 +211,7 @@ def test_a_set_restarts_by_the_status_of_a_process(status, action):
     for index, rule in enumerate(spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]):
         if status in rule["onExitCodes"]["values"]:
             reason = "PodFailurePolicy"
-            message = f"Container emo-jax for pod default/emo failed with exit code {status} matching FailJob rule at index {index}"
+            message = f"Container emo-jax for pod a/b failed with exit code {status} matching FailJob rule at index {index}"
     assert action == next(
         rule["action"] for rule in spec["failurePolicy"]["rules"]
         if reason in rule.get("onJobFailureReasons", [reason])
@@ -184,7 +219,8 @@ def test_a_set_restarts_by_the_status_of_a_process(status, action):
 
 
 @pytest.mark.parametrize("arguments, said, env", [
-    (("--topology", "v5p-7"), "must be a chip and its grid", {}), (("--topology", "v5p-128"), "BUCKET is not set", {"BUCKET": None}),
+    (("--topology", "v5p-7"), "must be a chip and its grid", {}),
+    (("--topology", "v5p-128"), "BUCKET is not set", {"BUCKET": None}),
     (("--topology", "v5p-128", "--xpk", "--cluster", "c"), "ZONE is not set", {"ZONE": None})])
 def test_gke_refuses_what_is_missing(arguments, said, env):
     result = run(sys.executable, LAUNCH / "gke.py", "--name", "emo", "--image", "lab/emo", *arguments, *TRAIN, status=2,
@@ -282,7 +318,8 @@ def test_a_preempted_slice_is_asked_for_again_and_the_command_goes_on(cloud):
     emo = '[ ! -e "$CLOUD/deleted" ] || exit 0; [ "${HOME##*/}" != w0 ] || touch "$CLOUD/preempted"; exec sleep 300'
     said = cloud("watch", emo=emo).stderr
     assert "emo was preempted" in said and "the command has ended with 0" in said
-    assert [call for call in cloud.calls() if call in ("create", "delete", "scp")] == ["create", "scp", "delete", "create", "scp"]
+    calls = [call for call in cloud.calls() if call in ("create", "delete", "scp")]
+    assert calls == ["create", "scp", "delete", "create", "scp"]
 
 
 def test_watching_ends_with_the_status_of_a_command_that_is_not_started_again(cloud):
@@ -348,3 +385,59 @@ def test_a_job_asks_for_a_task_a_gpu_and_a_signal_to_the_tasks():
 def test_a_dry_run_of_a_job_prints_its_command():
     line = run("bash", LAUNCH / "slurm.sbatch", "--dry-run", *TRAIN, IMAGE="emo.sif").stdout
     assert shlex.split(line) == ["srun", "--kill-on-bad-exit=0", "apptainer", "run", "--nv", "emo.sif", *TRAIN]
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (LAUNCH / "README.md").read_text()
+HERE = CLOUD | {"IMAGE": "lab/emo"}
+# Other people's programs, which are not run: the rest of the line is theirs.
+OTHERS = {"docker", "gcloud", "kubectl", "pip", ".venv/bin/pip", "python3", "bash", "export"}
+
+
+def page_commands():
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.strip()
+
+
+def check_emo_jax(words):
+    argv, overrides = take_overrides(list(words))
+    if words[0] in ("plan", "smoke") and words[0] not in [c.name for c in cli.COMMANDS]:
+        return
+    args = cli.parser().parse_args(argv)
+    if hasattr(args, "config"):
+        load_config(args.config, overrides)
+
+
+@pytest.mark.parametrize("line", list(page_commands()))
+def test_every_command_of_the_page_is_one(line):
+    commands = [shlex.split(re.sub(r"\$(\w+)", lambda m: HERE[m[1]], command), comments=True) for command in line.split(" | ")]
+    for words in commands:
+        while re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        match words:
+            case ["emo-jax", *rest] | ["bash", "launch/again.sh", "emo-jax", *rest]:
+                check_emo_jax(rest)
+            case ["bash", "launch/local.sh" as script, *rest] | ["sbatch", "--nodes=8", "launch/slurm.sbatch" as script, *rest]:
+                run("bash", script, "--dry-run", *rest)
+            case ["bash", "launch/tpu.sh", verb, name, *rest]:
+                assert "gcloud" in run("bash", "launch/tpu.sh", verb, name, "--dry-run", *rest, **HERE).stdout
+            case ["python", "launch/gke.py", *rest]:
+                assert "emo" in run(sys.executable, "launch/gke.py", *rest, PYTHONPATH=str(ROOT), **HERE).stdout
+            case ["python", "tests/faults.py", *rest]:
+                known = run(sys.executable, "tests/faults.py", "--help", PYTHONPATH=str(ROOT)).stdout
+                assert not [flag for flag in rest if flag.startswith("--") and flag not in known]
+            case _:
+                assert words[0] in OTHERS and "launch/tpu.sh" not in words
+        if "train" in words:
+            check_emo_jax([*words[words.index("train"):], "--out", "x"])
+
+
+def test_every_message_of_the_page_is_one_of_the_code():
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in (ROOT / "emo_jax").rglob("*.py")))
+    seen = [row.split(" | ")[1] for row in PAGE.splitlines() if row.startswith("| **") and row.count(" | ") == 3]
+    pieces = [piece.strip(" `()") for cell in seen for quoted in re.findall("`(.+?)`", cell)
+              for piece in re.split(r"\.\.\.|\b(?:N|HOST|\d+)\b", quoted) if len(piece.split()) > 2]
+    assert len(pieces) > 10
+    assert not [piece for piece in pieces if piece not in code]
