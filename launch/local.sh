@@ -26,29 +26,36 @@ done
   echo "local.sh: --slices $slices must divide --processes $processes times --devices $devices, none of which may be 0" >&2
   exit 2
 }
+out=''
+[[ " $* " =~ \ --out[\ =]([^\ ]+) ]] && out=${BASH_REMATCH[1]}
+[ -z "$kill_one" ] || [ -n "$out" ] || { echo "local.sh: --kill-one needs an --out, where it sees that steps are made" >&2; exit 2; }
 
-export JAX_PLATFORMS=cpu EMO_JAX_NUM_PROCESSES=$processes EMO_JAX_SLICES=$slices
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+environment=(JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
+  EMO_JAX_SLICES="$slices" EMO_JAX_NUM_PROCESSES="$processes")
 if [ -n "$dry_run" ]; then
   for ((i = 0; i < processes; i++)); do
-    printf -v line '%q ' env JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS# }" EMO_JAX_SLICES="$slices" EMO_JAX_NUM_PROCESSES="$processes" \
-      EMO_JAX_COORDINATOR=localhost:PORT EMO_JAX_PROCESS_ID="$i" emo-jax "$@"
+    printf -v line '%q ' env "${environment[@]}" EMO_JAX_COORDINATOR=localhost:PORT EMO_JAX_PROCESS_ID="$i" emo-jax "$@"
     echo "${line% }"
   done
   exit
 fi
+command -v emo-jax > /dev/null || { echo "local.sh: there is no emo-jax on the PATH: pip install -e ." >&2; exit 2; }
 [ -n "${EMO_JAX_ATTEMPT:-}" ] || exec bash "$(dirname "$0")/again.sh" --pause 1 bash "$0" "${given[@]}"
 
 # One attempt. Job control gives every process a group of its own, which ends with it: no data worker is left behind.
 set -m
-pids=() readers=() interrupted='' killer=''
+pids=() readers=() interrupted='' stop='' killer=''
+tell() {
+  stop=1 interrupted=1
+  kill -TERM "${pids[@]}" 2>/dev/null
+}
 leave_nothing() { for pid in "${pids[@]}" $killer; do kill -KILL -- "-$pid" 2>/dev/null; done; }
-trap 'interrupted=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+trap tell TERM INT
 trap leave_nothing EXIT
 prefixed() { while IFS= read -r line; do printf '[%s] %s\n' "$1" "$line"; done; }
 
-EMO_JAX_COORDINATOR=localhost:$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') || exit 1
-export EMO_JAX_COORDINATOR
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') || exit 1
+export "${environment[@]}" EMO_JAX_COORDINATOR="localhost:$port"
 for ((i = 0; i < processes; i++)); do
   exec {to}> >(prefixed "$i")
   readers+=($!)
@@ -56,6 +63,7 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
   exec {to}>&-
 done
+[ -z "$stop" ] || tell  # it came before all were there
 
 kill_last() {  # $1: the folder of the run
   until [ -s "$1/metrics.jsonl" ]; do sleep 0.2; done
@@ -64,8 +72,7 @@ kill_last() {  # $1: the folder of the run
   kill -KILL -- "-${pids[-1]}"
 }
 if [ -n "$kill_one" ] && [ "$EMO_JAX_ATTEMPT" = 0 ]; then
-  [[ " $* " =~ \ --out[\ =]([^\ ]+) ]] || { echo "local.sh: --kill-one needs an --out, where it sees that steps are made" >&2; exit 2; }
-  kill_last "${BASH_REMATCH[1]}" &
+  kill_last "$out" &
   killer=$!
 fi
 
