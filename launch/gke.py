@@ -22,21 +22,23 @@ from emo_jax.errors import InputError
 ACCELERATORS = {"v5p": "tpu-v5p-slice", "v5e": "tpu-v5-lite-podslice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
 XPK_TYPES = {"v5p": "v5p", "v5e": "v5litepod", "v6e": "v6e", "tpu7x": "tpu7x"}
 CHIPS_A_HOST = 4
+SPOT = "cloud.google.com/gke-spot"
 
 
 def job_set(args: argparse.Namespace, chip: str, sizes: tuple[int, ...]) -> dict[str, Any]:
     hosts = math.prod(sizes) // CHIPS_A_HOST
-    spot = {"cloud.google.com/gke-spot": "true"} if args.spot else {}
-    container = {"name": "emo-jax", "image": args.image, "args": args.command,
-                 "resources": {"limits": {"google.com/tpu": CHIPS_A_HOST}}}
-    pod = {"restartPolicy": "Never", "hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet",
-           "terminationGracePeriodSeconds": args.grace,
-           "nodeSelector": {"cloud.google.com/gke-tpu-accelerator": ACCELERATORS[chip],
-                            "cloud.google.com/gke-tpu-topology": "x".join(map(str, sizes)), **spot},
-           **({"tolerations": [{"key": key, "operator": "Equal", "value": "true", "effect": "NoSchedule"} for key in spot]}
-              if spot else {}),
-           **({"serviceAccountName": args.service_account} if args.service_account else {}),
-           "containers": [container]}
+    selector = {"cloud.google.com/gke-tpu-accelerator": ACCELERATORS[chip],
+                "cloud.google.com/gke-tpu-topology": "x".join(map(str, sizes))}
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never", "hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet",
+        "terminationGracePeriodSeconds": args.grace, "nodeSelector": selector,
+        "containers": [{"name": "emo-jax", "image": args.image, "args": args.command,
+                        "resources": {"limits": {"google.com/tpu": CHIPS_A_HOST}}}]}
+    if args.spot:
+        selector[SPOT] = "true"
+        pod["tolerations"] = [{"key": SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+    if args.service_account:
+        pod["serviceAccountName"] = args.service_account
     # A job's failure says which of these rules was met, and the rules of the set below read that.
     exits = [{"action": "FailJob", "onExitCodes": {"containerName": "emo-jax", "operator": "In", "values": [status]}}
              for status in (2, 1)]
@@ -76,6 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cluster", help="for --xpk")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train CONFIG ...")
     args = parser.parse_args(argv)
+    if args.slices < 1:
+        parser.error(f"--slices {args.slices} must be 1 or more")
     if not args.command:
         parser.error("no command, such as: train emo_1b14b_1t --data.path=gs://.../tokens")
     if not any(word.partition("=")[0] == "--out" for word in args.command):
@@ -94,6 +98,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         chip, sizes = topology.parse(args.topology)
+        if math.prod(sizes) % CHIPS_A_HOST:
+            raise InputError(f"--topology {args.topology} has no whole host: a host has {CHIPS_A_HOST} chips")
     except InputError as e:
         print(f"gke.py: {e}", file=sys.stderr)
         return 2

@@ -147,7 +147,8 @@ case $verb in
     fi
     while :; do look "$@"; sleep "$every"; done ;;
   status)
-    queued list "--filter=name ~ /$name\$" && workers state ;;
+    queued list "--filter=name ~ /$name\$" || exit 1
+    [ "$(slices_state ACTIVE)" != ACTIVE ] || workers state ;;
   logs)
     where=(--node=0 --worker=0)
     [ -z "$all" ] || where=(--node=all --worker=all)

@@ -126,6 +126,7 @@ SLOW = (
     "test_holder.py::test_a_second_train",
     "test_launch.py::test_a_local_run_whose",
     "test_launch.py::test_gcloud",
+    "test_launch.py::test_slices_are",
     "test_kernels.py::test_attention_on_a_mesh",
     "test_kernels.py::test_experts_of_grouped_rows[fused",
     "test_kernels.py::test_experts_of_grouped_rows[megablox",
