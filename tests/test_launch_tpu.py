@@ -1,5 +1,5 @@
 """`tpu.sh` from the request for slices to the end of the command. There is no cloud here: gcloud and the machines of two slices
-are stood in for by small programs that record what they are asked; gcloud itself, where it is installed, parses the commands."""
+are stood in for by programs that record what they are asked; gcloud itself, where it is installed, parses the commands."""
 
 import json
 import os
