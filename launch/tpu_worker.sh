@@ -9,6 +9,7 @@ say() { echo "worker $(hostname): $*"; }
 
 install_package() {  # a wheel in a bucket, or anything that pip takes after "emo-jax @"
   local requirement="emo-jax[tpu,gcs] @ $1" what=$1
+  if running; then say "runs: nothing is installed under it"; return; fi
   if [[ $1 == gs://* ]]; then
     gcloud storage cp "$1" "$home/" || return 1
     requirement="$home/${1##*/}[tpu,gcs]"
@@ -59,6 +60,7 @@ join() {
 
 start() {
   if running; then say "$(state) already"; return; fi
+  [ -x "$home/venv/bin/emo-jax" ] || { say "emo-jax is not installed here" >&2; return 1; }
   join || return 1
   rm -f "$home/status"
   echo "== $(date -u +%FT%TZ) process $EMO_JAX_PROCESS_ID of $EMO_JAX_NUM_PROCESSES: emo-jax $*" >> "$home/log"
