@@ -41,6 +41,17 @@ class Collective:
 
 
 @dataclass
+class Gap:
+    """The compiler's cycles of all fusions that one operation of one source line became, and their floor."""
+
+    operation: str
+    line: str
+    cycles_seconds: float = 0.0
+    roofline_seconds: float = 0.0
+    fusions: int = 0
+
+
+@dataclass
 class Schedule:
     roofline_seconds: float = 0.0  # without communication
     cycles_seconds: float = 0.0
@@ -50,6 +61,7 @@ class Schedule:
     kernels: dict[str, tuple[int, float]] = field(default_factory=dict)  # Pallas: name -> (calls, seconds)
     collectives: list[Collective] = field(default_factory=list)
     unknown_loops: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)  # the largest first
 
 
 @dataclass
@@ -66,6 +78,7 @@ def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slices: int
     are numbered one slice after the other."""
     walk = _Walk(module, chip, grid, slices, slice_devices)
     walk.computation(module.entry, 1)
+    walk.result.gaps = sorted(walk.gaps.values(), key=lambda g: g.roofline_seconds - g.cycles_seconds)
     walk.result.collectives = sorted(walk.collectives.values(), key=lambda c: -c.wire_bytes)
     return walk.result
 
@@ -75,6 +88,7 @@ class _Walk:
         self.module, self.chip, self.grid, self.result = module, chip, sorted(grid, reverse=True), Schedule()
         self.slices, self.slice_devices = slices, slice_devices
         self.collectives: dict[tuple, Collective] = {}
+        self.gaps: dict[tuple[str, str], Gap] = {}
         self.home = {id(i): name for name, body in module.computations.items() for i in body}
 
     def computation(self, name: str, times: int) -> float:
@@ -122,7 +136,13 @@ class _Walk:
         cycles = self._cycles(i)
         counted = i.opcode == "fusion" or cycles
         moved = self.module.moved_bytes(home, i) if counted else 0.0
-        self._add(cycles, self.module.matmul_flops(home, i), moved, times)
+        roofline = self._add(cycles, self.module.matmul_flops(home, i), moved, times)
+        if cycles:
+            source = self.module.source(i)
+            gap = self.gaps.setdefault(source, Gap(*source))
+            gap.cycles_seconds += cycles * times
+            gap.roofline_seconds += roofline * times
+            gap.fusions += times
         return cycles
 
     def _kernel(self, home, i, times) -> float:
@@ -138,12 +158,13 @@ class _Walk:
         return seconds
 
     def _add(self, cycles: float | None, flops: float, moved: float, times: int) -> float:
+        """Seconds at the roofline."""
         roofline = max(flops / self.chip.flops, moved / self.chip.bandwidth)  # ty: ignore[unsupported-operator]
         self.result.roofline_seconds += roofline * times
         self.result.cycles_seconds += (roofline if cycles is None else cycles) * times
         self.result.flops += flops * times
         self.result.moved_bytes += moved * times
-        return roofline if cycles is None else cycles
+        return roofline
 
     def _cycles(self, i: Instruction) -> float:
         found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
