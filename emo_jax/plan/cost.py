@@ -65,8 +65,8 @@ class Collective:
 class Cost:
     """Of one step, on one device. `bytes_*` are unfitted; seconds and memory follow from them and the coefficients."""
 
-    config: Config
     place: Place
+    dispatch: str
     flops: float
     model_flops: float
     kernel_seconds: float
@@ -124,12 +124,13 @@ def local_parameters(config: Config, mesh: dict[str, int]) -> float:
     return split / shards + L * p["norms"] + config.model.d_model
 
 
-def cost(config: Config, place: Place) -> Cost:
-    return _Step(config, place).cost()
+def cost(config: Config, place: Place, dispatch: str = "", remat: str = "") -> Cost:
+    """`dispatch` and `remat`: instead of the config's."""
+    return _Step(config, place, dispatch or config.kernels.dispatch, remat or config.train.remat).cost()
 
 
 class _Step:
-    def __init__(self, config: Config, place: Place):
+    def __init__(self, config: Config, place: Place, dispatch: str, remat: str):
         m, mesh = config.model, place.mesh
         self.config, self.m, self.place, self.mesh = config, m, place, mesh
         self.M = config.train.microbatches
@@ -137,8 +138,7 @@ class _Step:
                   / (mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["sequence"]))
         self.moe = m.num_experts > 0
         self.k = m.routed_top_k if self.moe else 0
-        self.strategy, _, self.rings = choose_strategy(
-            config.kernels.dispatch, mesh["expert"], self.k, "tpu", place.sparse_cores)
+        self.strategy, _, self.rings = choose_strategy(dispatch, mesh["expert"], self.k, "tpu", place.sparse_cores)
         self.exchanged = self.moe and mesh["expert"] > 1 and self.strategy in ("ring", "all_to_all")
         self.experts = m.num_experts / (mesh["expert"] if self.exchanged else 1)  # of a device
         # Lines of the buffer of expert rows for each of the device's own tokens.
@@ -149,8 +149,9 @@ class _Step:
         # Weights of a layer as a device multiplies them: whole along fsdp, and along expert too without an exchange.
         p, t = parameters(config), mesh["tensor"]
         self.layer_weights = BF16 * (p["attention"] / t + p["experts"] / X / t) + FP32 * p["router"]
-        saved = SAVED.get(config.train.remat)
+        saved = SAVED.get(remat)
         self.saved_names = None if saved is None else set(saved)
+        self.repeated = saved is not None and "moe_exchanged" not in saved  # the exchange of rows, in the backward pass
 
     def cost(self) -> Cost:
         c, M, L = self.config, self.M, self.m.num_layers
@@ -167,7 +168,7 @@ class _Step:
         local = local_parameters(c, self.mesh)
         tokens = c.train.batch_size * c.data.sequence_length
         return Cost(
-            c, self.place, sum(times * flops for (flops, _), times in kernels),
+            self.place, self.strategy, sum(times * flops for (flops, _), times in kernels),
             flops_per_token(c) * tokens / math.prod(self.mesh.values()), seconds,
             M * (L * self._passes(counted) + self._loss_passes()),
             M * (gathers + 1) * (whole + self.rings * L * self.layer_weights),
@@ -242,6 +243,9 @@ class _Step:
             gather = combine = router = 0.0
         again = 4 * row + 4 * heads + (0.0 if self.saved_names and "moe_rows" in self.saved_names else gather)
         backward = 10 * row + 4 * heads + gather + combine + 2 * router
+        if self.exchanged and self.strategy == "all_to_all":  # buffers at both ends, zeroed and copied
+            buffers = (self.lines + self.k) * row
+            forward, again, backward = forward + 2 * buffers, again + self.repeated * buffers, backward + 2 * buffers
         kept = self._saved()  # written once, read once
         return (1 + counted) * forward + again + backward + 2 * kept
 
@@ -254,54 +258,55 @@ class _Step:
     def _collectives(self, gathers: int) -> list[Collective]:
         """`gathers`: how often a layer's weights are gathered in a microbatch."""
         mesh, M, L, p, t = self.mesh, self.M, self.m.num_layers, parameters(self.config), self.mesh["tensor"]
-        F, X, slices = mesh["fsdp"], mesh["expert"], self.place.slices
+        F, X, slices, beside = mesh["fsdp"], mesh["expert"], self.place.slices, self.place.sparse_cores
         table = M * L * BF16 * p["experts"] / t
         others = M * L * (BF16 * p["attention"] / t + FP32 * p["router"])  # over fsdp and expert together
         ends = M * BF16 * (p["head"] / t + p["embedding"])
-        row, found = BF16 * self.n * self.m.d_model, []
-
-        def add(axis: str, what: str, group: int, payload: float, prefetched: bool, passes: int = 1, axes: float = 0) -> None:
-            wire = payload * passes * (group - 1) / group
-            links = (self.place.chip.link or math.nan) * (axes or torus_axes(self.place.grid, group))
-            if wire:
-                found.append(Collective(axis, what, payload, wire, wire / links, prefetched))
-
-        def weights(axis: str, what: str, group: int, of_layers: float, ends: float, beside: bool) -> None:
-            add(axis, what, group, gathers * of_layers + ends, beside)
-            reductions = of_layers + ends
-            # The compiler makes all-reduces of most reductions over both axes of a two-dimensional torus.
-            whole = ALL_REDUCED if len(self.place.grid) == 2 and torus_axes(self.place.grid, group) == 2 else 0.0
-            add(axis, f"{what}' gradients", group, (1 - whole) * reductions, beside)
-            add(axis, f"{what}' gradients, all-reduced", group, whole * reductions, False, 2)
-
-        beside = self.place.sparse_cores
-        if not self.exchanged and not self.rings:
-            weights("fsdp", "weights", F * X, others + table, ends, beside)
-        elif self.rings:  # fsdp first, of a part of the table; then permutes along expert
-            weights("fsdp", "weights", F, others + table / X, ends, beside)
-            add("expert", "experts, by permutes", X, (gathers + 1) * table, True, axes=torus_axes(self.place.grid, F * X))
-        else:
-            weights("fsdp", "weights", F * X, others, ends, beside)
-            weights("fsdp", "experts", F, table / X, 0.0, beside)
+        row = M * L * BF16 * self.n * self.m.d_model
+        found = []
+        if self.exchanged:
+            found += self._weights("weights", F * X, gathers, others, ends)
+            found += self._weights("experts", F, gathers, table / X, 0.0)
             # Forward and back, and the adjoints of both; once more where a forward pass is repeated. The experts wait for them.
-            repeated = self.saved_names is not None and "moe_exchanged" not in self.saved_names
-            exchanges = 4 + repeated + 2 * (gathers - 2)
-            exchanged = exchanges * M * L * row
+            rows = (4 + self.repeated + 2 * (gathers - 2)) * row
             if self.strategy == "ring":
-                add("expert", "tokens", X, X * exchanged, False)
+                found.append(self._one("expert", "tokens", X, X * rows, False))
             else:  # every row crosses a quarter of each torus axis of the group
-                add("expert", "tokens", X, self.k * exchanged, False, axes=4 / X ** (1 / torus_axes(self.place.grid, X)))
+                crossed = 4 / X ** (1 / torus_axes(self.place.grid, X))
+                found.append(self._one("expert", "tokens", X, self.k * rows, False, axes=crossed))
             shared = M * L * BF16 * self.m.num_shared_experts * 3 * self.m.d_model * self.m.d_ff / t
-            add("expert", "shared experts", X, (gathers + 1) * shared, beside, 2)
+            found.append(self._one("expert", "shared experts", X, (gathers + 1) * shared, beside, 2))
+        elif self.rings:  # fsdp first, of a part of the table; then permutes along expert
+            found += self._weights("weights", F, gathers, others + table / X, ends)
+            both = torus_axes(self.place.grid, F * X)
+            found.append(self._one("expert", "experts, by permutes", X, (gathers + 1) * table, True, axes=both))
+        else:
+            found += self._weights("weights", F * X, gathers, others + table, ends)
         # Sums of parts after attention and after the experts, forward and backward.
-        add("tensor", "activations", t, (4 + 2 * (gathers - 2)) * M * L * row, False, 2)
+        found.append(self._one("tensor", "activations", t, (4 + 2 * (gathers - 2)) * row, False, 2))
         # Between replicas, and over the network: the gradients as they are before they are scattered over fsdp.
         whole, within = others + table / (X if self.exchanged else 1) + ends, mesh["data"] // slices
-        add("data", "gradients", within, whole, beside, 2)
+        found.append(self._one("data", "gradients", within, whole, beside, 2))
         if slices > 1:
             sent = 2 * whole * (slices - 1) / slices / within
             found.append(Collective("slices", "gradients", whole, sent, sent / (self.place.chip.network or math.nan), False))
-        return found
+        return [collective for collective in found if collective.wire]
+
+    def _one(self, axis: str, what: str, group: int, payload: float, prefetched: bool, passes: int = 1,
+             axes: float = 0) -> Collective:
+        """`axes`: torus axes whose links carry it; 0: those that the group spans."""
+        wire = payload * passes * (group - 1) / group
+        links = (self.place.chip.link or math.nan) * (axes or torus_axes(self.place.grid, group))
+        return Collective(axis, what, payload, wire, wire / links, prefetched)
+
+    def _weights(self, what: str, group: int, gathers: int, of_layers: float, ends: float) -> list[Collective]:
+        """Gathers of weights and reductions of their gradients over fsdp."""
+        grid, beside = self.place.grid, self.place.sparse_cores
+        # The compiler makes all-reduces of most reductions over both axes of a two-dimensional torus.
+        whole = ALL_REDUCED if len(grid) == 2 and torus_axes(grid, group) == 2 else 0.0
+        return [self._one("fsdp", what, group, gathers * of_layers + ends, beside),
+                self._one("fsdp", f"{what}' gradients", group, (1 - whole) * (of_layers + ends), beside),
+                self._one("fsdp", f"{what}' gradients, all-reduced", group, whole * (of_layers + ends), False, 2)]
 
     # ---- memory, bytes ----
 
@@ -329,7 +334,8 @@ class _Step:
         """Arrays of one layer in its backward pass: rows, their hidden arrays and the gradients of both."""
         m, t = self.m, self.mesh["tensor"]
         lines = self.lines if self.moe else 1
-        return self.n * BF16 * (lines * (3 * m.d_model + 5 * m.d_ff / t) + 8 * m.d_model)
+        sent = 3 * self.k if self.exchanged and self.strategy == "all_to_all" else 0  # there, back, and the gradient
+        return self.n * BF16 * (lines * (3 * m.d_model + 5 * m.d_ff / t) + (sent + 8) * m.d_model)
 
     def _loss_memory(self) -> float:
         m, t = self.m, self.mesh["tensor"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from emo_jax import chips
 from emo_jax.aot import topology as topologies
-from emo_jax.config import Config, mesh_shape
+from emo_jax.config import Config, mesh_shape, override
 from emo_jax.errors import InputError
 from emo_jax.model import SAVED
 from emo_jax.plan.calibration import calibration
@@ -23,8 +24,12 @@ KEYS = (*(f"mesh.{axis}" for axis in ENUMERATED), "kernels.dispatch", "train.mic
 
 class Plan(NamedTuple):
     overrides: tuple[str, ...]  # what of KEYS differs from the config
-    config: Config  # with them
+    base: Config
     cost: Cost
+
+    @property
+    def config(self) -> Config:
+        return override(self.base, self.overrides)
 
     @property
     def seconds(self) -> float:
@@ -53,7 +58,7 @@ def search(config: Config, topology: str, slices: int = 1, fixed: Sequence[str] 
         raise InputError(_what_would_fit(config, topology, slices, fixed, plans))
     best: dict[tuple, Plan] = {}
     for plan in sorted(fitting, key=lambda plan: (plan.seconds, plan.memory)):
-        best.setdefault((*plan.cost.place.mesh.items(), plan.config.kernels.dispatch), plan)
+        best.setdefault((*plan.cost.place.mesh.items(), plan.cost.dispatch), plan)
     return Found(list(best.values()), len(plans), len(fitting))
 
 
@@ -85,26 +90,29 @@ def _plans(config: Config, topology: str, slices: int, fixed: Sequence[str]) -> 
     name, grid = topologies.parse(topology)
     chip, refused, some = chips.CHIPS[name], None, False
     devices = (*grid, chip.devices) if chip.devices > 1 else grid
+    as_it_is = {key: str(functools.reduce(getattr, key.split("."), config)) for key in KEYS}
     given = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if f"mesh.{axis}" in fixed and n != -1}
     sizes = sorted(meshes(devices, config.mesh.sequence), key=lambda sizes: -sizes["fsdp"])
     sizes = [each for each in sizes if all(each.get(axis, n) == n for axis, n in given.items())]
-    for mesh, remat in itertools.product(sizes, [config.train.remat] if "train.remat" in fixed else SAVED):
+    for mesh in sizes:
+        valid = []
+        for microbatches in _microbatches(config, fixed):
+            try:
+                cut = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh),
+                                          train=dataclasses.replace(config.train, microbatches=microbatches))
+                shape = mesh_shape(cut, math.prod(devices) * slices, slices)
+                valid.append((cut, Place(chip, grid, shape, slices, name not in chips.WITHOUT_SPARSE_CORES)))
+            except InputError as e:
+                refused = refused or e
         for dispatch in _dispatches(config, mesh["expert"], name, fixed):
-            for microbatches in _microbatches(config, fixed):
-                try:
-                    plan = dataclasses.replace(
-                        config, mesh=dataclasses.replace(config.mesh, **mesh),
-                        kernels=dataclasses.replace(config.kernels, dispatch=dispatch),
-                        train=dataclasses.replace(config.train, microbatches=microbatches, remat=remat))
-                    shape = mesh_shape(plan, math.prod(devices) * slices, slices)
-                except InputError as e:
-                    refused = refused or e
-                    continue
-                where = Place(chip, grid, shape, slices, name not in chips.WITHOUT_SPARSE_CORES)
-                found, some = Plan(_differences(config, plan), plan, cost(plan, where)), True
-                yield found
-                if found.fits:
-                    break
+            for remat in [config.train.remat] if "train.remat" in fixed else SAVED:
+                for cut, where in valid:
+                    choice = zip(KEYS, (*mesh.values(), dispatch, cut.train.microbatches, remat))
+                    changed = tuple(f"--{key}={value}" for key, value in choice if str(value) != as_it_is[key])
+                    found, some = Plan(changed, config, cost(cut, where, dispatch, remat)), True
+                    yield found
+                    if found.fits:
+                        break
     if not some:
         raise refused or InputError(f"no mesh of {topology} has {', '.join(f'mesh.{a}={n}' for a, n in given.items())}: every "
                                     f"axis must be a product of whole torus axes, of {' x '.join(map(str, devices))} devices")
@@ -120,14 +128,6 @@ def _dispatches(config: Config, expert: int, chip: str, fixed: Sequence[str]) ->
 def _microbatches(config: Config, fixed: Sequence[str]) -> list[int]:
     rows = config.train.batch_size
     return [config.train.microbatches] if "train.microbatches" in fixed else [n for n in range(1, rows + 1) if rows % n == 0]
-
-
-def _differences(config: Config, plan: Config) -> tuple[str, ...]:
-    def of(c: Config, key: str):
-        section, name = key.split(".")
-        return getattr(getattr(c, section), name)
-
-    return tuple(f"--{key}={of(plan, key)}" for key in KEYS if of(plan, key) != of(config, key))
 
 
 def _what_would_fit(config: Config, topology: str, slices: int, fixed: Sequence[str], plans: list[Plan]) -> str:

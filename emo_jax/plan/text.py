@@ -9,6 +9,7 @@ from emo_jax import chips
 from emo_jax.aot import topology as topologies
 from emo_jax.config import Config
 from emo_jax.plan.calibration import ROWS, Calibration, calibration
+from emo_jax.plan.cost import Place
 from emo_jax.plan.published import comparisons, derating, kind
 from emo_jax.plan.search import MARGIN, Found, Plan
 
@@ -46,23 +47,21 @@ def _plan(plan: Plan, tokens: float, price: float | None, number: int) -> dict[s
         "hardware_over_model_flops": cost.flops / cost.model_flops,
         "collectives": [{"axis": x.axis, "what": x.what, "wire_bytes": x.wire, "seconds": x.seconds, "prefetched": x.prefetched}
                         for x in cost.collectives],
-        "bound": total(1.0), "derated": {"fast": total(fast), "slow": total(slow)}, "extrapolated": extrapolated(plan),
+        "bound": total(1.0), "derated": {"fast": total(fast), "slow": total(slow)}, "extrapolated": extrapolated(c, cost.place),
     }
 
 
-def extrapolated(plan: Plan) -> list[str]:
+def extrapolated(c: Config, place: Place) -> list[str]:
     """What no row of the calibration has."""
-    mesh, c, place = plan.cost.place.mesh, plan.config, plan.cost.place
-    seen = {topologies.parse(row.topology)[0] for row in ROWS}
-    chip = next(name for name, known in chips.CHIPS.items() if known is place.chip)
+    mesh, slices = place.mesh, {(chips.CHIPS[name], grid) for name, grid in (topologies.parse(row.topology) for row in ROWS)}
+    policies = {item.partition("=")[2] for row in ROWS for item in row.overrides if item.startswith("train.remat")}
     found = [f"mesh.{axis} of {mesh[axis]}" for axis in ("data", "tensor", "sequence") if mesh[axis] > 1]
     if mesh["expert"] > 1 and c.kernels.dispatch != "local":
         found.append(f"dispatch {c.kernels.dispatch}")
     found += [what for what, new in (
-        ("several slices", place.slices > 1), ("microbatches", c.train.microbatches > 1), (f"remat {c.train.remat}",
-        c.train.remat not in {o.partition("=")[2] for row in ROWS for o in row.overrides if o.startswith("train.remat")}),
-        (f"chip {chip}", chip not in seen), ("no experts", not c.model.num_experts),
-        ("another shape than 1B/14B", (c.model.num_experts, c.model.d_model) != (128, 2048))) if new]
+        ("several slices", place.slices > 1), ("this slice", (place.chip, place.grid) not in slices),
+        ("microbatches", c.train.microbatches > 1), (f"remat {c.train.remat}", c.train.remat not in policies),
+        ("another shape than 1B/14B", (c.model.num_layers, c.model.num_experts, c.model.d_model) != (16, 128, 2048))) if new]
     return found
 
 
