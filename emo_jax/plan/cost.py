@@ -12,11 +12,12 @@ arrays exists at the same time, and what of the prefetched communication stays e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from emo_jax.chips import Chip
 from emo_jax.config import Config
+from emo_jax.errors import InputError
 from emo_jax.model import SAVED
 from emo_jax.moe.experts import choose_strategy
 from emo_jax.train.flops import flops_per_token
@@ -25,7 +26,6 @@ BF16, FP32 = 2, 4
 ALL_REDUCED = 0.69  # share of the gradients' bytes, where the compiler makes all-reduces of reductions over two torus axes
 STATE = 3 * FP32  # bytes of a parameter: master, two moments
 OPTIMIZER_TRAFFIC = 10 * FP32  # bytes of a parameter that an update moves: norms, clipping, AdamW, whether the step is taken
-AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 
 class Coefficients(NamedTuple):
@@ -63,23 +63,23 @@ class Collective:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, on one device. `bytes_*` are unfitted; seconds and memory follow from them and the coefficients."""
+    """Of one step, on one device. Seconds and memory follow from these and the coefficients."""
 
     place: Place
-    dispatch: str
+    dispatch: str  # the strategy
     flops: float
     model_flops: float
     kernel_seconds: float
-    bytes_passes: float
-    bytes_weights: float
-    bytes_fixed: float  # the optimizer's
-    collectives: list[Collective] = field(default_factory=list)
-    state: float = 0.0
-    gradients: float = 0.0
-    saved: float = 0.0
-    working: float = 0.0
-    gathered: float = 0.0  # of one layer
-    loss: float = 0.0
+    bytes_passes: float  # memory traffic between kernels, counted as in `_Step._passes`
+    bytes_weights: float  # of gathered weights and their gradients
+    bytes_fixed: float  # of the optimizer
+    collectives: list[Collective]
+    state: float  # bytes of memory: parameters and optimizer
+    gradients: float
+    saved: float  # for the backward pass
+    working: float  # one layer's arrays
+    gathered: float  # one layer's weights
+    loss: float  # logits and the head
 
     def compute_seconds(self, fitted: Coefficients) -> float:
         moved = fitted.passes * self.bytes_passes + fitted.weights * self.bytes_weights + self.bytes_fixed
@@ -125,7 +125,7 @@ def local_parameters(config: Config, mesh: dict[str, int]) -> float:
 
 
 def cost(config: Config, place: Place, dispatch: str = "", remat: str = "") -> Cost:
-    """`dispatch` and `remat`: instead of the config's."""
+    """`dispatch` and `remat`: instead of the config's. Raises `InputError` for dispatch=dense."""
     return _Step(config, place, dispatch or config.kernels.dispatch, remat or config.train.remat).cost()
 
 
@@ -139,6 +139,8 @@ class _Step:
         self.moe = m.num_experts > 0
         self.k = m.routed_top_k if self.moe else 0
         self.strategy, _, self.rings = choose_strategy(dispatch, mesh["expert"], self.k, "tpu", place.sparse_cores)
+        if self.strategy == "dense":
+            raise InputError("the cost model knows kernels.dispatch local, ring and all_to_all, not dense")
         self.exchanged = self.moe and mesh["expert"] > 1 and self.strategy in ("ring", "all_to_all")
         self.experts = m.num_experts / (mesh["expert"] if self.exchanged else 1)  # of a device
         # Lines of the buffer of expert rows for each of the device's own tokens.
@@ -168,13 +170,13 @@ class _Step:
         local = local_parameters(c, self.mesh)
         tokens = c.train.batch_size * c.data.sequence_length
         return Cost(
-            self.place, self.strategy, sum(times * flops for (flops, _), times in kernels),
-            flops_per_token(c) * tokens / math.prod(self.mesh.values()), seconds,
-            M * (L * self._passes(counted) + self._loss_passes()),
-            M * (gathers + 1) * (whole + self.rings * L * self.layer_weights),
-            OPTIMIZER_TRAFFIC * local, self._collectives(gathers),
-            STATE * local, FP32 * local * (2 if M > 1 else 1), L * self._saved(), self._working(), self.layer_weights,
-            self._loss_memory())
+            place=self.place, dispatch=self.strategy, flops=sum(times * flops for (flops, _), times in kernels),
+            model_flops=flops_per_token(c) * tokens / math.prod(self.mesh.values()), kernel_seconds=seconds,
+            bytes_passes=M * (L * self._passes(counted) + self._loss_passes()),
+            bytes_weights=M * (gathers + 1) * (whole + self.rings * L * self.layer_weights),
+            bytes_fixed=OPTIMIZER_TRAFFIC * local, collectives=self._collectives(gathers),
+            state=STATE * local, gradients=FP32 * local * (2 if M > 1 else 1), saved=L * self._saved(),
+            working=self._working(), gathered=self.layer_weights, loss=self._loss_memory())
 
     # ---- kernels: (FLOPs, bytes) ----
 
@@ -284,6 +286,8 @@ class _Step:
             found += self._weights("weights", F * X, gathers, others + table, ends)
         # Sums of parts after attention and after the experts, forward and backward.
         found.append(self._one("tensor", "activations", t, (4 + 2 * (gathers - 2)) * row, False, 2))
+        keys = M * L * BF16 * self.n * mesh["sequence"] * 2 * self.m.num_kv_heads * self.m.head_dim / t
+        found.append(self._one("sequence", "keys and values", mesh["sequence"], (gathers + 1) * keys, False))
         # Between replicas, and over the network: the gradients as they are before they are scattered over fsdp.
         whole, within = others + table / (X if self.exchanged else 1) + ends, mesh["data"] // slices
         found.append(self._one("data", "gradients", within, whole, beside, 2))
