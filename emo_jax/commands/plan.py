@@ -61,8 +61,8 @@ def run(args: Namespace) -> Result:
     if args.scaling:
         rows = scaling.table(config, args.topology)
         return Result(rows, scaling.text(rows))
-    fixed = [item.removeprefix("--").partition("=")[0] for item in args.overrides]
-    found = search.search(config, args.topology, args.slices, fixed)
+    given = [f"--{item.removeprefix('--')}" for item in args.overrides]
+    found = search.search(config, args.topology, args.slices, given)
     budget = args.tokens or config.train.steps * config.train.batch_size * config.data.sequence_length
     result: dict[str, Any] = text.report(config, args.topology, args.slices, found, budget, args.chip_hour_price)
     printed = text.text(result, args.best)

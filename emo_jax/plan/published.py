@@ -77,7 +77,7 @@ def comparisons() -> tuple[Comparison, ...]:
         rows = math.prod(grid) * chips.CHIPS[name].devices * TOKENS_A_DEVICE // run.length
         config = Config(name=run.name, model=run.model, router=RouterConfig(document_pool=False),
                         data=DataConfig(sequence_length=run.length), train=TrainConfig(batch_size=rows))
-        best = search(config, run.topology, fixed=("mesh.data", "mesh.expert", "mesh.tensor")).best[0]
+        best = search(config, run.topology, given=("mesh.data=1", "mesh.expert=1", "mesh.tensor=1")).best[0]
         found.append(Comparison(run, best.cost.mfu(calibration().coefficients)))
     return tuple(found)
 

@@ -23,7 +23,7 @@ KEYS = (*(f"mesh.{axis}" for axis in ENUMERATED), "kernels.dispatch", "train.mic
 
 
 class Plan(NamedTuple):
-    overrides: tuple[str, ...]  # what of KEYS differs from the config
+    overrides: tuple[str, ...]  # of the config's file: those that were given, and what of KEYS differs
     base: Config
     cost: Cost
 
@@ -50,12 +50,13 @@ class Found(NamedTuple):
     fit: int
 
 
-def search(config: Config, topology: str, slices: int = 1, fixed: Sequence[str] = ()) -> Found:
-    """`fixed`: fields of KEYS that stay as the config has them. Raises `InputError` where nothing fits, and says what would."""
-    plans = list(_plans(config, topology, slices, fixed))
+def search(config: Config, topology: str, slices: int = 1, given: Sequence[str] = ()) -> Found:
+    """`given`: overrides that `config` has already; their fields stay. Raises `InputError` where nothing fits, and says what
+    would."""
+    plans = list(_plans(config, topology, slices, given))
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
-        raise InputError(_what_would_fit(config, topology, slices, fixed, plans))
+        raise InputError(_what_would_fit(config, topology, slices, given, plans))
     best: dict[tuple, Plan] = {}
     for plan in sorted(fitting, key=lambda plan: (plan.seconds, plan.memory)):
         best.setdefault((*plan.cost.place.mesh.items(), plan.cost.dispatch), plan)
@@ -85,15 +86,16 @@ def _assigned(grid: tuple[int, ...], sizes: Sequence[int]) -> bool:
     return True
 
 
-def _plans(config: Config, topology: str, slices: int, fixed: Sequence[str]) -> Iterator[Plan]:
+def _plans(config: Config, topology: str, slices: int, given: Sequence[str]) -> Iterator[Plan]:
     """Every valid one, with more microbatches only where fewer do not fit: they cost time. Raises `InputError` if none is."""
+    fixed = _fields(given)
     name, grid = topologies.parse(topology)
     chip, refused, some = chips.CHIPS[name], None, False
     devices = (*grid, chip.devices) if chip.devices > 1 else grid
     as_it_is = {key: str(functools.reduce(getattr, key.split("."), config)) for key in KEYS}
-    given = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if f"mesh.{axis}" in fixed and n != -1}
+    axes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if f"mesh.{axis}" in fixed and n != -1}
     sizes = sorted(meshes(devices, config.mesh.sequence), key=lambda sizes: -sizes["fsdp"])
-    sizes = [each for each in sizes if all(each.get(axis, n) == n for axis, n in given.items())]
+    sizes = [each for each in sizes if all(each.get(axis, n) == n for axis, n in axes.items())]
     for mesh in sizes:
         valid = []
         for microbatches in _microbatches(config, fixed):
@@ -109,12 +111,12 @@ def _plans(config: Config, topology: str, slices: int, fixed: Sequence[str]) -> 
                 for cut, where in valid:
                     choice = zip(KEYS, (*mesh.values(), dispatch, cut.train.microbatches, remat))
                     changed = tuple(f"--{key}={value}" for key, value in choice if str(value) != as_it_is[key])
-                    found, some = Plan(changed, config, cost(cut, where, dispatch, remat)), True
+                    found, some = Plan((*given, *changed), config, cost(cut, where, dispatch, remat)), True
                     yield found
                     if found.fits:
                         break
     if not some:
-        raise refused or InputError(f"no mesh of {topology} has {', '.join(f'mesh.{a}={n}' for a, n in given.items())}: every "
+        raise refused or InputError(f"no mesh of {topology} has {', '.join(f'mesh.{a}={n}' for a, n in axes.items())}: every "
                                     f"axis must be a product of whole torus axes, of {' x '.join(map(str, devices))} devices")
 
 
@@ -130,12 +132,17 @@ def _microbatches(config: Config, fixed: Sequence[str]) -> list[int]:
     return [config.train.microbatches] if "train.microbatches" in fixed else [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def _what_would_fit(config: Config, topology: str, slices: int, fixed: Sequence[str], plans: list[Plan]) -> str:
+def _fields(given: Sequence[str]) -> list[str]:
+    return [item.removeprefix("--").partition("=")[0] for item in given]
+
+
+def _what_would_fit(config: Config, topology: str, slices: int, given: Sequence[str], plans: list[Plan]) -> str:
     least = min(plans, key=lambda plan: plan.memory)
     chip = least.cost.place.chip
     said = (f"nothing fits: of {len(plans)} plans of {config.name} on {topology} the smallest "
             f"({' '.join(least.overrides) or 'as it is'}) needs {least.memory / 1e9:.1f} GB of a device's "
             f"{(chip.memory or 0) / 1e9:.1f} GB, of which {MARGIN:.0%} stay free")
+    fixed = _fields(given)
     kept = [key for key in ("train.microbatches", "train.remat") if key in fixed]
     if kept and any(plan.fits for plan in _plans(config, topology, slices, [key for key in fixed if key not in kept])):
         return f"{said}; without {' and '.join(f'--{key}' for key in kept)} there are plans that fit"

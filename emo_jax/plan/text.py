@@ -95,7 +95,7 @@ def text(r: dict[str, Any], shown: int) -> str:
     for p in r["plans"][:shown]:
         days = f"{p['derated']['fast']['days']:.3g}-{p['derated']['slow']['days']:.3g}"
         lines.append(
-            f"  {p['step_seconds']:8.3f}  {p['mfu']:5.1%}  {p['exposed_seconds']:9.3f}  {p['memory'] / 1e9:9.1f}  "
+            f"  {p['step_seconds']:8.3g}  {p['mfu']:5.1%}  {p['exposed_seconds']:9.2g}  {p['memory'] / 1e9:9.3g}  "
             f"{p['bound']['days']:7.3g}  {days:>11}  {p['bound']['chip_hours']:10,.0f}"
             + (f"  {p['bound']['cost']:10,.0f}" if priced else "") + "  " + " ".join(p["overrides"]))
     best = r["plans"][0]
