@@ -288,12 +288,13 @@ class _Step:
         found.append(self._one("tensor", "activations", t, (4 + 2 * (gathers - 2)) * row, False, 2))
         keys = M * L * BF16 * self.n * mesh["sequence"] * 2 * self.m.num_kv_heads * self.m.head_dim / t
         found.append(self._one("sequence", "keys and values", mesh["sequence"], (gathers + 1) * keys, False))
-        # Between replicas, and over the network: the gradients as they are before they are scattered over fsdp.
-        whole, within = others + table / (X if self.exchanged else 1) + ends, mesh["data"] // slices
-        found.append(self._one("data", "gradients", within, whole, beside, 2))
+        # Between replicas, and over the network: what a device has of the gradients, the experts' in fp32.
+        owned = (table * FP32 / BF16 + others + ends) / (F * X)
+        within = mesh["data"] // slices
+        found.append(self._one("data", "gradients", within, owned, beside, 2))
         if slices > 1:
-            sent = 2 * whole * (slices - 1) / slices / within
-            found.append(Collective("slices", "gradients", whole, sent, sent / (self.place.chip.network or math.nan), False))
+            sent = 2 * owned * (slices - 1) / slices / within
+            found.append(Collective("slices", "gradients", owned, sent, sent / (self.place.chip.network or math.nan), True))
         return [collective for collective in found if collective.wire]
 
     def _one(self, axis: str, what: str, group: int, payload: float, prefetched: bool, passes: int = 1,
