@@ -70,6 +70,7 @@ class Cost:
     flops: float
     model_flops: float
     kernel_seconds: float
+    unfilled_seconds: float  # of expert kernels, for buffer lines that balanced routing leaves empty: programs count them too
     bytes_passes: float  # memory traffic between kernels, counted as in `_Step._passes`
     bytes_weights: float  # of gathered weights and their gradients
     bytes_fixed: float  # of the optimizer
@@ -172,6 +173,7 @@ class _Step:
         return Cost(
             place=self.place, dispatch=self.strategy, flops=sum(times * flops for (flops, _), times in kernels),
             model_flops=flops_per_token(c) * tokens / math.prod(self.mesh.values()), kernel_seconds=seconds,
+            unfilled_seconds=(self.lines / self.k - 1) * self._expert_flops(counted) / chip.flops if self.exchanged else 0.0,
             bytes_passes=M * (L * self._passes(counted) + self._loss_passes()),
             bytes_weights=M * (gathers + 1) * (whole + self.rings * L * self.layer_weights),
             bytes_fixed=OPTIMIZER_TRAFFIC * local, collectives=self._collectives(gathers),
@@ -222,6 +224,11 @@ class _Step:
         if "moe_hidden" not in saved or not self.moe:
             again.append(up)
         return forward, again + list(shared[:1]), backward
+
+    def _expert_flops(self, counted: bool) -> float:
+        one = 2 * self.k * self.n * self.m.d_model * self.m.d_ff / self.mesh["tensor"]
+        again = self.saved_names is not None and "moe_hidden" not in self.saved_names
+        return self.M * self.m.num_layers * one * (3 * (1 + counted) + 6 + 2 * again)
 
     def _loss(self):
         """The head forward and, in the same pass, both of its gradients: chunks of logits in fp32."""
