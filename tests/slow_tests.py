@@ -53,6 +53,10 @@ LONG = (
 )
 
 SLOW = (
+    "test_plan.py::test_what_a_device_sends_is_what_the_program_sends[mesh1",
+    "test_plan.py::test_what_a_device_sends_is_what_the_program_sends[mesh2",
+    "test_plan.py::test_what_a_device_sends_is_what_the_program_sends[mesh3",
+    "test_plan.py::test_more_chips_are_not_slower",
     "test_bench.py::test_a_step_is",
     "test_bench.py::test_the_flops",
     "test_analysis.py::test_analyze_from",
