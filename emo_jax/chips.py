@@ -23,16 +23,18 @@ class Chip(NamedTuple):
     link: float | None = None  # bytes/s of a ring along one torus axis, both directions together
     clock: float | None = None  # Hz, of the compiler's cycle estimates; None: not published
     network: float | None = None  # bytes/s of the data center's network between slices
+    devices: int = 1  # JAX devices of a chip
 
 
 CHIPS = {
     "v5p": Chip(459e12, 95.74 * GIB, 2.765e12, 1.8e11, 1.75e9, 6.25e9),
     "v5e": Chip(197e12, 15.75 * GIB, 8.1e11, 0.9e11, 1.5e9, 3.125e9),
     "v6e": Chip(918e12, 31.25 * GIB, 1.6e12, 1.8e11, 1.75e9, 12.5e9),
-    "tpu7x": Chip(1153.5e12, 94.75 * GIB, 3.7e12, 1.8e11),
+    "tpu7x": Chip(1153.5e12, 94.75 * GIB, 3.7e12, 1.8e11, devices=2),
     "v4": Chip(275e12),
     "B200": Chip(2250e12), "H200": Chip(989e12), "H100": Chip(989e12), "A100": Chip(312e12),
 }
+WITHOUT_SPARSE_CORES = ("v5e",)  # of the TPUs with links: nothing runs collectives beside the computation
 # The first one found in `device_kind` counts, so longer names come first.
 _DEVICE_KINDS = {"TPU7x": "tpu7x", "TPU v6": "v6e", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v4": "v4",
                  "B200": "B200", "H200": "H200", "H100": "H100", "A100": "A100"}

@@ -33,6 +33,7 @@ from emo_jax.commands import (
     goodput,
     import_,
     place,
+    plan,
     replay,
     select,
     smoke,
@@ -46,7 +47,7 @@ from emo_jax.progress import is_primary
 
 COMMANDS = (train.COMMAND, goodput.COMMAND, smoke.COMMAND, replay.COMMAND, eval.COMMAND, select.COMMAND, *subset.COMMANDS,
             *study.COMMANDS, analyze.COMMAND, place.COMMAND, generate.COMMAND, import_.COMMAND, export.COMMAND, config.COMMAND,
-            *data.COMMANDS, *bench.COMMANDS, compile.COMMAND, completion.COMMAND)
+            *data.COMMANDS, *bench.COMMANDS, compile.COMMAND, plan.COMMAND, completion.COMMAND)
 GROUPS = {"subset": "what to do with a subset", "study": "whether modules emerged",
           "data": "the documents of a config", "bench": "speed against the ideal of this machine"}
 

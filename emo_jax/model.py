@@ -47,7 +47,7 @@ Params = dict[str, Any]
 # one bf16 [tokens, D] array a layer: attention 1, attention_qkv 3, residual 1, moe_rows k, moe_hidden 2kF/D, routing 0.2;
 # and under expert parallelism moe_exchanged, the size of the expert axis (ring) or k (all_to_all). All keep expert_counts:
 # R numbers, whose sum over the mesh is not repeated.
-_SAVED = {
+SAVED = {
     "full": (),
     "moe": ("routing", "moe_exchanged", "moe_rows", "moe_out"),
     "attention": ("routing", "moe_exchanged", "attention"),
@@ -55,7 +55,7 @@ _SAVED = {
     "light": ("routing", "moe_exchanged", "attention", "attention_qkv", "residual", "moe_hidden"),
 }
 REMAT_POLICIES = {"none": None} | {
-    name: jax.checkpoint_policies.save_only_these_names("expert_counts", *saved) for name, saved in _SAVED.items()}
+    name: jax.checkpoint_policies.save_only_these_names("expert_counts", *saved) for name, saved in SAVED.items()}
 
 
 class Init:

@@ -29,8 +29,8 @@ _barriers, _comparisons = itertools.count(), itertools.count()
 
 def start_distributed() -> None:
     """Joins the processes of one run: from EMO_JAX_COORDINATOR (host:port), EMO_JAX_NUM_PROCESSES and
-    EMO_JAX_PROCESS_ID where they are set, and by JAX's own detection under Slurm, Open MPI and on TPU pods. A second call
-    does nothing."""
+    EMO_JAX_PROCESS_ID where they are set, else by JAX's own detection: under Slurm, in GKE (TPU_WORKER_HOSTNAMES,
+    MEGASCALE_NUM_SLICES), and on TPU VMs, which know of each other from the cloud's metadata. A second call does nothing."""
     if jax.distributed.is_initialized():
         return
     if "EMO_JAX_COORDINATOR" in os.environ:
@@ -41,6 +41,17 @@ def start_distributed() -> None:
     elif (int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
           or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1):  # slices of one host, too
         _join(*_detected())
+    elif _on_tpu_vm() and (found := _detected()) and found[1] > 1:
+        _join(*found)
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this machine has TPUs, as JAX found when it was imported, and is to use them."""
+    try:
+        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+    except ImportError:
+        return False
+    return running_in_cloud_tpu_vm and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
 
 
 def _detected() -> tuple:

@@ -10,6 +10,7 @@ one reduction of the gradients (and sums of the router's probabilities).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -127,6 +128,29 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
     """`jax.ShapeDtypeStruct`s of such a tree, with its shardings."""
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree,
                         parameter_shardings(tree, mesh))
+
+
+def spread(target: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` with no copies, where a dimension divides: axes of the mesh over which an array is the
+    same shard its first dimension that they divide. Files read that way are read once by all processes together."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        mesh, spec = leaf.sharding.mesh, [*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec))]
+        held = [() if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in spec]
+        copies = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in sum(held, ()))
+        for i, axes in enumerate(held):
+            if copies and leaf.shape[i] % math.prod(mesh.shape[axis] for axis in (*axes, *copies)) == 0:
+                spec[i] = (*axes, *copies)
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P(*spec)))
+        return leaf
+
+    return jax.tree.map(one, target)
+
+
+def lay_out(tree: Any, target: Any) -> Any:
+    """Arrays as `target` asks, one after the other: beside the arrays themselves there is room for one."""
+    return jax.tree.map(lambda x, leaf: x if x.sharding == leaf.sharding else jax.device_put(x, leaf.sharding, donate=True),
+                        tree, target)
 
 
 def place(x: np.ndarray, mesh: Mesh, where: P) -> jax.Array:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes a virtual environment (EMO_JAX_VENV, default .venv) with this checkout, the extras
 # named in $1 (EMO_JAX_EXTRAS: those instead) and the requirement $2, if any, installed, and puts it on the PATH. A second call
 # with nothing changed installs nothing.

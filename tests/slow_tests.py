@@ -53,6 +53,10 @@ LONG = (
 )
 
 SLOW = (
+    "test_plan.py::test_what_a_device_sends_is_what_the_program_sends[mesh1",
+    "test_plan.py::test_what_a_device_sends_is_what_the_program_sends[mesh2",
+    "test_plan.py::test_what_a_device_sends_is_what_the_program_sends[mesh3",
+    "test_plan.py::test_more_chips_are_not_slower",
     "test_bench.py::test_a_step_is",
     "test_bench.py::test_the_flops",
     "test_analysis.py::test_analyze_from",
@@ -124,6 +128,9 @@ SLOW = (
     "test_hostile.py::test_any_packing",
     "test_hostile.py::test_any_published",
     "test_holder.py::test_a_second_train",
+    "test_launch_hosts.py::test_a_local_run_whose",
+    "test_launch_tpu.py::test_gcloud",
+    "test_launch_tpu.py::test_slices_are",
     "test_kernels.py::test_attention_on_a_mesh",
     "test_kernels.py::test_experts_of_grouped_rows[fused",
     "test_kernels.py::test_experts_of_grouped_rows[megablox",

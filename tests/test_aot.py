@@ -60,6 +60,50 @@ def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered(
     assert not walked.unknown_loops
 
 
+FRAMES = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/site/emo_jax/model.py"
+2 "/site/jax/lax.py"
+
+FunctionNames
+1 "layer"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=321 end_line=321 column=1 end_column=9}
+2 {file_name_id=2 function_name_id=1 line=7 end_line=7 column=1 end_column=9}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+
+"""
+
+
+def test_the_gaps_between_cycles_and_floor_are_named_by_source_line():
+    """A library's frame counts for the line of this package that called it."""
+    metadata = 'metadata={op_name="jit(step)/experts/dot" stack_frame_id=2}, backend_config={"estimated'
+    gap, = schedule(Module(PROGRAM.replace("HloModule jit_step, is_scheduled=true\n\n", FRAMES)
+                           .replace('backend_config={"estimated', metadata)), SLOW).gaps
+    assert (gap.line, gap.operation, gap.fusions) == ("model.py:321", "jit(step)/experts/dot", 3)
+    assert gap.cycles_seconds == 6.0 and gap.roofline_seconds == pytest.approx(3 * 4 * 64 * 128 / 1e6, rel=1)
+
+
+def test_what_is_sent_to_other_slices_takes_their_network_and_runs_beside_the_compute():
+    send = ('%sent = (bf16[64,128]{1,0}, u32[], token[]) send(%x, %token), channel_id=5, is_host_transfer=true, '
+            'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}')
+    recv = send.replace("%sent", "%got").replace("send(%x, ", "recv(").split("_xla_megascale")[0] + '_xla="x"}'
+    program = PROGRAM.replace("  %square", f"  {recv}\n  {send}\n  %square").replace(
+        "  %sum = ", "  %done = bf16[64,128]{1,0} recv-done(%got)\n  %sum = ")
+    walked = schedule(Module(program), SLOW._replace(network=1e5), slices=2, slice_devices=4)
+    sent, = (c for c in walked.collectives if c.between_slices)
+    size = 64 * 128 * 2
+    assert (sent.kind, sent.count, sent.group, sent.asynchronous) == ("all-reduce", 3, 2, True)
+    assert sent.payload_bytes == sent.wire_bytes == 3 * size and sent.seconds == pytest.approx(3 * size / 1e5)
+    assert sent.exposed_seconds == 0  # the matmul takes two seconds
+    assert sum(not c.between_slices for c in walked.collectives) == 2
+
+
 def test_a_collective_uses_the_links_of_the_torus_axes_that_its_group_spans():
     (one,), (two,) = ([c.seconds for c in schedule(Module(PROGRAM), SLOW, grid).collectives if c.group == 4]
                       for grid in ((4, 2), (2, 2, 2)))

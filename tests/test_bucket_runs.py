@@ -1,7 +1,9 @@
 """A run whose folder is in a bucket: trained, stopped, gone on with, read and rewritten there as in a folder."""
 
 import json
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -200,3 +202,25 @@ def test_what_a_bucket_lacks_is_said(scheme, monkeypatch):
     with pytest.raises(InputError, match=rf"--out {scheme}://b/run is in a bucket, which needs {package}: "
                                          rf"pip install 'emo-jax\[{extra}\]'"):
         folder_path(f"{scheme}://b/run")
+
+
+KEEP = """
+import sys
+import jax
+from emo_jax.compilation import keep_programs
+
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+keep_programs(sys.argv[1])
+jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((32, 32)))
+print(len(hits))
+"""
+
+
+def test_compiled_programs_are_kept_in_a_bucket_for_other_hosts(scheme):
+    servers.with_buckets()
+    url = f"{scheme}://{BUCKET}/compiled-programs"
+    hits = [int(subprocess.run([sys.executable, "-c", KEEP, url], capture_output=True, text=True, check=True,
+                               env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}).stdout) for _ in range(2)]
+    assert hits[0] == 0 and hits[1] > 0
+    assert any(path.endswith("-cache") for path in fsspec.filesystem(scheme).find(f"{BUCKET}/compiled-programs"))

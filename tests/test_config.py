@@ -35,6 +35,16 @@ def test_the_standard_moe_differs_by_one_field(emo):
     assert set(differences) == {"name", "router.document_pool"}
 
 
+def test_the_router_geometry_of_olmo_35_is_the_public_one():
+    emo, standard = load_config("olmo35_small_emo"), load_config("olmo35_small_stdmoe")
+    assert set(lib.difference(standard, emo)) == {"name", "router.document_pool"}
+    m, r = emo.model, emo.router
+    assert (m.num_routed_experts, m.routed_top_k, m.num_shared_experts) == (512, 16, 1)
+    assert (r.pool_min, r.pool_max, r.pool_eval) == (16, 512, 512)
+    assert emo.train.batch_size * emo.data.sequence_length == 16_777_216
+    assert emo.train.steps * 16_777_216 == 3_003_121_664_000
+
+
 def test_an_override_has_the_type_of_its_field_whatever_the_config_holds():
     config = Config(name="x", optimizer=lib.OptimizerConfig(weight_decay=0, clip_norm=2))
     changed = override(config, ["optimizer.weight_decay=0.5", "--model.experts_per_layer=" + "8," * 16, "data.path=3"])

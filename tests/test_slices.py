@@ -7,7 +7,7 @@ import pytest
 import tiny
 from test_sharded_step import assert_same, one_step
 
-from emo_jax import model, sharding
+from emo_jax import model, processes, sharding
 from emo_jax.aot import compile as aot
 from emo_jax.aot.hlo import replica_groups
 from emo_jax.config import mesh_shape
@@ -76,3 +76,21 @@ def test_groups_of_devices_in_every_form_that_xla_prints():
 def test_slices_need_a_topology():
     with pytest.raises(InputError, match="--slices 2"):
         aot.compile_config(tiny.config(), None, 2)
+
+
+@pytest.mark.parametrize("environment, on_vm, detected, joins", [
+    ({"MEGASCALE_NUM_SLICES": "2"}, False, ("host0:8482", 2, 1, None), True),  # two slices of one host each
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, ("a:8482", 2, 1, None), True),
+    ({}, True, ("host0:8482", 16, 3, None), True),  # a TPU VM: the names of its slice are in the metadata alone
+    ({}, True, ("host0:8482", 1, 0, None), False),
+    ({}, False, ("host0:8482", 2, 0, None), False),
+], ids=["slices of one host", "GKE", "TPU VMs", "one TPU VM", "no TPU"])
+def test_hosts_of_tpus_join(monkeypatch, environment, on_vm, detected, joins):
+    joined = []
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_on_tpu_vm", lambda: on_vm)
+    monkeypatch.setattr(processes, "_detected", lambda: detected)
+    monkeypatch.setattr(processes, "_join", lambda *found: joined.append(found))
+    processes.start_distributed()
+    assert joined == ([detected] if joins else [])

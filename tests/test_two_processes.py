@@ -1,14 +1,16 @@
 """A run of two real processes, which exchange gradients over the network (gloo): trains, stops, and goes on, also as
 one process."""
 
+import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import config_file, records, series
-from two_processes import finish, start
+from two_processes import finish, start, start_command
 
 from emo_jax.checkpoints import checkpoint
 
@@ -59,3 +61,16 @@ def test_one_process_goes_on_with_the_same_documents(config, whole, cut):
     assert (result["resumed_from"], result["step"]) == (3, steps)
     np.testing.assert_allclose([v for _, v in series(cut)][:len(series(out))], [v for _, v in series(out)], rtol=1e-5)
     assert checkpoint.open_checkpoint(cut).position() == checkpoint.open_checkpoint(out).position()
+
+
+def test_copies_of_parameters_are_read_once_by_all_processes_together(config, tmp_path):
+    run, script = tmp_path / "run", str(Path(__file__).with_name("restore_counted.py"))
+    larger = ("--model.d_model=256", "--model.d_ff=128", "--model.num_experts=16")
+    finish(start(config, run, 1, "--train.steps=1", "--train.eval_rows=4", *larger))
+    counted = {}
+    for processes in (1, 2):
+        started = start_command([script, str(run), '{"data": 4, "fsdp": 1}'], processes)
+        said = [json.loads(p.communicate(timeout=200)[0].splitlines()[-1]) for p in started]
+        assert all(one["as_asked"] and one["what_was_saved"] for one in said)
+        counted[processes] = sum(one["read"] for one in said)
+    assert counted[2] < 1.3 * counted[1]

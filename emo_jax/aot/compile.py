@@ -66,7 +66,7 @@ def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, A
     chip = chips.CHIPS[name] if known else chips.Chip(1.0, None, 1.0, 1.0)
     slices = len(sharding.slices_of(devices))
     memory = compiled.memory_analysis()
-    walked = schedule(Module(compiled.as_text()), chip, _grid(devices), len(devices) // slices if slices > 1 else 0)
+    walked = schedule(Module(compiled.as_text()), chip, _grid(devices), slices, len(devices) // slices if slices > 1 else 0)
     tokens = config.train.batch_size * config.data.sequence_length
     model_flops = flops_per_token(config) * tokens / len(devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -86,6 +86,7 @@ def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, A
                         for c in walked.collectives],
         "kernels": {kernel: {"calls": n, "seconds": s if known else None} for kernel, (n, s) in walked.kernels.items()},
         "bounds": _bounds(walked, chip, model_flops) if known else None,
+        "gaps": [dataclasses.asdict(gap) for gap in walked.gaps[:10]] if known and chip.clock else [],
         "unknown_loops": walked.unknown_loops,
     }
 
@@ -136,8 +137,13 @@ def text(r: dict[str, Any]) -> str:
             f"step, at best        {b['step_seconds_roofline']:.3f} s, MFU {b['mfu_roofline']:.1%} (kernel rooflines)"
             + (f"; {b['step_seconds_cycles']:.3f} s, MFU {b['mfu_cycles']:.1%} (the compiler's cycles)"
                if b["step_seconds_cycles"] else ""),
-            NOTE,
         ]
+    if r["gaps"]:
+        lines.append("the largest gaps between the two, ms: cycles, floor, fusions, source line, operation")
+        lines += [f"  {1e3 * g['cycles_seconds']:8.1f} {1e3 * g['roofline_seconds']:8.1f} {g['fusions']:6}  {g['line']:<32} "
+                  f"{g['operation'][-90:]}" for g in r["gaps"]]
+    if b:
+        lines.append(NOTE)
     if r["unknown_loops"]:
         lines.append(f"loops of unknown length, counted once: {', '.join(r['unknown_loops'])}")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ class Module:
                 self.entry = name if line.startswith("ENTRY") else self.entry
             elif current is not None and (instruction := _parse(line)):
                 current.append(instruction)
+        self._frames = _frames(text)
         self._by_name = {name: {i.name: i for i in body} for name, body in self.computations.items()}
 
     def find(self, computation: str, name: str) -> Instruction | None:
@@ -49,6 +50,12 @@ class Module:
     def operands(self, computation: str, instruction: Instruction) -> list[Instruction]:
         found = (self.find(computation, name) for name in instruction.operands)
         return [i for i in found if i is not None]
+
+    def source(self, instruction: Instruction) -> tuple[str, str]:
+        """(the operation with its named scopes, "file:line" of this package that it comes from); "" where it says none."""
+        name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        return name[1] if name else "", self._frames.get(int(frame[1]), "") if frame else ""
 
     def moved_bytes(self, computation: str, instruction: Instruction, passed: dict[int, int] | None = None) -> float:
         """Main-memory bytes that an instruction reads and writes: operands and results once each; of a fusion's operand
@@ -201,6 +208,24 @@ def _logical_lines(text: str):
             current += " " + line
     if current is not None:
         yield current
+
+
+def _frames(text: str) -> dict[int, str]:
+    """The innermost line of this package in every stack frame that the program's head lists."""
+    head = text[:text.find("\n%")]
+    tables = {title: dict(re.findall(r"^(\d+) (.*)$", body, re.MULTILINE)) for title, body in re.findall(
+        r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", head, re.MULTILINE)}
+    if len(tables) < 3:
+        return {}
+    number = lambda key, row: re.search(rf"\b{key}=(\d+)", row)[1]  # ty: ignore[not-subscriptable]
+    found: dict[int, str] = {}
+    for frame, row in tables["StackFrames"].items():  # callers before what they call
+        location = tables["FileLocations"][number("file_location_id", row)]
+        file = tables["FileNames"][number("file_name_id", location)].strip('"')
+        own = file.rpartition("emo_jax/")
+        found[int(frame)] = (f"{own[2]}:{number('line', location)}" if own[1]
+                             else found.get(int(number("parent_frame_id", row)), ""))
+    return found
 
 
 def _parse(line: str) -> Instruction | None:

@@ -41,6 +41,17 @@ class Collective:
 
 
 @dataclass
+class Gap:
+    """The compiler's cycles of all fusions that one operation of one source line became, and their floor."""
+
+    operation: str
+    line: str
+    cycles_seconds: float = 0.0
+    roofline_seconds: float = 0.0
+    fusions: int = 0
+
+
+@dataclass
 class Schedule:
     roofline_seconds: float = 0.0  # without communication
     cycles_seconds: float = 0.0
@@ -50,6 +61,7 @@ class Schedule:
     kernels: dict[str, tuple[int, float]] = field(default_factory=dict)  # Pallas: name -> (calls, seconds)
     collectives: list[Collective] = field(default_factory=list)
     unknown_loops: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)  # the largest first
 
 
 @dataclass
@@ -61,20 +73,22 @@ class _Pending:
     covered: float = 0.0
 
 
-def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slice_devices: int = 0) -> Schedule:
+def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slices: int = 1, slice_devices: int = 0) -> Schedule:
     """`grid`: devices along each torus axis of the slice, if it is one. slice_devices: of each of several slices, whose devices
     are numbered one slice after the other."""
-    walk = _Walk(module, chip, grid, slice_devices)
+    walk = _Walk(module, chip, grid, slices, slice_devices)
     walk.computation(module.entry, 1)
+    walk.result.gaps = sorted(walk.gaps.values(), key=lambda g: g.roofline_seconds - g.cycles_seconds)
     walk.result.collectives = sorted(walk.collectives.values(), key=lambda c: -c.wire_bytes)
     return walk.result
 
 
 class _Walk:
-    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...], slice_devices: int):
+    def __init__(self, module: Module, chip: Chip, grid: tuple[int, ...], slices: int, slice_devices: int):
         self.module, self.chip, self.grid, self.result = module, chip, sorted(grid, reverse=True), Schedule()
-        self.slice_devices = slice_devices
+        self.slices, self.slice_devices = slices, slice_devices
         self.collectives: dict[tuple, Collective] = {}
+        self.gaps: dict[tuple[str, str], Gap] = {}
         self.home = {id(i): name for name, body in module.computations.items() for i in body}
 
     def computation(self, name: str, times: int) -> float:
@@ -105,6 +119,8 @@ class _Walk:
             return self._synchronous(i.opcode, i, times)
         if i.opcode.removesuffix("-start") in (*KINDS, "async", "call") and i.opcode.endswith("-start"):
             return self._start(i, times, pending)
+        if i.opcode == "send" and (kind := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)):
+            return self._send_to_slices(home, kind[1].lower().replace("_", "-"), i, times, pending)
         if i.opcode.endswith("-done"):
             started = pending.pop(i.operands[0], None) if i.operands else None
             return self._finish(started) if started else 0.0
@@ -120,7 +136,13 @@ class _Walk:
         cycles = self._cycles(i)
         counted = i.opcode == "fusion" or cycles
         moved = self.module.moved_bytes(home, i) if counted else 0.0
-        self._add(cycles, self.module.matmul_flops(home, i), moved, times)
+        roofline = self._add(cycles, self.module.matmul_flops(home, i), moved, times)
+        if cycles:
+            source = self.module.source(i)
+            gap = self.gaps.setdefault(source, Gap(*source))
+            gap.cycles_seconds += cycles * times
+            gap.roofline_seconds += roofline * times
+            gap.fusions += times
         return cycles
 
     def _kernel(self, home, i, times) -> float:
@@ -136,12 +158,13 @@ class _Walk:
         return seconds
 
     def _add(self, cycles: float | None, flops: float, moved: float, times: int) -> float:
+        """Seconds at the roofline."""
         roofline = max(flops / self.chip.flops, moved / self.chip.bandwidth)  # ty: ignore[unsupported-operator]
         self.result.roofline_seconds += roofline * times
         self.result.cycles_seconds += (roofline if cycles is None else cycles) * times
         self.result.flops += flops * times
         self.result.moved_bytes += moved * times
-        return roofline if cycles is None else cycles
+        return roofline
 
     def _cycles(self, i: Instruction) -> float:
         found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
@@ -164,6 +187,16 @@ class _Walk:
             kind, inner = found[0]
         collective, seconds = self._count(kind, inner, times, True)
         pending[i.name] = _Pending(collective, seconds, times)
+        return 0.0
+
+    def _send_to_slices(self, home, kind, i, times, pending) -> float:
+        """What TPUs hand to their hosts' network, and get back when the `recv` of the same rendezvous is done."""
+        rendezvous = re.search(r'_rendezvous="[^"]*"', i.attributes)
+        collective, seconds = self._add_collective(kind, True, self.slices, True, times, *self._network(
+            kind, array_bytes(i.shape, largest=True), self.slices, self.slices))
+        back = next((other.name for other in self.module.computations[home]
+                     if other.opcode == "recv" and rendezvous and rendezvous[0] in other.attributes), i.name)
+        pending[back] = _Pending(collective, seconds, times)
         return 0.0
 
     def _fused_collective(self, home, i, inner, times, pending) -> float:
@@ -200,19 +233,26 @@ class _Walk:
         return exposed
 
     def _count(self, kind, i, times, asynchronous) -> tuple[Collective, float]:
-        group, slices = group_size(i.attributes), self._slices(i)
+        group, slices = group_size(i.attributes), self._spanned_slices(i)
         payload = self._payload(kind, i)
+        if slices > 1:
+            return self._add_collective(kind, asynchronous, group, True, times, *self._network(kind, payload, slices, group))
         # All-reduce: reduce-scatter and all-gather. What a device keeps does not travel.
         passes = 2 if kind == "all-reduce" else 1
-        if slices > 1:  # every device of a slice sends its part of what the slice as a whole has
-            wire = payload * passes * (slices - 1) / max(group, slices)
-            seconds = wire / (self.chip.network or math.nan)
-        else:
-            wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
-            links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
-            seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
-        collective = self.collectives.setdefault((kind, asynchronous, group, slices > 1),
-                                                 Collective(kind, asynchronous, group, slices > 1))
+        wire = payload * passes * ((group - 1) / group if group and kind != "collective-permute" else 1)
+        links = 0.5 if kind == "collective-permute" else self._axes(group)  # a permute: one direction of one axis
+        seconds = wire / (self.chip.link * links)  # ty: ignore[unsupported-operator]
+        return self._add_collective(kind, asynchronous, group, False, times, payload, wire, seconds)
+
+    def _network(self, kind, payload, slices, group) -> tuple[float, float, float]:
+        """(payload, bytes that a device sends to other slices, seconds): all devices of a slice share out what it has."""
+        wire = payload * (2 if kind == "all-reduce" else 1) * (slices - 1) / max(group, slices)
+        return payload, wire, wire / (self.chip.network or math.nan)
+
+    def _add_collective(self, kind, asynchronous, group, between_slices, times, payload, wire,
+                        seconds) -> tuple[Collective, float]:
+        key = (kind, asynchronous, group, between_slices)
+        collective = self.collectives.setdefault(key, Collective(*key))
         collective.count += times
         collective.payload_bytes += payload * times
         collective.wire_bytes += wire * times
@@ -227,7 +267,7 @@ class _Walk:
             return sum(map(array_bytes, operands))
         return array_bytes(i.shape, largest=i.opcode.endswith("-start") or kind.startswith("collective"))
 
-    def _slices(self, i: Instruction) -> int:
+    def _spanned_slices(self, i: Instruction) -> int:
         """How many slices the largest of its groups spans."""
         if not self.slice_devices:
             return 1

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from emo_jax import compat, model, processes
+from emo_jax import compat, model, processes, sharding
 from emo_jax import config as config_lib
 from emo_jax.checkpoints import description
 from emo_jax.checkpoints.description import DamagedCheckpoint
@@ -83,7 +83,7 @@ class Checkpoint:
         """Every process learns whether all of them could read, so that all fall back together."""
         error = tree = None
         try:
-            tree = restore_tree(self.path / item, target)
+            tree = restore_tree(self.path / item, sharding.spread(target) if jax.process_count() > 1 else target)
         except Exception as e:
             error = f"{type(e).__name__}: {shortened(reason(e), 400)}"  # TensorStore's go on for pages
         if processes.any_process(error is not None):
@@ -91,7 +91,7 @@ class Checkpoint:
         total, _ = _checksum(tree)
         if int(total) != self.meta["checksums"][item]["sum"]:
             raise DamagedCheckpoint(f"checkpoint {self.path}: {item} is not what was saved (its checksum differs)")
-        return tree
+        return sharding.lay_out(tree, target)
 
 
 def is_step(name: str) -> bool:

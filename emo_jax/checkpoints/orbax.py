@@ -27,6 +27,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from emo_jax import buckets
 from emo_jax.files import AnyPath
 
+RESTORE_GB = 4  # that a host holds on their way from files to devices
 REPLICA_BYTES = 1 << 20  # arrays below it are written by one device that has them, not a slice by each
 
 COMMITTED = orbax_path.atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step folder in a bucket that is complete
@@ -34,7 +35,8 @@ COMMITTED = orbax_path.atomicity.COMMIT_SUCCESS_FILE  # Orbax's mark of a step f
 
 def restore_tree(folder: AnyPath, target: Any) -> Any:
     """The arrays of an item, laid out as a tree of `jax.ShapeDtypeStruct` with shardings asks."""
-    return ocp.PyTreeCheckpointHandler().restore(_for_orbax(folder), args=ocp.args.PyTreeRestore(
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
+    return handler.restore(_for_orbax(folder), args=ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
 
 

@@ -139,5 +139,6 @@ def _chunks(a, chunk_tokens):
 
 
 def _whole_head(head, x):
-    """Cast first, then gathered over the FSDP axes; the adjoint reduces the gradient back to its shards."""
-    return lax.all_gather(head.astype(x.dtype), ("fsdp", "expert"), axis=0, tiled=True)
+    """Cast first, then gathered over the FSDP axes; the adjoint reduces the gradient back to its shards, and sums those over the
+    other axes."""
+    return lax.all_gather(compat.vary(head.astype(x.dtype), ("data", "sequence")), ("fsdp", "expert"), axis=0, tiled=True)
