@@ -139,6 +139,5 @@ def _chunks(a, chunk_tokens):
 
 
 def _whole_head(head, x):
-    """Cast first, then gathered over the FSDP axes; the adjoint reduces the gradient back to its shards, and sums those over the
-    other axes."""
+    """Cast first, then gathered over the FSDP axes; the adjoint reduces the gradient to its shards, then over the rest."""
     return lax.all_gather(compat.vary(head.astype(x.dtype), ("data", "sequence")), ("fsdp", "expert"), axis=0, tiled=True)
