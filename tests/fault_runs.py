@@ -114,6 +114,7 @@ def _run_and_exit(argv: list[str], log: Path, environment: dict[str, str]) -> No
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ |= environment
+        os.environ.setdefault("GLIBC_TUNABLES", "")  # a fork cannot begin its program anew to set it
         try:
             sys.argv = ["emo-jax", *argv]
             status = cli.main()
