@@ -50,7 +50,8 @@ def step(config: Config | None, rounds: int) -> dict[str, Any]:
 
     tokens = emo.train.batch_size * emo.data.sequence_length
     matmul_rate = dense_flops / np.median(times["matmul"])
-    useful = flops_per_token(emo) * tokens / jax.device_count()
+    # Devices of a CPU share the cores that the one matmul takes.
+    useful = flops_per_token(emo) * tokens / (1 if jax.default_backend() == "cpu" else jax.device_count())
     seconds = {name: float(np.median(values)) for name, values in times.items()}
     return {
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}", "rounds": rounds, "tokens_per_step": tokens,
