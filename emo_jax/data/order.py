@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 from emo_jax.config import DataConfig
 from emo_jax.data.documents import Source
@@ -124,6 +123,8 @@ class DocumentOrder:
         """Number of the `count`-th document of a row."""
         epoch, position = divmod(count * self.batch_size + row, len(self.indices))
         if self.shuffle:
+            from grain.experimental import index_shuffle  # a fifth of a second, which opening a model need not wait for
+
             seed = int(mix(self.seed, np.array([epoch], np.uint64))[0]) & 0xFFFFFFFF
             position = index_shuffle(position, max_index=len(self.indices) - 1, seed=seed, rounds=4)
         return self.indices[position]
