@@ -13,6 +13,7 @@ from emo_jax.checkpoints import checkpoint
 from emo_jax.errors import InputError
 from emo_jax.train import goodput, loop
 from emo_jax.train.goodput import CAUSES, Clock, account
+from emo_jax.train.metrics import JsonLines
 
 
 def record(first, last, began, ended, done=False, **seconds):
@@ -64,7 +65,7 @@ def test_what_is_no_record_is_left_out_and_what_was_written_stays(tmp_path):
              json.dumps(good | {"ended": "x"}), json.dumps(good | {"began": float("inf")}), json.dumps(good)[:30]]
     (tmp_path / "time.jsonl").write_text("\n".join(lines))
     assert goodput.read(tmp_path / "time.jsonl") == [good]
-    file = goodput.TimeFile(tmp_path / "time.jsonl")
+    file = JsonLines(tmp_path / "time.jsonl", goodput.read(tmp_path / "time.jsonl"))
     file.write(record(1, 2, 1.0, 2.0))
     file.close()
     assert goodput.read(tmp_path / "time.jsonl") == [good, record(1, 2, 1.0, 2.0)]

@@ -74,7 +74,7 @@ class _Pending:
 
 
 def schedule(module: Module, chip: Chip, grid: tuple[int, ...] = (), slices: int = 1, slice_devices: int = 0) -> Schedule:
-    """`grid`: devices along each torus axis of the slice, if it is one. slice_devices: of each of several slices, whose devices
+    """`grid`: devices along each torus axis of a slice, if it is one. slice_devices: of each of several `slices`, whose devices
     are numbered one slice after the other."""
     walk = _Walk(module, chip, grid, slices, slice_devices)
     walk.computation(module.entry, 1)

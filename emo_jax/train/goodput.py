@@ -7,7 +7,6 @@ twice, the reader finds: metrics.jsonl keeps the steps that an undisturbed run w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import threading
@@ -20,7 +19,7 @@ import jax
 
 from emo_jax import buckets
 from emo_jax.errors import InputError
-from emo_jax.files import AnyPath, folder_path, reason, write_text
+from emo_jax.files import AnyPath, folder_path, reason
 from emo_jax.progress import duration
 
 TIME = "time.jsonl"
@@ -98,24 +97,8 @@ class Clock:
         return record
 
 
-class TimeFile:
-    """time.jsonl: nothing that was written is dropped, but an end torn by a kill."""
-
-    def __init__(self, path: AnyPath):
-        write_text(path, "".join(json.dumps(record) + "\n" for record in read(path)))
-        self._file = path.open("a")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # whatever could be written is
-            self._file.close()
-
-
 def read(path: AnyPath) -> list[dict[str, Any]]:
-    """The records of a time.jsonl; what is none is left out."""
+    """The records of a time.jsonl; what is none is left out, such as an end torn by a kill."""
     found = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:

@@ -12,6 +12,7 @@ import operator
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from emo_jax.config import Config, flatten
 from emo_jax.data.documents import MAX_LABELS
 from emo_jax.files import AnyPath, write_text
 from emo_jax.progress import duration
+from emo_jax.train import goodput
 from emo_jax.train.data_wait import DataWait
 from emo_jax.train.flops import flops_per_token
-from emo_jax.train.goodput import STEPS, TIME, Clock, TimeFile
+from emo_jax.train.goodput import STEPS, TIME, Clock
 from emo_jax.train.hosts import Hosts, Pace
 from emo_jax.train.mirror import Mirror
 from emo_jax.train.tensorboard import Picture
@@ -59,14 +61,11 @@ def records_and_foreign_lines(content: bytes) -> tuple[list[dict[str, Any]], int
     return records, foreign
 
 
-class MetricsFile:
-    """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened, and evaluations of that
-    step where they are not in its checkpoint (`evaluated`), as they are made again."""
+class JsonLines:
+    """A file of JSON objects, one a line: `records`, and what is written after them."""
 
-    def __init__(self, path: AnyPath, resumed_at: int, evaluated: bool = True):
-        records, _ = records_and_foreign_lines(path.read_bytes() if path.exists() else b"")
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] < resumed_at or (
-            record["step"] == resumed_at and (evaluated or "eval" not in record))))
+    def __init__(self, path: AnyPath, records: Iterable[dict[str, Any]]):
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -76,6 +75,16 @@ class MetricsFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # whatever could be written is
             self._file.close()
+
+
+class MetricsFile(JsonLines):
+    """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened, and evaluations of that
+    step where they are not in its checkpoint (`evaluated`), as they are made again."""
+
+    def __init__(self, path: AnyPath, resumed_at: int, evaluated: bool = True):
+        records, _ = records_and_foreign_lines(path.read_bytes() if path.exists() else b"")
+        super().__init__(path, (record for record in records if record["step"] < resumed_at or (
+            record["step"] == resumed_at and (evaluated or "eval" not in record))))
 
 
 class StatusLine:
@@ -199,7 +208,7 @@ class Log:
         self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, (METRICS, TIME))
         folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
         self._file = MetricsFile(folder / METRICS, step, evaluated) if primary else NoLog()
-        self._times = TimeFile(folder / TIME) if primary else NoLog()
+        self._times = JsonLines(folder / TIME, goodput.read(folder / TIME)) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
         self._trackers = Trackers(config, out, Path(folder), step, self._progress.say) if primary else NoLog()
         self._peak_tokens_per_second: float | None = None

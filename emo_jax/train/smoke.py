@@ -46,9 +46,11 @@ def smoke(config: Config, out: str | AnyPath, say: Callable[[str], None]) -> lis
     # The rate must not depend on the last step, which differs from arm to arm.
     base = dataclasses.replace(
         first, optimizer=dataclasses.replace(first.optimizer, schedule="constant", start_step=-1),
-        train=dataclasses.replace(first.train, batch_ramp="", log_every=1, eval_every=0, init_from="",
-                                  init_params_from=first.train.init_from or first.train.init_params_from),
-        checkpoint=dataclasses.replace(first.checkpoint, every=SAVED_STEP, keep_last=STEPS))
+        train=dataclasses.replace(first.train, batch_ramp="", log_every=1, eval_every=0, eval_tasks="", eval_subsets=False,
+                                  trackers="", profile_steps="", init_from="",
+                                  init_params_from=first.train.init_from or first.train.init_params_from,
+                                  compilation_cache=first.train.compilation_cache or str(folder / "compilation_cache")),
+        checkpoint=dataclasses.replace(first.checkpoint, every=SAVED_STEP, keep_last=STEPS, local=""))
     _run(base, folder / "parts", SAVED_STEP, say, "the first two steps")
     if not base.data.tokenizer:  # all arms read with one
         base = dataclasses.replace(base, data=dataclasses.replace(base.data, tokenizer=str(folder / "parts/tokenizer.json")))
