@@ -28,11 +28,13 @@ def program_config(config: Config) -> Config:
     """`config` with the defaults of what no program of a step depends on: documents, checkpoints, intervals. What is traced for
     it is what would be traced for `config`, so that runs in one process share it."""
     t, o = config.train, config.optimizer
-    steps = max(o.start_step, 0) + 1 if o.schedule == "constant" else t.steps
+    timeless = o.schedule == "constant" and not config.router.pool_grows and config.router.pool_off_from == 1
+    steps = max(o.start_step, 0) + 1 if timeless else t.steps
     train = dataclasses.replace(t, steps=steps, log_every=1, eval_every=0, eval_rows=1, eval_subsets=False,
-                                eval_tasks="", init_params_from="", init_from="", batch_ramp="", compilation_cache="",
-                                profile_steps="", trackers="")
-    data = DataConfig(sequence_length=config.data.sequence_length, max_documents_per_row=config.data.max_documents_per_row)
+                                eval_tasks="", init_params_from="", init_moments=False, init_from="", batch_ramp="",
+                                compilation_cache="", profile_steps="", trackers="")
+    data = DataConfig(sequence_length=config.data.sequence_length, max_documents_per_row=config.data.max_documents_per_row,
+                      general_share=config.data.general_share)
     faults = FaultsConfig(skip_sigma=config.faults.skip_sigma)
     return dataclasses.replace(config, name="program", data=data, train=train, checkpoint=CheckpointConfig(), faults=faults,
                                stages=())

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from emo_jax.config_rules import mesh_shape as mesh_shape
 from emo_jax.config_rules import type_hints, validate
 from emo_jax.errors import InputError
@@ -58,10 +60,14 @@ class RouterConfig:
     pool_min: int = 8  # routed experts, inclusive
     pool_max: int = 128  # inclusive; a pool >= the number of routed experts is no constraint
     forced_experts: int = 0  # the last routed experts, in every pool on top of its size (experts added to a trained model)
+    module: tuple[str, ...] = ()  # likewise, the experts of each layer, "3 17 40": see subset finetune --inside
     pool_eval: int = 0  # pool size in evaluation; 0: none, as in published inference
     pool_distribution: Literal["uniform", "beta"] = "uniform"
     pool_beta: float = 4.0  # the a of Beta(a, 1); only for pool_distribution=beta
     pool_scope: Literal["layer", "document"] = "layer"
+    pool_free: float = 0.0  # share of documents without a pool, drawn anew each step
+    pool_grows: bool = False  # the largest size rises from pool_min to pool_max while the schedule goes on
+    pool_off_from: float = 1.0  # the part of the learning rate's schedule after which no document has a pool
     eos_owner: Literal["own", "next"] = "own"  # published: next
     load_balance_weight: float = 0.1  # emo_v1 divides it by the number of layers
     router_z_weight: float = 1e-3  # likewise
@@ -83,6 +89,9 @@ class DataConfig:
     mix_tokenizer: str = "allenai/dolma2-tokenizer"  # what {TOKENIZER} in the paths of a mix file stands for
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
+    general_share: float = 0.0  # part of the tokens that are of general documents, which have no pools: see subset finetune
+    general_path: str = ""  # the general documents, like `path`
+    general_leave_out_labels: str = ""  # "a,b": documents of these labels are not among them
     sequence_length: int = 4096
     packing: Literal["concat_and_split", "first_fit", "best_fit"] = "concat_and_split"  # first_fit of text, best_fit of tokens
     order: Literal["blocks", "olmo"] = "blocks"  # of rows of token files; olmo: exactly the published order
@@ -120,7 +129,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on everything but the embedding
     clip_norm: float = 1.0
-    trainable: Literal["all", "experts", "no_router"] = "all"  # what is trained; the rest stays (fine-tuning)
+    # What is trained; the rest stays. module: the experts of router.module (or forced_experts) and their router columns.
+    trainable: Literal["all", "experts", "no_router", "module", "module_experts"] = "all"
     start_step: int = -1  # the schedule counts from here; -1: step 0, or the checkpoint's step with train.init_from
 
 
@@ -139,6 +149,8 @@ class TrainConfig:
     eval_rows: int = 256  # rows of held-out text per evaluation, shared out over the labels
     eval_subsets: bool = False  # also: how modular it is: losses with 25 % and 12.5 % of the experts, experts and labels
     init_params_from: str = ""  # checkpoint whose parameters a new run starts with: fresh optimizer, step 0 (fine-tuning)
+    init_moments: bool = False  # with it: also the moments of its optimizer
+    divergence_weight: float = 0.0  # of the divergence from the model it started from, on data.general_path, nats/token
     eval_tasks: str = ""  # also: tasks of lm-evaluation-harness, names and YAML files separated by commas
     init_from: str = ""  # checkpoint that an anneal starts from: parameters, optimizer, data position, step
     # Folder of compiled programs for the next start, also in a bucket. "": the user's, ~/.cache/emo_jax/compiled; of a run
@@ -224,6 +236,17 @@ class Config:
     @property
     def uses_pools(self) -> bool:
         return self.model.num_experts > 0 and self.router.document_pool
+
+    def module_mask(self) -> np.ndarray | None:
+        """bool [L, R]: the routed experts that every pool holds on top of its size; None if there are none."""
+        m, r = self.model, self.router
+        if not (r.module or r.forced_experts):
+            return None
+        mask = np.zeros((m.num_layers, m.num_routed_experts), bool)
+        mask[:, m.num_routed_experts - r.forced_experts:] = True
+        for layer, experts in enumerate(r.module):
+            mask[layer, [int(e) for e in experts.split()]] = True
+        return mask
 
 
 # ---- loading, overriding, printing ----------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "0 or more": (lambda x: x >= 0, """
         model.num_experts model.num_shared_experts model.top_k router.pool_min router.pool_max router.pool_eval
         router.forced_experts router.load_balance_weight router.router_z_weight router.balance_shards data.workers
-        optimizer.warmup_steps optimizer.weight_decay train.output_z_weight train.eval_every checkpoint.keep_every
-        checkpoint.keep_best checkpoint.min_free_gb data.max_epochs faults.skip_sigma
+        optimizer.warmup_steps optimizer.weight_decay train.output_z_weight train.divergence_weight train.eval_every
+        checkpoint.keep_every checkpoint.keep_best checkpoint.min_free_gb data.max_epochs faults.skip_sigma
         faults.check_replicas_every faults.repeat_step_every faults.hang_seconds"""),
     "more than 0": (lambda x: x > 0, """
         model.rope_theta model.norm_eps model.init_std router.pool_beta optimizer.learning_rate optimizer.eps
@@ -38,8 +38,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1, or -1 for all devices that are left": (
         lambda x: x >= 1 or x == -1, "mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.sequence"),
     "a step, or -1": (lambda x: x >= -1, "optimizer.start_step"),
-    "in [0, 1)": (lambda x: 0 <= x < 1, "data.eval_fraction optimizer.beta1 optimizer.beta2"),
-    "in [0, 1]": (lambda x: 0 <= x <= 1, "optimizer.final_fraction data.max_skipped"),
+    "in [0, 1)": (lambda x: 0 <= x < 1, "data.eval_fraction data.general_share optimizer.beta1 optimizer.beta2"),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, """
+        optimizer.final_fraction data.max_skipped router.pool_free router.pool_off_from"""),
     "in 0..2^63 - 1": (lambda x: 0 <= x < 2**63, "seed"),
 }
 type_hints = functools.cache(typing.get_type_hints)  # which compiles every annotation each time
@@ -71,10 +72,14 @@ def validate(c: Config) -> None:
                 all(m.num_shared_experts < n <= m.num_experts for n in m.experts_per_layer),
                 f"model.experts_per_layer={m.experts_per_layer} must be model.num_layers={m.num_layers} numbers in "
                 f"{m.num_shared_experts + 1}..{m.num_experts}, the shared experts included")
+    if r.module:
+        _check_module(c, require)
     if c.uses_pools:
-        require(m.routed_top_k <= r.pool_min <= r.pool_max,
-                f"router.pool_min={r.pool_min} must be between the {m.routed_top_k} routed experts of a token "
-                f"(model.top_k - model.num_shared_experts) and router.pool_max={r.pool_max}")
+        least = max(m.routed_top_k - min((len(experts.split()) for experts in r.module), default=0), 0)
+        require(least <= r.pool_min <= r.pool_max,
+                f"router.pool_min={r.pool_min} must be between the {least} routed experts of a token "
+                f"(model.top_k - model.num_shared_experts{' - those of router.module' * bool(r.module)}) and "
+                f"router.pool_max={r.pool_max}")
         require(r.pool_eval == 0 or r.pool_eval >= m.routed_top_k,
                 f"router.pool_eval={r.pool_eval} must be 0 (no pool) or at least {m.routed_top_k}, "
                 f"the routed experts of a token")
@@ -95,6 +100,11 @@ def validate(c: Config) -> None:
             "train.init_params_from (parameters only), not both")
     require(o.trainable == "all" or m.num_experts > 0,
             f"optimizer.trainable={o.trainable!r} needs experts (model.num_experts=0)")
+    require(not o.trainable.startswith("module") or bool(r.module or r.forced_experts),
+            f"optimizer.trainable={o.trainable!r} needs router.module or forced_experts: the experts that it trains")
+    require(d.general_share > 0 or not t.divergence_weight,
+            f"train.divergence_weight={t.divergence_weight} needs data.general_share: it is of general documents")
+    require(not t.init_moments or bool(t.init_params_from), "train.init_moments needs train.init_params_from")
     require(not t.eval_subsets or m.num_experts > 0, "train.eval_subsets needs experts (model.num_experts=0)")
     require(not d.tokens_field or bool(d.tokenizer),
             f"data.tokens_field={d.tokens_field!r} needs data.tokenizer: the one that the token ids were made with")
@@ -110,6 +120,15 @@ def validate(c: Config) -> None:
         from emo_jax.phases import phases
 
         phases(c)  # every part of the run is a config that keeps these rules
+
+
+def _check_module(c: Config, require: Callable[[bool, str], None]) -> None:
+    routed, layers = c.model.num_routed_experts, c.model.num_layers
+    experts = [layer.split() for layer in c.router.module]
+    right = len(experts) == layers and all(layer and all(e.isdecimal() and int(e) < routed for e in layer) for layer in experts)
+    require(c.uses_pools and right,
+            f"router.module={c.router.module} must be ids of routed experts, 0..{routed - 1}, such as \"3 17 40\", for each of "
+            f"{layers} layers, and needs router.document_pool")
 
 
 def step_range(text: str) -> tuple[int, int]:

@@ -164,19 +164,21 @@ class MoE(nnx.Module):
         self.down = init.weight("down", E, F, D)
 
     @jax.named_scope("routing")
-    def route(self, x_BTD: Float[Array, "B T D"], rows: RowContext, pool_sizes: Int[Array, "B N"] | None,
+    def route(self, x_BTD: Float[Array, "B T D"], rows: RowContext, pools: tuple[Array, Array | None] | None,
               allowed: Array | np.ndarray | None, execution: Execution) -> routing.Routing:
         c = execution.config
         router_DR = gather_weight(self.router[...], jnp.float32, None, None)
         logits_BTR = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), router_DR, precision=jax.lax.Precision.HIGHEST)
         if allowed is not None:
             logits_BTR = jnp.where(allowed, logits_BTR, -1e30)
-        return routing.route(logits_BTR, rows.router_segments, pool_sizes, c.model.routed_top_k, c.router.semantics,
-                             c.router.forced_experts)
+        sizes_BN, forced_R = pools or (None, None)
+        return routing.route(logits_BTR, rows.router_segments, sizes_BN, c.model.routed_top_k, c.router.semantics,
+                             0 if forced_R is None else forced_R)
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, execution: Execution, see_rows=None):
-        """(output, routing). `see_rows`: the hook of `ExpertLayer`; what it saw is in the routing."""
-        route = self.route(x_BTD, rows, pool_sizes, allowed, execution)
+    def __call__(self, x_BTD, rows: RowContext, pools, allowed, execution: Execution, see_rows=None):
+        """(output, routing). `pools`: None, or sizes [B, N] and what all pools hold beside that, [R]. `see_rows`: the hook of
+        `ExpertLayer`; what it saw is in the routing."""
+        route = self.route(x_BTD, rows, pools, allowed, execution)
         table = {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
         c = execution.config
         layer = ExpertLayer(c.model.num_shared_experts, execution.dispatch, execution.grouped_matmul,
@@ -218,10 +220,10 @@ class Block(nnx.Module):
         h_BTD = checkpoint_name(x_BTD + y_BTD, "residual")
         return h_BTD, rms_norm(h_BTD, self.mlp_norm[...], eps), kv
 
-    def __call__(self, x_BTD, rows: RowContext, pool_sizes, allowed, execution: Execution, past=None):
+    def __call__(self, x_BTD, rows: RowContext, pools, allowed, execution: Execution, past=None):
         h_BTD, normed_BTD, kv = self.attend(x_BTD, rows, execution, past)
         if execution.config.model.num_experts:
-            y_BTD, route = self.moe(normed_BTD, rows, pool_sizes, allowed, execution)
+            y_BTD, route = self.moe(normed_BTD, rows, pools, allowed, execution)
         else:
             y_BTD, route = self.mlp(normed_BTD, execution), None
         return h_BTD + y_BTD, route, kv
@@ -309,15 +311,16 @@ def _layers(params, tokens_BT, rows: RowContext, execution: Execution, pool_size
     structure, _ = nnx.split(nnx.eval_shape(lambda: Block(c.model, Init(c.model, 0))))
 
     def layer(x_BTD, inputs):
-        layer_params, sizes_BN, mask, past, more = inputs
+        layer_params, pools, mask, past, more = inputs
         past = None if past is None or cache is None else (*past, cache.segments)
-        x_BTD, route, kv = nnx.merge(structure, layer_params)(x_BTD, rows, sizes_BN, mask, execution, past)
+        x_BTD, route, kv = nnx.merge(structure, layer_params)(x_BTD, rows, pools, mask, execution, past)
         return x_BTD, (per_layer(x_BTD, route, rows, *more), None if past is None else kv)
 
     policy = REMAT_POLICIES[c.train.remat]
     body = layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
     past = None if cache is None else (cache.k, cache.v)
-    inputs = (params["layers"], pool_sizes, allowed_experts(c.model, allowed), past, layer_inputs)
+    pools = None if pool_sizes is None else (pool_sizes, c.module_mask())
+    inputs = (params["layers"], pools, allowed_experts(c.model, allowed), past, layer_inputs)
     x_BTD, (outputs, kv) = jax.lax.scan(body, x_BTD, inputs)
     return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv
 
@@ -361,6 +364,15 @@ def loss_sums(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Arra
     c = execution.config
     return ce.training_loss(x_BTD, params["head"], targets_BT, weights_BT, c.train.output_z_weight,
                             c.kernels.loss_chunk_tokens, of_tokens)
+
+
+@jax.named_scope("loss")
+def divergence(before: Params, before_BTD: Float[Array, "B T D"], params: Params, x_BTD: Float[Array, "B T D"],
+               weights_BT: Float[Array, "B T"], execution: Execution) -> Float[Array, ""]:
+    """Sum over all tokens of weights * KL(the next token of the model `before` || that of `params`), nats. No gradient goes to
+    `before`."""
+    return ce.divergence(*jax.lax.stop_gradient((before_BTD, before["head"])), x_BTD, params["head"], weights_BT,
+                         execution.config.kernels.loss_chunk_tokens)
 
 
 def logits(params: Params, x_BTD: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T V"]:

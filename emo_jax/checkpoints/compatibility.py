@@ -11,7 +11,8 @@ from emo_jax.phases import phases
 # Fields of `data` that may change from one start of a run to the next; with `seed`, everything else there fixes which tokens a
 # run sees, and `model` and `router` fix what the parameters mean.
 FREE_DATA_FIELDS = tuple(f"data.{name}" for name in (
-    "path", "format", "tokenizer", "workers", "text_field", "tokens_field", "eval_path", "max_skipped", "cache_gb", "mix_root"))
+    "path", "general_path", "format", "tokenizer", "workers", "text_field", "tokens_field", "eval_path", "max_skipped",
+    "cache_gb", "mix_root"))
 # Fields that change what is made of the documents, not which of them are next.
 ROW_FIELDS = tuple(f"data.{name}" for name in (
     "sequence_length", "packing", "max_documents_per_row", "document_end_target", "repetition_filter", "repetitive_rows"))

@@ -145,7 +145,11 @@ def add_finetune(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--subset", required=True, metavar="FILE")
     parser.add_argument("--data", default="", metavar="PATH", help="documents (default: those of the run)")
-    parser.add_argument("--train-what", choices=("all", "experts", "no_router"), help="--optimizer.trainable")
+    parser.add_argument("--label", default="", help="only documents of this label")
+    parser.add_argument("--alone", action="store_true", help="extract the subset and train that (default: train it inside the "
+                        "whole model, where every document's pool holds it)")
+    parser.add_argument("--train-what", choices=("all", "experts", "no_router", "module", "module_experts"),
+                        help="--optimizer.trainable")
     parser.add_argument("--out", required=True, metavar="DIR")
 
 
@@ -156,7 +160,8 @@ def finetune(args: Namespace) -> Result:
 
     found = open_checkpoint(args.checkpoint)
     overrides = [f"optimizer.trainable={args.train_what}"] if args.train_what else []
-    result = train(found, load(args.subset, found), args.out, args.data, overrides + args.overrides)
+    result = train(found, load(args.subset, found), args.out, args.data, overrides + args.overrides, alone=args.alone,
+                   label=args.label)
     return Result(result, f"trained to step {result['step']} of {result['steps']}: {result['checkpoint']}")
 
 

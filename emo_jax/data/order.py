@@ -46,7 +46,27 @@ class DocumentRanges:
         return int(self._firsts[number] + i - self._starts[number])
 
 
-DocumentNumbers = TrainIndices | DocumentRanges
+class BothNumbers:
+    """The task's training documents, and `count` general ones spread over all of them: a sequence that is not stored."""
+
+    def __init__(self, task: DocumentNumbers, general: DocumentNumbers, first_general: int, count: int):
+        self._task, self._general, self._first, self._count = task, general, first_general, count
+
+    def __len__(self) -> int:
+        return len(self._task) + self._count
+
+    def __getitem__(self, i: int) -> int:
+        j = i - len(self._task)
+        if j < 0:
+            return self._task[i]
+        if j >= self._count:
+            raise IndexError(i)
+        lap, place = divmod(j, len(self._general))  # one after the other, where there are too few
+        last = min(self._count - lap * len(self._general), len(self._general))
+        return self._first + self._general[place * len(self._general) // last]
+
+
+DocumentNumbers = TrainIndices | DocumentRanges | BothNumbers
 
 
 def split(source: Source, data: DataConfig, seed: int) -> tuple[DocumentNumbers, np.ndarray]:
@@ -82,6 +102,15 @@ def documents_of_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
         if label not in codes:
             raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(sorted(codes)[:50])}")
     return np.flatnonzero(np.isin(of_document, [codes[label] for label in labels]))
+
+
+def labels_but(source: Source, label: str) -> list[str]:
+    """All labels of a source but one. Raises `InputError` if it has no document of that one."""
+    labels = source.labels or sorted({source.label(i) for i in track(range(len(source)), f"reading the labels of {source.name}",
+                                                                    "documents")})
+    if label not in labels:
+        raise InputError(f"{source.name}: no document of label {label!r}; there are {', '.join(labels[:50])}")
+    return [other for other in labels if other != label]
 
 
 def _hashed(total: int, fraction: float, seed: int, block: int = 1 << 22) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from emo_jax import compat
 from emo_jax.rounding import ceil_div, equal_parts
-from emo_jax.sharding import ACTIVATIONS, AXES, TOKENS, parameter_spec
+from emo_jax.sharding import ACTIVATIONS, AXES, BATCH, TOKENS, parameter_spec
 
 
 class LossSums(NamedTuple):
@@ -64,6 +64,29 @@ def cross_entropy(
 
     return compat.shard_map(device, in_specs=(ACTIVATIONS, parameter_spec(("head",)), TOKENS),
                             out_specs=(TOKENS, TOKENS))(x, head, targets)
+
+
+def divergence(
+    before: Float[Array, "B T D"], head_before: Float[Array, "D V"], x: Float[Array, "B T D"], head: Float[Array, "D V"],
+    weights: Float[Array, "B T"], chunk_tokens: int,
+) -> Float[Array, ""]:
+    """Weighted sum over all tokens of KL(p_before || p) = sum p_before (logit_before - logit) - lse_before + lse, nats."""
+
+    def device(before, head_before, x, head, weights):
+        head_before, head = _whole_head(head_before, before), _whole_head(head, x)
+
+        def of_chunk(chunk):
+            none = jnp.full(chunk[2].shape, -1)  # no target
+            (old, _, old_lse), (new, _, new_lse) = (_losses(x, h, none) for x, h in ((chunk[0], head_before), (chunk[1], head)))
+            kl = lax.psum(jnp.sum(jnp.exp(old - old_lse[:, None]) * (old - new), axis=-1), "tensor") - old_lse + new_lse
+            return jnp.sum(chunk[2] * kl)
+
+        chunks = tuple(_chunks(a.reshape(-1, *a.shape[2:]), chunk_tokens) for a in (before, x, weights))
+        return lax.psum(jnp.sum(lax.map(jax.checkpoint(of_chunk, prevent_cse=False), chunks)), (*BATCH, "sequence"))
+
+    head_spec = parameter_spec(("head",))
+    return compat.shard_map(device, in_specs=(ACTIVATIONS, head_spec, ACTIVATIONS, head_spec, TOKENS), out_specs=P())(
+        before, head_before, x, head, weights)
 
 
 # ---- one device -----------------------------------------------------------------------------------------------------

@@ -50,13 +50,13 @@ def route(
     pool_sizes: Int[Array, "B N"] | None,
     top_k: int,
     semantics: str | Semantics = "emo_v1",
-    forced_experts: int = 0,
+    forced_experts: int | Bool[Array, "R"] = 0,
 ) -> Routing:
     """Chooses `top_k` routed experts for every token, inside the pool of the token's document.
 
     `segment_ids`: row-local documents 1..N, 0 for padding. `pool_sizes[:, n - 1]`: size of the pool of document n, in
     routed experts; R or more is no constraint, and must not be below `top_k`. None: no pools (standard MoE).
-    `forced_experts`: the last routed experts, which every pool holds on top of its size.
+    `forced_experts`: those that every pool holds on top of its size: a mask, or how many of the last ones.
 
     Rematerialisation that saves "routing" repeats no router matmul, vote or selection: the rest follows from what has that
     name element by element.
@@ -84,14 +84,15 @@ def route(
 
 def document_pool(
     router_probs: Float[Array, "B T R"], segment_ids: Int[Array, "B T"], pool_sizes: Int[Array, "B N"],
-    forced_experts: int = 0,
+    forced_experts: int | Bool[Array, "R"] = 0,
 ) -> Bool[Array, "B T R"]:
     """The experts that the token's document may use: those with the largest sums of `router_probs` over the document,
     `pool_sizes` of them (ties: the lowest id first). Everything is allowed to padding, which never votes."""
     documents_BTN = one_hot_documents(segment_ids, pool_sizes.shape[1])
     votes_BNR = jnp.einsum("btn,btr->bnr", documents_BTN, jax.lax.stop_gradient(router_probs),
                            precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, None, None))
-    forced_R = jnp.arange(votes_BNR.shape[-1]) >= votes_BNR.shape[-1] - forced_experts
+    R = votes_BNR.shape[-1]
+    forced_R = jnp.arange(R) >= R - forced_experts if isinstance(forced_experts, int) else forced_experts
     rank_BNR = jnp.argsort(jnp.argsort(jnp.where(forced_R, 1.0, -votes_BNR), axis=-1, stable=True), axis=-1)
     dropped_BNR = ((rank_BNR >= pool_sizes[..., None]) & ~forced_R).astype(jnp.float32)
     # Back to the tokens as a matmul with a 0/1 matrix: exact, and it shards and runs like any other matmul.
@@ -121,17 +122,24 @@ def split_at_eos(segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"], eos_
     return jnp.where(segment_ids > 0, 1 + opened_BT, 0)
 
 
+NO_POOL = 2**31 - 1  # a size
+
+
 def draw_pool_sizes(
-    config: RouterConfig, seed: int, step: Int[Array, ""] | int, layers: int, document_ids: Int[Array, "B N"]
+    config: RouterConfig, seed: int, step: Int[Array, ""] | int, layers: int, document_ids: Int[Array, "B N"],
+    progress: Float[Array, ""] | float = 0.0,
 ) -> Int[Array, "L B N"]:
     """Pool sizes of one optimizer step, from a stateless key of (seed, step, layer, document id): they do not change
     with the mesh, the number of hosts, microbatching, rematerialisation or a resume.
 
     `uniform`: integers of [pool_min, pool_max], both included, as published. `beta`: min + (max - min) u^(1/a), which is
-    Beta(a, 1) and favours large pools. `pool_scope=document` gives one size to all layers of a document.
+    Beta(a, 1) and favours large pools. `pool_scope=document` gives one size to all layers of a document. `progress`: the part
+    of the learning rate's schedule that is over, for `pool_grows` and `pool_off_from`.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     lo, hi = config.pool_min, config.pool_max
+    if config.pool_grows:
+        hi = lo + jnp.round((hi - lo) * jnp.clip(progress, 0, 1)).astype(jnp.int32)
 
     def size(layer, document):
         u = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, layer), document))
@@ -139,6 +147,12 @@ def draw_pool_sizes(
             return jnp.minimum(lo + jnp.floor(u * (hi - lo + 1)).astype(jnp.int32), hi)
         return jnp.round(lo + (hi - lo) * u ** (1 / config.pool_beta)).astype(jnp.int32)
 
+    def is_free(document):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, layers), document)) < config.pool_free
+
     key_of_layer_L = jnp.arange(layers) if config.pool_scope == "layer" else jnp.zeros(layers, jnp.int32)
     over_documents = jax.vmap(jax.vmap(size, in_axes=(None, 0)), in_axes=(None, 0))
-    return jax.vmap(over_documents, in_axes=(0, None))(key_of_layer_L, document_ids)
+    sizes_LBN = jax.vmap(over_documents, in_axes=(0, None))(key_of_layer_L, document_ids)
+    if config.pool_free:
+        sizes_LBN = jnp.where(jax.vmap(jax.vmap(is_free))(document_ids), NO_POOL, sizes_LBN)
+    return sizes_LBN if config.pool_off_from == 1 else jnp.where(progress >= config.pool_off_from, NO_POOL, sizes_LBN)

@@ -1,55 +1,84 @@
-"""Fine-tuning a subset: the extracted model becomes an ordinary run with a fresh optimizer.
+"""Fine-tuning the experts of a subset, alone or inside the whole model.
 
-The step is that of pretraining, so experts are balanced over the whole batch of all devices and microbatches
-(`router.balance_scope`), not within a device's batch. What is trained is `optimizer.trainable`.
+Alone, the extracted model becomes an ordinary run. Inside, the run is one of the whole model: the pool of every document holds
+the subset (`router.module`), and so many of the other experts as are drawn for the document, from none to all. So the subset
+learns its part among all the others, and what it gains, the whole model gains. The step is that of pretraining, so experts are
+balanced over the whole batch of all devices and microbatches (`router.balance_scope`). What is trained is
+`optimizer.trainable`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, open_checkpoint, steps
 from emo_jax.checkpoints.subset import Subset, require_of
 from emo_jax.config import Config, MeshConfig, override
-from emo_jax.files import AnyPath, make_folder
+from emo_jax.data.order import labels_but
+from emo_jax.data.sources import open_source
+from emo_jax.files import AnyPath, copy_file, make_folder
 from emo_jax.surgery.extract import extract
 from emo_jax.train import loop
 from emo_jax.train.holder import hold
 
 START = "start"  # the extracted model, in the folder of the run
+TRAINABLE: Literal["module"] = "module"  # TODO from the study
+GENERAL_SHARE = 1 / 3
 
 
-def finetune_config(small: Config, start: AnyPath, data: str, overrides: Sequence[str]) -> Config:
+def finetune_config(found: Config, start: AnyPath, data: str, label: str, overrides: Sequence[str]) -> Config:
     """Published settings for fine-tuning on a task, before `overrides`: 5e-5, linear to 0 after 10 % warmup, no weight
     decay, batches of 32 rows."""
     config = dataclasses.replace(
-        small, mesh=MeshConfig(),
-        optimizer=dataclasses.replace(small.optimizer, learning_rate=5e-5, schedule="linear", final_fraction=0.0,
+        found, mesh=MeshConfig(), stages=(),
+        optimizer=dataclasses.replace(found.optimizer, learning_rate=5e-5, schedule="linear", final_fraction=0.0,
                                       weight_decay=0.0, warmup_steps=0, start_step=-1),
-        train=dataclasses.replace(small.train, steps=100, batch_size=32, microbatches=1, init_from="",
+        train=dataclasses.replace(found.train, steps=100, batch_size=32, batch_ramp="", microbatches=1, init_from="",
                                   init_params_from=str(start)))
     if data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, format="auto",
-                                                                      eval_path=""))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, format="auto", eval_path="",
+                                                                      leave_out_labels="", mixture=""))
     config = override(config, list(overrides))
+    if label:
+        others = labels_but(open_source(config.data), label)
+        config = override(config, [f"data.leave_out_labels={','.join(others)}"])
     if not any("optimizer.warmup_steps" in item for item in overrides):
         config = override(config, [f"optimizer.warmup_steps={max(config.train.steps // 10, 1)}"])
     return config
 
 
+def inside_config(whole: Config, subset: Subset) -> Config:
+    """Of the whole model with the subset in every pool, and among the task's documents those that the model was trained on."""
+    others = whole.model.num_routed_experts - max(map(len, subset.kept))
+    d, r = whole.data, whole.router
+    router = dataclasses.replace(r, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
+                                 pool_min=max(whole.model.routed_top_k - min(map(len, subset.kept)), 0), pool_max=others,
+                                 pool_distribution="uniform", pool_free=0.0, pool_grows=False, pool_off_from=1.0)
+    return dataclasses.replace(
+        whole, name=f"{whole.name}-module", router=router,
+        data=dataclasses.replace(d, general_share=GENERAL_SHARE, general_path=d.path,
+                                 general_leave_out_labels=d.leave_out_labels),
+        optimizer=dataclasses.replace(whole.optimizer, trainable=TRAINABLE))
+
+
 def finetune(found: Checkpoint, subset: Subset, out: str | AnyPath, data: str = "", overrides: Sequence[str] = (),
-             evaluations: Iterable = ()) -> dict[str, Any]:
-    """Extracts into `out`/start and trains into `out`, going on from what is there; returns what `loop.train` does."""
+             evaluations: Iterable = (), *, alone: bool = False, label: str = "") -> dict[str, Any]:
+    """Trains into `out`, going on from what is there; returns what `loop.train` does. `alone`: the model that is extracted into
+    `out`/start, else the whole one. `label`: only documents of that label."""
     with hold(folder := make_folder(out)) as holder:
         require_of(subset, found)
-        start = folder / START
-        if not steps(start / FOLDER):
-            extract(found, subset, start)
-        small = open_checkpoint(start)
+        start, base = found.path, found.config
+        if alone:
+            start = folder / START
+            if not steps(start / FOLDER):
+                extract(found, subset, start)
+            base = open_checkpoint(start).config
+        else:
+            base = inside_config(base, subset)
         subset.save(folder / "subset.json")
-        tokenizer = folder / "tokenizer.json"
-        if not tokenizer.exists() and (start / "tokenizer.json").exists():
-            tokenizer.write_bytes((start / "tokenizer.json").read_bytes())
-        return loop.train_held(finetune_config(small.config, start, data, overrides), folder, evaluations, holder)
+        tokenizer, given = folder / "tokenizer.json", found.run / "tokenizer.json"
+        if not tokenizer.exists() and given.exists():
+            copy_file(given, tokenizer)
+        return loop.train_held(finetune_config(base, start, data, label, overrides), folder, evaluations, holder)

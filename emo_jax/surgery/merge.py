@@ -1,4 +1,7 @@
-"""Putting the experts of a trained subset back into the whole model."""
+"""Putting what a subset has learnt back into the whole model.
+
+That is a task vector times a coefficient: whole + alpha (trained - whole), where what was not trained stays bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,28 @@ from emo_jax.files import AnyPath
 
 def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | AnyPath, *, alpha: float = 1.0,
           router: bool = False, shared: bool = False) -> AnyPath:
-    """Writes `whole` with the kept experts (1 - alpha) whole + alpha part; returns the step folder.
+    """Writes `whole` + alpha (part - whole) for the kept experts; returns the step folder.
 
     `router`: their router columns likewise. `shared`: also everything that is not a routed expert or the router: shared
-    experts, attention, norms, embedding, head. Raises `InputError` if the three do not belong together.
+    experts, attention, norms, embedding, head. A part that is a whole model, in which the subset was trained, is taken with all
+    that it has. Raises `InputError` if the three do not belong together.
     """
-    require_part(whole, part, subset)
-    if not 0 < alpha <= 1:
-        raise InputError(f"--alpha {alpha} must be more than 0 and at most 1")
+    inside = is_whole(whole, part)
+    if not inside:
+        require_part(whole, part, subset)
+    if alpha <= 0:
+        raise InputError(f"--alpha {alpha} must be more than 0")
     full_store, part_store, m = store_of(whole), store_of(part), whole.config.model
     routed_rows = part.config.model.num_routed_experts
     position = [{expert: row for row, expert in enumerate(ids)} for ids in subset.kept]
 
     def blend(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        return new if alpha == 1 else ((1 - alpha) * old + alpha * new).astype(np.float32)
+        return new if alpha == 1 else (old + alpha * (new - old)).astype(np.float32)
 
     def values(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
         old = full_store.read(leaf, index)
+        if inside:
+            return blend(old, part_store.read(leaf, index))
         if leaf in TABLES:
             layer, row = index
             if row >= m.num_routed_experts:
@@ -48,8 +56,14 @@ def merge(whole: Checkpoint, part: Checkpoint, subset: Subset, out: str | AnyPat
         return blend(old, part_store.read(leaf, index)) if shared else old
 
     made: dict[str, Any] = {
-        "merged": {"alpha": alpha, "router": router, "shared": shared, "kept": subset.kept, "part": str(part.path)}}
+        "merged": {"alpha": alpha, "router": router or inside, "shared": shared or inside, "kept": subset.kept,
+                   "part": str(part.path)}}
     return write_checkpoint(out, whole.config, values, whole, made)
+
+
+def is_whole(whole: Checkpoint, part: Checkpoint) -> bool:
+    """Whether `part` is `whole`, trained on with a subset in every pool."""
+    return bool(part.config.router.module) and part.config.model == whole.config.model
 
 
 def require_part(whole: Checkpoint, part: Checkpoint, subset: Subset) -> None:

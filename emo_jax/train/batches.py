@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from emo_jax import processes
 from emo_jax.checkpoints.compatibility import ROW_FIELDS
 from emo_jax.config import Config, flatten, to_dict
+from emo_jax.data.general import WithGeneral
 from emo_jax.data.pipeline import array_to_states, go_on, make_train_iterator, states_to_array, streams_of
 from emo_jax.data.stream import stream_of_stages
 from emo_jax.data.token_batches import TokenBatches
@@ -91,6 +92,7 @@ class TextBatches:
             if states != before:
                 say("rows that data.packing=first_fit had begun do not fit the new rows and are left out")
         self._size, self._data, self._group, self._taken = config.train.batch_size, config.data, group, 0
+        self._first_general = documents.source.first_general if isinstance(documents.source, WithGeneral) else None
         self._streams = self._size if states is None else len(states)
         self._of_tokens = {k: v for k, v in (place.position if place else {}).items() if k == "stages"}
         self._iterator = make_train_iterator(config, documents.source, documents.tokenizer, *group, states=states,
@@ -100,6 +102,8 @@ class TextBatches:
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._iterator)
         self._taken += 1
+        if self._first_general is not None:
+            batch["general"] = (batch["document_ids"] >= self._first_general).astype(np.int32)
         return batch
 
     def timings(self) -> np.ndarray:

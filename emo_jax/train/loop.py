@@ -86,6 +86,7 @@ def train_held(config: Config, out: str | AnyPath, evaluations: Iterable, holder
             if position is None:
                 run_folder.require_new(config, folder, start_over)
                 position = start.initial_position(config, mesh, origin, documents.of)
+            position.state = start.with_reference(position.state, config, mesh)
             left = [phase for phase in plan if phase.until > position.step]
             check_phases(left, documents.of, mesh, position.place)
             run_folder.prepare(config, folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from emo_jax.config import Config
@@ -48,21 +49,29 @@ def decay_mask(params: dict) -> dict[str, bool]:
     return {name: name != "embedding" for name in params}
 
 
-def trained_mask(params: Any, trainable: str) -> Any:
-    """Which parameters `optimizer.trainable` trains, as a tree of bools."""
+def trained_mask(params: Any, config: Config) -> Any:
+    """Which parameters `optimizer.trainable` trains: a tree of bools, and of masks where it is some experts of each layer."""
+    trainable, module_LR = config.optimizer.trainable, config.module_mask()
 
-    def trained(path, _) -> bool:
+    def trained(path, leaf) -> bool | np.ndarray:
         names = [k.key for k in path]
         router = names[-1] == "router"
+        if trainable.startswith("module"):
+            if "moe" not in names or (router and trainable == "module_experts"):
+                return False
+            assert module_LR is not None
+            if router:
+                return module_LR[:, None]
+            return np.pad(module_LR, ((0, 0), (0, config.model.num_shared_experts)))[..., None, None]
         return trainable == "all" or (not router and (trainable == "no_router" or "moe" in names))
 
     return jax.tree_util.tree_map_with_path(trained, params)
 
 
-def keep_untrained(trainable: str) -> optax.GradientTransformation:
+def keep_untrained(config: Config) -> optax.GradientTransformation:
     """Zeroes what must not change. Not `optax.masked`: its state has another tree than that of checkpoints so far."""
     return optax.stateless(lambda updates, params: jax.tree.map(
-        lambda u, trained: u if trained else jnp.zeros_like(u), updates, trained_mask(updates, trainable)))
+        lambda u, trained: u if trained is True else jnp.where(trained, u, 0), updates, trained_mask(updates, config)))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -90,4 +99,4 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
     if o.trainable == "all":
         return optax.chain(*steps)
-    return optax.chain(keep_untrained(o.trainable), *steps, keep_untrained(o.trainable))  # gradients, and weight decay
+    return optax.chain(keep_untrained(config), *steps, keep_untrained(config))  # gradients, and weight decay

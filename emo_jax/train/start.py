@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from emo_jax import processes
@@ -25,6 +26,7 @@ from emo_jax.checkpoints.compatibility import (
 from emo_jax.checkpoints.description import DamagedCheckpoint
 from emo_jax.config import Config
 from emo_jax.data.evaluation import evaluation_rows, evaluation_set
+from emo_jax.data.general import with_general
 from emo_jax.data.order import DocumentNumbers, split
 from emo_jax.data.sources import Source, open_source
 from emo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +67,8 @@ def open_documents(config: Config, out: AnyPath) -> Documents:
         if not copy.is_file() or copy.read_bytes() != tokenizer.content:
             copy.write_bytes(tokenizer.content)
         processes.wait_for_all("tokenizer")
+    if config.data.general_share:
+        source, train = with_general(source, train, config, tokenizer)
     return Documents(source, train, evaluated, held_out, tokenizer, fingerprint(source, tokenizer))
 
 
@@ -169,8 +173,33 @@ def _initial_state(config: Config, mesh: Mesh) -> TrainState:
         return state
     found = open_checkpoint(path)
     require_same_model(found.config, config, f"train.init_params_from={path}", anneal=True)
-    say(f"starting with the parameters of step {found.step} of {found.path}, and a fresh optimizer")
-    return state._replace(params=found.restore_params(mesh, config))
+    moments = config.train.init_moments
+    say(f"starting with the parameters of step {found.step} of {found.path}, and "
+        + ("the moments of its optimizer" if moments else "a fresh optimizer"))
+    state = state._replace(params=found.restore_params(mesh, config))
+    return state._replace(opt_state=_with_moments(state.opt_state, found, config, mesh)) if moments else state
+
+
+def _with_moments(opt_state: Any, found: Checkpoint, config: Config, mesh: Mesh) -> Any:
+    """The state of an optimizer that has taken no step, with the moments, and the steps that they are of, of a checkpoint."""
+    if "opt_state" not in found.meta["checksums"]:
+        raise InputError(f"train.init_moments: {found.path} holds parameters only (it was imported, extracted or merged)")
+    theirs = dataclasses.replace(config, optimizer=dataclasses.replace(found.config.optimizer, start_step=-1),
+                                 router=found.config.router)
+    is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)
+    saved = found.restore({"opt_state": abstract_state(theirs, mesh).opt_state})["opt_state"]
+    moments = next(part for part in jax.tree.leaves(saved, is_leaf=is_adam) if is_adam(part))
+    return jax.tree.map(lambda part: moments if is_adam(part) else part, opt_state, is_leaf=is_adam)
+
+
+def with_reference(state: TrainState, config: Config, mesh: Mesh) -> TrainState:
+    """With the model that train.divergence_weight compares with, if it does."""
+    t = config.train
+    if not t.divergence_weight:
+        return state
+    if not t.init_params_from:
+        raise InputError(f"train.divergence_weight={t.divergence_weight} needs train.init_params_from, the other model")
+    return state._replace(reference=open_checkpoint(t.init_params_from).restore_params(mesh, config))
 
 
 def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Config], Documents]) -> Position | None:

@@ -39,6 +39,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: Int[Array, ""]  # of the run: those taken and those skipped
     recent: bad_steps.Recent
+    reference: model.Params | None = None  # the model that train.divergence_weight compares with; never saved
 
 
 def init_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -84,7 +85,7 @@ def _train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
 
     def train_step(state: TrainState, batch: Batch):
         totals, tokens = Totals.of(batch), jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
-        objective = Objective(execution, totals, state.step)
+        objective = Objective(execution, totals, state.step, state.reference)
         (total, sums), grads = over_microbatches(objective, state.params, batch, M)
         metrics, grad_norm = sums.metrics(config, totals), optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
@@ -97,7 +98,7 @@ def _train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
                     "grad_norm_by_layer": norm_by_layer(grads), "param_norm_by_layer": norm_by_layer(state.params)}
         if "labels" in batch:
             metrics |= {"label_nats": sums.of_labels, "label_tokens": _by_label(batch["loss_weights"], batch["labels"])}
-        return TrainState(params, opt_state, state.step + 1, recent), metrics
+        return TrainState(params, opt_state, state.step + 1, recent, state.reference), metrics
 
     options = compiler_options(mesh.devices.flat[0])
     return _with_mesh(jax.jit(train_step, donate_argnums=0, compiler_options=options), mesh)
@@ -140,11 +141,14 @@ def _eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
 class Totals(NamedTuple):
     tokens: Float[Array, ""]  # tokens of the step that are not padding
     loss_tokens: Float[Array, ""]  # sum of the loss weights
+    general_tokens: Float[Array, ""] | float = 1.0  # those of general documents
 
     @classmethod
     def of(cls, batch: Batch) -> Totals:
         return cls(tokens=jnp.maximum(jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), 1.0),  # all may be padding
-                   loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0))  # all rows may be filtered
+                   loss_tokens=jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0),  # all rows may be filtered
+                   general_tokens=jnp.maximum(jnp.sum(batch["loss_weights"] * batch["general"]), 1.0)
+                   if "general" in batch else 1.0)
 
 
 class RouterStats(NamedTuple):
@@ -165,9 +169,12 @@ class Sums(NamedTuple):
     output_z: Float[Array, ""]
     router: RouterStats | None
     of_labels: Float[Array, "labels"] | None  # the loss, by label
+    divergence: Float[Array, ""] | None  # from the reference, of general documents
 
     def metrics(self, config: Config, totals: Totals) -> dict[str, Array]:
         out = {"loss": self.loss / totals.loss_tokens, "output_z_loss": self.output_z / totals.loss_tokens}
+        if self.divergence is not None:
+            out["divergence"] = self.divergence / totals.general_tokens
         if self.router is None:
             return out
         r, m = self.router, config.model
@@ -192,6 +199,7 @@ class Objective(NamedTuple):
     execution: model.Execution
     totals: Totals
     step: Int[Array, ""]
+    reference: model.Params | None = None
 
     def counts(self, params: model.Params, batch: Batch) -> Float[Array, "L groups R"]:
         """The experts' counts of one microbatch, without losses."""
@@ -209,14 +217,26 @@ class Objective(NamedTuple):
             scale = 1 / c.model.num_layers if routing.SEMANTICS[c.router.semantics].aux_per_layer else 1.0
             total += scale * c.router.load_balance_weight * jnp.sum(stats.load_balancing)
             total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
-        return total, Sums(loss, output_z, stats, None if nats_BT is None else _by_label(nats_BT, batch["labels"]))
+        divergence = None
+        if self.reference is not None:
+            before_BTD, _ = model.forward(self.reference, batch, self.execution)
+            weights_BT = batch["loss_weights"] * batch["general"]
+            divergence = model.divergence(self.reference, before_BTD, params, x_BTD, weights_BT, self.execution)
+            total += c.train.divergence_weight * divergence / totals.general_tokens
+        of_labels = None if nats_BT is None else _by_label(nats_BT, batch["labels"])
+        return total, Sums(loss, output_z, stats, of_labels, divergence)
 
     def forward(self, params, batch: Batch, step_counts):
         """(x_BTD after the last layer, `RouterStats`)."""
         c, sizes_LBN = self.execution.config, None
         if c.uses_pools:
             documents_BN = segment_document_ids(batch, self.execution)
-            sizes_LBN = routing.draw_pool_sizes(c.router, c.seed, self.step, c.model.num_layers, documents_BN)
+            start = max(c.optimizer.start_step, 0)
+            progress = (self.step - start) / (c.train.steps - start)
+            sizes_LBN = routing.draw_pool_sizes(c.router, c.seed, self.step, c.model.num_layers, documents_BN, progress)
+            if "general" in batch:  # their pools hold everything
+                general_BN = segment_values(batch, self.execution, batch["general"]) > 0
+                sizes_LBN = jnp.where(general_BN, routing.NO_POOL, sizes_LBN)
         return model.forward(
             params, batch, self.execution, pool_sizes=sizes_LBN, layer_inputs=() if step_counts is None else (step_counts,),
             per_layer=self._router_stats if c.model.num_experts else lambda x, route, rows: None)
@@ -261,13 +281,18 @@ def norm_by_layer(params: model.Params) -> Float[Array, "L"]:
 
 
 def segment_document_ids(batch: Batch, execution: model.Execution) -> Int[Array, "B N"]:
-    """The id, in the data source, of each document that the router sees in a row: that of its last token (with
-    `eos_owner=next` the first one belongs to the document before)."""
+    """The id, in the data source, of each document that the router sees in a row."""
+    return segment_values(batch, execution, batch["document_ids"])
+
+
+def segment_values(batch: Batch, execution: model.Execution, values_BT: Int[Array, "B T"]) -> Int[Array, "B N"]:
+    """The value of each document that the router sees in a row: that of its last token (with `eos_owner=next` the first one
+    belongs to the document before)."""
     segments_BT = model.row_context(batch, execution).router_segments
     position_T1 = jnp.arange(segments_BT.shape[1])[:, None]
     member_BTN = segments_BT[..., None] == jnp.arange(1, execution.documents_per_row + 1)
     last_B1N = jnp.max(jnp.where(member_BTN, position_T1, -1), axis=1, keepdims=True)
-    return jnp.sum(jnp.where(position_T1 == last_B1N, batch["document_ids"][..., None], 0), axis=1)
+    return jnp.sum(jnp.where(position_T1 == last_B1N, values_BT[..., None], 0), axis=1)
 
 
 def _by_label(x: Float[Array, "B T"], labels: Int[Array, "B T"]) -> Float[Array, "labels"]:
