@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from emo_jax.analysis import information, use
 from emo_jax.analysis.activations import collect
@@ -48,8 +47,8 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     """
     began = time.monotonic()
     loaded = load(path, list(overrides), data=data)
-    text = _Text(loaded, max(choosing))
-    evaluation = text.evaluation(loaded.mesh)
+    text = StudyText(loaded, max(choosing))
+    evaluation = text.evaluation(loaded)
     full = full_losses(loaded, evaluation)
     summary = evaluation.summary(*full)["labels"]
     result = {
@@ -68,7 +67,7 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     return result | {"information": _information(loaded, text), "seconds": time.monotonic() - began}
 
 
-class _Text:
+class StudyText:
     """Which documents of which label choose, and which are scored."""
 
     def __init__(self, loaded: LoadedModel, most: int):
@@ -92,18 +91,21 @@ class _Text:
             rest = np.setdiff1d(documents, self._choosing[label])
             self.scored[label] = calibration_lib.sample(rest, SCORED, 0)
 
-    def choosing(self, count: int) -> calibration_lib.Calibration:
-        """The first `count` documents of every label: a smaller number is part of a larger one."""
-        groups = {label: calibration_lib.sample(documents, count, 0) for label, documents in self._choosing.items()}
+    def choosing(self, count: int, label: str = "") -> calibration_lib.Calibration:
+        """The first `count` documents of every label, or of one: a smaller number is part of a larger one."""
+        if label and label not in self._choosing:
+            raise InputError(f"{self.source.name}: no label {label!r} of two documents; there are {', '.join(self._choosing)}")
+        groups = {name: calibration_lib.sample(documents, count, 0) for name, documents in self._choosing.items()
+                  if label in ("", name)}
         return calibration_lib.from_source(self.config, self.source, self.tokenizer, groups, TOKENS)
 
-    def evaluation(self, mesh: Mesh) -> Evaluation:
-        """All of the scored documents."""
-        c = self.config
+    def evaluation(self, loaded: LoadedModel) -> Evaluation:
+        """All of the scored documents, for this model or one that was made of it."""
+        c = dataclasses.replace(self.config, model=loaded.config.model)
         rows = ceil_div(SCORED * TOKENS, c.data.sequence_length) * len(self.scored)
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, eval_rows=rows))
         numbers = np.sort(np.concatenate(list(self.scored.values())))
-        return Evaluation(c, mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)
+        return Evaluation(c, loaded.mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)
 
     def to_look_at(self) -> Text:
         """The scored documents, at most about LOOKED_AT tokens of them."""
@@ -117,7 +119,8 @@ class _Text:
         return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
 
 
-def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
+def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: StudyText, method: str,
+             count: int) -> list[dict[str, Any]]:
     """The loss above the full model's with a subset for every label, by kept share."""
     m, calibration = loaded.config.model, text.choosing(count)
     keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in SHARES]
@@ -131,7 +134,7 @@ def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text, met
     return rows
 
 
-def _information(loaded: LoadedModel, text: _Text) -> dict[str, Any]:
+def _information(loaded: LoadedModel, text: StudyText) -> dict[str, Any]:
     """Means over the layers, and the layers. `effective_experts` is None where no document is long enough."""
     a = collect(loaded, text.to_look_at())
     whole = np.ones((1, len(a.text.labels)))  # every document once

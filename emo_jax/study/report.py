@@ -139,12 +139,12 @@ def _overview(variants: Variants, baseline: str) -> str:
     rows = []
     for name, of in variants.items():
         change = None if name == baseline else ratio(variants, name, baseline, full("trained"))
-        rows.append([name, str(len(of)), _cell(over_seeds(of, full("trained")), ".3f"),
+        rows.append([name, str(len(of)), cell(over_seeds(of, full("trained")), ".3f"),
                      "" if change is None else change.percent_above_one(),
-                     *(_cell(over_seeds(of, above("trained", s))) for s in shares),
-                     _cell(over_seeds(of, full("left_out")), ".3f"),
-                     *(_cell(over_seeds(of, above("left_out", s))) for s in shares)])
-    return "Loss (nats/token) of the full model, and above it with few experts:\n\n" + _table(head, rows)
+                     *(cell(over_seeds(of, above("trained", s))) for s in shares),
+                     cell(over_seeds(of, full("left_out")), ".3f"),
+                     *(cell(over_seeds(of, above("left_out", s))) for s in shares)])
+    return "Loss (nats/token) of the full model, and above it with few experts:\n\n" + table(head, rows)
 
 
 def _choosing(variants: Variants, main: str, baseline: str) -> str:
@@ -154,7 +154,7 @@ def _choosing(variants: Variants, main: str, baseline: str) -> str:
     for name in (main, baseline):
         settings = {(r["method"], r["documents"]) for m in variants[name].values() for r in m["subsets"]}
         for method, count in sorted(settings):
-            rows.append([name, method, str(count), *(_cell(over_seeds(variants[name], above("trained", s, method, count)))
+            rows.append([name, method, str(count), *(cell(over_seeds(variants[name], above("trained", s, method, count)))
                                                      for s in shares)])
     for share in shares:
         if (r := ratio(variants, main, baseline, above("trained", share))) is not None:
@@ -162,7 +162,7 @@ def _choosing(variants: Variants, main: str, baseline: str) -> str:
         if (r := reach_of_one(variants[main], share)) is not None:
             lines.append(f"- {share:.1%} kept: one document reaches {r.text('.1%')} of what {_most(variants[main])} reach over "
                          f"a random choice ({main})")
-    return "How experts are chosen (loss above the full model's, trained labels):\n\n" + _table(head, rows) + (
+    return "How experts are chosen (loss above the full model's, trained labels):\n\n" + table(head, rows) + (
         "\n\n" + "\n".join(lines))
 
 
@@ -186,17 +186,17 @@ def reach_of_one(of: dict[int, dict], share: float) -> Estimate | None:
 def _information(variants: Variants) -> str:
     columns = {"expert_label": "expert and label", "expert_token": "expert and token", "cluster_label": "cluster and label",
                "cluster_token": "cluster and token", "effective_experts": "effective experts of a document"}
-    rows = [[name, *(_cell(over_seeds(of, lambda m, c=c: m["information"][c]), ".3f") for c in columns)]
+    rows = [[name, *(cell(over_seeds(of, lambda m, c=c: m["information"][c]), ".3f") for c in columns)]
             for name, of in variants.items()]
     return ("What experts tell (mutual information above chance, nats; clusters: adjusted, 0 to 1):\n\n"
-            + _table(["model", *columns.values()], rows))
+            + table(["model", *columns.values()], rows))
 
 
-def _cell(found: Estimate | None, form: str = "+.3f") -> str:
+def cell(found: Estimate | None, form: str = "+.3f") -> str:
     return "" if found is None else found.text(form)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
