@@ -56,7 +56,7 @@ def inside_config(whole: Config, subset: Subset) -> Config:
     others = whole.model.num_routed_experts - max(map(len, subset.kept))
     router = dataclasses.replace(whole.router, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
                                  pool_min=max(whole.model.routed_top_k - min(map(len, subset.kept)), 0), pool_max=others,
-                                 pool_distribution="uniform", pool_free=0.0, pool_grows=False, pool_off_from=1.0)
+                                 pool_distribution="uniform", pool_layers=(), pool_free=0.0, pool_grows=False, pool_off_from=1.0)
     return dataclasses.replace(
         whole, name=f"{whole.name}-module", router=router, optimizer=dataclasses.replace(whole.optimizer, trainable=TRAINABLE))
 
