@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from emo_jax.analysis import information, use
 from emo_jax.analysis.activations import collect
@@ -34,6 +35,7 @@ SHARES = (0.5, 0.25, 0.125)
 CHOOSING = (1, 5, 50)  # documents of each label
 SCORED = 16  # documents of each label, at most
 LOOKED_AT = 1 << 16  # tokens whose activations are taken
+POSITIONS = (16, 64, 256)  # where the losses by position in the document are divided
 FREQUENT_TOKENS = 200  # the most frequent token ids, whose identity is a class
 TOKENS = 512  # What comes after these in a document neither chooses nor is scored.
 
@@ -56,6 +58,8 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
         "tokens": loaded.saved.meta["tokens"], "step": loaded.saved.step, "data": text.source.name,
         "labels": {"trained": text.trained, "left_out": text.left_out},
         "full": text.means({label: part["loss"] for label, part in summary.items()}),
+        "positions": {f"{p.start + 1} to {p.stop}": text.evaluation(loaded, p)(loaded.params)["loss"]
+                      for p in map(range, (0, *POSITIONS), POSITIONS)},
         "subsets": [],
     }
     settings = [(method, max(choosing)) for method in methods]
@@ -99,13 +103,18 @@ class StudyText:
                   if label in ("", name)}
         return calibration_lib.from_source(self.config, self.source, self.tokenizer, groups, TOKENS)
 
-    def evaluation(self, loaded: LoadedModel) -> Evaluation:
-        """All of the scored documents, for this model or one that was made of it."""
+    def evaluation(self, loaded: LoadedModel, positions: range | None = None) -> Evaluation:
+        """All of the scored documents, for this model or one that was made of it. `positions`: only these tokens of a
+        document count, or of its part, where it is cut into rows."""
         c = dataclasses.replace(self.config, model=loaded.config.model)
         rows = ceil_div(SCORED * TOKENS, c.data.sequence_length) * len(self.scored)
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, eval_rows=rows))
         numbers = np.sort(np.concatenate(list(self.scored.values())))
-        return Evaluation(c, loaded.mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)
+        rows = evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS)
+        if positions is not None:
+            rows = [(label, fields | {"loss_weights": fields["loss_weights"] * _within(fields["segment_ids"], positions)})
+                    for label, fields in rows]
+        return Evaluation(c, loaded.mesh, rows, self.tokenizer)
 
     def to_look_at(self) -> Text:
         """The scored documents, at most about LOOKED_AT tokens of them."""
@@ -117,6 +126,14 @@ class StudyText:
         """{"trained", "left_out" (None without such labels), "labels"}"""
         mean = lambda labels: float(np.mean([by_label[label] for label in labels])) if labels else None
         return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
+
+
+def _within(segments: Int[np.ndarray, "n T"], positions: range) -> Bool[np.ndarray, "n T"]:
+    """Whether each token's place in its document, counted from 0, is one of `positions`."""
+    places = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    begins = np.diff(segments, axis=1, prepend=0) != 0
+    place = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    return (place >= positions.start) & (place < positions.stop)
 
 
 def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: StudyText, method: str,

@@ -15,7 +15,7 @@ import numpy as np
 from emo_jax import plots
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
-from emo_jax.study.report import Estimate, cell, estimate, table
+from emo_jax.study.estimates import Estimate, cell, estimate, table
 from emo_jax.study.transfer import ARMS
 
 FIELDS = ("arm", "label", "left_out", "seed", "subset", "full", "others", "cost", "keep")

@@ -53,12 +53,13 @@ def finetune_config(found: Config, start: AnyPath, data: str, label: str, overri
 
 def inside_config(whole: Config, subset: Subset) -> Config:
     """The whole model with the subset in every pool."""
-    others = whole.model.num_routed_experts - max(map(len, subset.kept))
-    router = dataclasses.replace(whole.router, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
-                                 pool_min=max(whole.model.routed_top_k - min(map(len, subset.kept)), 0), pool_max=others,
-                                 pool_distribution="uniform", pool_layers=(), pool_free=0.0, pool_grows=False, pool_off_from=1.0)
-    return dataclasses.replace(
-        whole, name=f"{whole.name}-module", router=router, optimizer=dataclasses.replace(whole.optimizer, trainable=TRAINABLE))
+    m, sizes = whole.model, [len(ids) for ids in subset.kept]
+    router = dataclasses.replace(
+        whole.router, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
+        pool_min=max(m.routed_top_k - min(sizes), 0), pool_max=m.num_routed_experts - max(sizes),
+        pool_distribution="uniform", pool_layers=(), pool_free=0.0, pool_grows=False, pool_off_from=1.0)
+    return dataclasses.replace(whole, name=f"{whole.name}-module", router=router,
+                               optimizer=dataclasses.replace(whole.optimizer, trainable=TRAINABLE))
 
 
 def finetune(found: Checkpoint, subset: Subset | None, out: str | AnyPath, data: str = "", overrides: Sequence[str] = (),
