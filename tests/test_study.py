@@ -16,7 +16,7 @@ from tiny_run import config_file, tiny_config
 from emo_jax import cli
 from emo_jax.config import difference, load_config
 from emo_jax.errors import InputError, RunError
-from emo_jax.study import estimates, report, variants
+from emo_jax.study import estimates, variants
 from emo_jax.study import run as study_run
 from emo_jax.study.measure import measure
 from emo_jax.train.loop import train

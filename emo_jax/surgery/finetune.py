@@ -25,7 +25,7 @@ from emo_jax.train.holder import hold
 
 START = "start"  # the extracted model, in the folder of the run
 TRAINABLE: Literal["module"] = "module"  # TODO from the study
-GENERAL_SHARE = 1 / 3
+GENERAL_EVERY = 4
 
 
 def finetune_config(found: Config, start: AnyPath, data: str, label: str, overrides: Sequence[str]) -> Config:
@@ -40,7 +40,7 @@ def finetune_config(found: Config, start: AnyPath, data: str, label: str, overri
     if data or label:
         d = found.data
         config = dataclasses.replace(config, data=dataclasses.replace(
-            d, path=data or d.path, format="auto", eval_path="", leave_out_labels="", mixture="", general_share=GENERAL_SHARE,
+            d, path=data or d.path, format="auto", eval_path="", leave_out_labels="", mixture="", general_every=GENERAL_EVERY,
             general_path=d.path, general_leave_out_labels=d.leave_out_labels))
     config = override(config, list(overrides))
     if label:
