@@ -25,7 +25,7 @@ from emo_jax.config import Config
 from emo_jax.data.documents import MAX_LABELS
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
-from emo_jax.sharding import BATCH, reshard
+from emo_jax.sharding import BATCH, reshard, spec
 from emo_jax.train import bad_steps
 from emo_jax.train.optimizer import learning_rate, make_optimizer
 
@@ -326,8 +326,9 @@ def over_microbatches(objective: Objective, params, batch: Batch, M: int):
 
 def every_nth_row(a: Shaped[Array, "B T *any"], n: int) -> Shaped[Array, "b T *any"]:
     """Rows 0, n, 2n, ...; a device's rows stay on it. Those of general documents, for n=data.general_every."""
-    rows = a.reshape(a.shape[0] // n, n, *a.shape[1:])[:, 0]
-    return reshard(rows, BATCH, "sequence", *[None] * (a.ndim - 2))
+    rest = [None] * (a.ndim - 2)
+    groups = jnp.reshape(a, (a.shape[0] // n, n, *a.shape[1:]), out_sharding=spec(BATCH, None, "sequence", *rest))
+    return groups[:, 0]
 
 
 def split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "{M} b T"]:
