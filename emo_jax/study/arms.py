@@ -24,7 +24,7 @@ class Arm(NamedTuple):
                 f"train.divergence_weight={float(self.divergence)}", *self.fields]
 
     def cost(self) -> float:
-        """In plain trainings of the subset, by tokens; the other model's forward pass, of general rows, is a third of a step."""
+        """In plain trainings of the subset, by tokens; the other model reads general rows only, for a third of a step."""
         return 1 + (1 + self.divergence / 3) / 3 if self.general else 1.0
 
 
