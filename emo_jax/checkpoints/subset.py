@@ -108,14 +108,20 @@ _FIELDS: dict[str, tuple[bool, str, Callable[[Any], bool]]] = {
     "method": (True, "a string", lambda x: type(x) is str),
     "kept": (True, "a list of expert ids for each layer", lambda x: type(x) is list and len(x) > 0),
     "scores": (False, "null or a list of numbers for each layer", lambda x: x is None or type(x) is list),
-    "calibration": (False, "an object with the list of strings document_hashes", lambda x: type(x) is dict and _is_strings(
-        x.get("document_hashes", []))),
+    "calibration": (False, "an object with the list of strings document_hashes and the list of objects subsets, each with "
+                    "coverage from 0 to 1", lambda x: type(x) is dict and _is_strings(x.get("document_hashes", []))
+                    and _is_parts(x.get("subsets", []))),
     "model": (False, "an object with the string hash", lambda x: type(x) is dict and type(x.get("hash", "")) is str),
 }
 
 
 def _is_strings(x: Any) -> bool:
     return type(x) is list and all(type(s) is str for s in x)
+
+
+def _is_parts(x: Any) -> bool:
+    number = lambda share: type(share) in (int, float) and 0 <= share <= 1 + 1e-6
+    return type(x) is list and all(type(part) is dict and number(part.get("coverage", 0)) for part in x)
 
 
 def _read(path: str | AnyPath) -> Subset:
