@@ -199,9 +199,15 @@ def require_experts(config: Config) -> None:
 
 def require_of(subset: Subset, of: Checkpoint | Config, where: str = "given here") -> Subset:
     """The subset. Raises `InputError` unless it is one of this shape of model and, of a checkpoint, was chosen for its
-    parameters."""
+    parameters, or for those of the model into which `surgery.merge` put what it had learnt."""
     require_fits(subset, of if isinstance(of, Config) else of.config, where)
-    if isinstance(of, Checkpoint) and subset.model.get("hash") not in (None, of.hash):
+    if isinstance(of, Checkpoint) and subset.model.get("hash") not in (None, of.hash, _merged_into(of)):
         raise InputError(f"subset {where} was chosen for {subset.model.get('name')} step {subset.model.get('step')}, whose "
                          f"parameters are others than those of {of.path}; choose one for this checkpoint")
     return subset
+
+
+def _merged_into(found: Checkpoint) -> str | None:
+    """The hash of the model that `found` is, but for what a subset of it has learnt."""
+    made = found.meta.get("made", {})
+    return made["of"]["hash"] if "merged" in made else None
