@@ -20,8 +20,8 @@ class Arm(NamedTuple):
     def overrides(self) -> list[str]:
         """Over the fields of `surgery.finetune`."""
         general = ("train.batch_size=20", "train.steps=107") if self.general else ("data.general_every=0",)
-        return [*FIELDS, *general, f"optimizer.trainable={self.trainable}",
-                f"train.divergence_weight={float(self.divergence)}", *self.fields]
+        free = () if self.divergence else ("train.divergence_weight=0",)
+        return [*FIELDS, *general, *free, f"optimizer.trainable={self.trainable}", *self.fields]
 
     def cost(self) -> float:
         """In plain trainings of the subset, by tokens; the other model reads general rows only, for a third of a step."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from emo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from emo_jax.checkpoints.subset import Subset, full
-from emo_jax.errors import InputError
+from emo_jax.errors import InputError, RestartError
 from emo_jax.files import AnyPath, remove_tree, write_result
 from emo_jax.loaded import LoadedModel, load
 from emo_jax.progress import say
@@ -28,7 +28,6 @@ from emo_jax.subsets.choose import choose_one
 from emo_jax.surgery.extend import extend, extended_subset
 from emo_jax.surgery.finetune import finetune
 from emo_jax.surgery.merge import merge
-from emo_jax.train.evaluate import Evaluation
 
 DOCUMENTS = 50  # that choose the experts
 
@@ -44,7 +43,7 @@ def transfer(run: str, label: str, arms: Sequence[str], out: str | AnyPath, *, k
     if todo:
         text = StudyText(loaded, DOCUMENTS)
         subset = choose_one(loaded, text.choosing(DOCUMENTS, label), "router", Budget(keep=keep))
-        before = _losses(text.evaluation(loaded), loaded, subset)
+        before = _losses(text, loaded, subset)
         for arm in todo:
             say(f"{run}, {label}: {ARMS[arm].sentence}")
             began = time.monotonic()
@@ -67,23 +66,28 @@ def _trained(found: Checkpoint, subset: Subset, label: str, arm: Arm, folder: Pa
     if arm.where == "appended":
         whole = open_checkpoint(extend(found, APPENDED, folder / "extended", init="most_used", subset=subset))
     began = time.monotonic()
-    finetune(whole, subset if arm.where in ("inside", "alone") else None, run, found.config.data.path,
-             [*arm.overrides(), *overrides], alone=arm.where == "alone", label=label)
-    seconds = time.monotonic() - began
-    if arm.where == "alone":
-        merge(whole, open_checkpoint(run), subset, folder / "merged", router=True, shared=True)
-        run = folder / "merged"
-    loaded = load(run)
+    result = finetune(whole, subset if arm.where in ("inside", "alone") else None, run, found.config.data.path,
+                      [*arm.overrides(), *overrides], alone=arm.where == "alone", label=label)
+    if result["stopped"]:
+        raise RestartError(f"stopped by {result['stopped']}: the same command goes on")
+    seconds, loaded = time.monotonic() - began, load(run)
     if arm.where == "appended":
         subset = extended_subset(subset, APPENDED)
-    return _losses(text.evaluation(loaded), loaded, subset), seconds
+    if arm.where != "alone":
+        return _losses(text, loaded, subset), seconds
+    everything = arm.trainable == "all"
+    merged = merge(whole, loaded.saved, subset, folder / "merged", router=everything, shared=everything)
+    return _losses(text, load(merged), None) | {"subset": _losses(text, loaded, None)["full"]}, seconds
 
 
-def _losses(evaluation: Evaluation, loaded: LoadedModel, subset: Subset) -> dict[str, dict[str, float]]:
-    """nats/token by label: "full", of the whole model, and "subset", with the experts of the subset only."""
-    return {name: {label: part["loss"] for label, part in evaluation.summary(
-        *evaluation.losses(loaded.params, used.mask(), f"scoring the {name} model"))["labels"].items()}
-        for name, used in (("full", full(loaded.config)), ("subset", subset))}
+def _losses(text: StudyText, loaded: LoadedModel, subset: Subset | None) -> dict[str, dict[str, float]]:
+    """nats/token by label: "full", of the whole model, and, if there is one, "subset", with the experts of that only."""
+    evaluation, found = text.evaluation(loaded), {}
+    for name, used in (("full", full(loaded.config)), ("subset", subset)):
+        if used is not None:
+            losses = evaluation.losses(loaded.params, used.mask(), f"scoring the {name} model")
+            found[name] = {label: part["loss"] for label, part in evaluation.summary(*losses)["labels"].items()}
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
