@@ -25,7 +25,7 @@ from emo_jax.train import loop
 from emo_jax.train.holder import hold
 
 START = "start"  # the extracted model, in the folder of the run
-GENERAL_EVERY, DIVERGENCE_WEIGHT = 4, 4.0  # inside
+GENERAL_EVERY, DIVERGENCE_WEIGHT = 4, 2.0  # inside
 
 
 def finetune_config(found: Config, start: AnyPath, data: str, label: str, overrides: Sequence[str], general: bool) -> Config:
