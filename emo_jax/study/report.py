@@ -70,7 +70,8 @@ def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> 
             raise InputError(f"{folder}: no variant {name!r}; there are {', '.join(variants)}")
     order = [main, baseline, *sorted(set(variants) - {main, baseline})]
     variants = {name: variants[name] for name in order}
-    text = "\n\n".join([_overview(variants, baseline), _choosing(variants, main, baseline), _information(variants)])
+    text = "\n\n".join([_overview(variants, baseline), _choosing(variants, main, baseline), *_selective_gaps(variants),
+                        _information(variants)])
     figure = _figure(variants, main, baseline, Path(folder) / "study.png")
     Path(folder, "study.md").write_text(text + "\n")
     ratios = {f"{s:.1%}": r._asdict() for s in _shares(variants)
@@ -110,6 +111,10 @@ def above(part: str, share: float, method: str = "", documents: int = 0) -> Call
         return rows[0][part] if rows else None
 
     return value
+
+
+def selective_gap(votes: str, share: str) -> Callable[[dict], float | None]:
+    return lambda measures: measures["selective_gap"][votes][share]["trained"] if "selective_gap" in measures else None
 
 
 def _method(measures: dict) -> str:
@@ -181,6 +186,16 @@ def reach_of_one(of: dict[int, dict], share: float) -> Estimate | None:
         return (random - one) / (random - most)
 
     return over_seeds(of, value)
+
+
+def _selective_gaps(variants: Variants) -> list[str]:
+    """Nothing for measures of an earlier version, which lack it."""
+    measured = next((m["selective_gap"] for of in variants.values() for m in of.values() if "selective_gap" in m), {})
+    columns = [(votes, share) for votes, shares in measured.items() for share in shares]
+    rows = [[name, *(_cell(over_seeds(of, selective_gap(*column))) for column in columns)] for name, of in variants.items()]
+    return ["With a pool for each document (loss above the full model's, trained labels), by the votes of the whole document, "
+            "which have seen the future of each token, of its tokens so far, and of its first tokens:\n\n"
+            + _table(["model", *(f"{share}, {votes}" for votes, share in columns)], rows)] if columns else []
 
 
 def _information(variants: Variants) -> str:
