@@ -101,6 +101,37 @@ def test_beta_pools_favour_large_sizes():
     assert u.mean() < b.mean()
 
 
+def test_a_share_of_the_documents_has_no_pool_in_any_layer_and_the_others_keep_theirs():
+    plain, free = (tiny.config(router=dict(pool_free=share)).router for share in (0.0, 0.3))
+    ids = jnp.arange(4000)[None]
+    before, after = (np.asarray(routing.draw_pool_sizes(r, 0, jnp.int32(5), 3, ids)) for r in (plain, free))
+    none = after == routing.NO_POOL
+    np.testing.assert_array_equal(none[0], none[2])
+    np.testing.assert_allclose(none.mean(), 0.3, atol=0.03)
+    np.testing.assert_array_equal(after[~none], before[~none])
+    later = np.asarray(routing.draw_pool_sizes(free, 0, jnp.int32(6), 3, ids)) == routing.NO_POOL
+    assert 0.2 < (later & none).mean() / none.mean() < 0.4  # drawn anew each step
+
+
+def test_only_the_layers_that_are_named_have_pools():
+    plain, some = (tiny.config(router=dict(pool_layers=layers)).router for layers in ((), (1,)))
+    before, after = (np.asarray(routing.draw_pool_sizes(r, 0, jnp.int32(5), 2, jnp.arange(50)[None])) for r in (plain, some))
+    assert (after[0] == routing.NO_POOL).all()
+    np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_pools_grow_and_end_with_the_schedule():
+    ids = jnp.arange(4000)[None]
+    grows = tiny.config(router=dict(pool_min=4, pool_max=16, pool_grows=True)).router
+    for progress, largest in ((0.0, 4), (0.5, 10), (1.0, 16)):
+        sizes = np.asarray(routing.draw_pool_sizes(grows, 0, jnp.int32(0), 1, ids, jnp.float32(progress)))
+        assert sizes.min() == 4 and sizes.max() == largest
+    ends = tiny.config(router=dict(pool_off_from=0.8)).router
+    for progress, off in ((0.79, False), (0.8, True), (1.0, True)):
+        sizes = np.asarray(routing.draw_pool_sizes(ends, 0, jnp.int32(0), 1, ids, jnp.float32(progress)))
+        assert (sizes == routing.NO_POOL).all() == (sizes == routing.NO_POOL).any() == off
+
+
 def test_router_segments_follow_the_published_convention():
     mesh, rows = sharding.single_device_mesh(), np.array([[9, 1, 9, 2, 3, 9, 0, 0], [1, 2, 2, 3, 3, 3, 0, 0]], np.int32)
     with jax.set_mesh(mesh):

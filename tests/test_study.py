@@ -16,7 +16,7 @@ from tiny_run import config_file, tiny_config
 from emo_jax import cli
 from emo_jax.config import difference, load_config
 from emo_jax.errors import InputError, RunError
-from emo_jax.study import report, variants
+from emo_jax.study import estimates, variants
 from emo_jax.study import run as study_run
 from emo_jax.study.measure import measure
 from emo_jax.train.loop import train
@@ -52,6 +52,8 @@ def test_study(study):
         assert result["full"]["trained"] == pytest.approx(result["full"]["labels"]["color"])
         assert result["full"]["left_out"] > result["full"]["trained"] + 1  # words it has never seen
     emo = json.loads((study / "emo" / "0" / "measures.json").read_text())
+    assert list(emo["positions"]) == ["1 to 16", "17 to 64", "65 to 256"]  # rows have 32 tokens
+    assert emo["positions"]["1 to 16"] > 0 == emo["positions"]["65 to 256"]
     settings = {(r["method"], r["documents"], r["keep"]) for r in emo["subsets"]}
     assert settings == {(m, d, k) for m, d in (("router", 6), ("layerwise", 6), ("random", 6), ("router", 1))
                         for k in (4, 2)}  # 12.5 % of 8 experts would be the shared one alone
@@ -90,11 +92,11 @@ def test_measures_on_the_run_s_own_text(study):
 
 def test_what_cannot_be_compared(study, tmp_path):
     with pytest.raises(InputError, match="no VARIANT/SEED/measures.json"):
-        report.read(tmp_path)
+        estimates.read(tmp_path)
     (tmp_path / "emo" / "0").mkdir(parents=True)
     (tmp_path / "emo" / "0" / "measures.json").write_text("{}")
     with pytest.raises(InputError, match="not the measures of a model"):
-        report.read(tmp_path)
+        estimates.read(tmp_path)
     status, result, _ = command("study", "measure", study / "emo" / "0", "--documents", "0", "--out", tmp_path / "m.json")
     assert status == 2 and "must be positive" in result["error"]
 

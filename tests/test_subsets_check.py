@@ -173,7 +173,7 @@ def test_fine_tuning_trains_what_was_asked_for_and_merges_back(run, folder, tmp_
     assert run_command("select", run, "--calibration", folder / "documents.jsonl", "--label", "color", "--keep", 4,
                        "--method", "router", "--out", file)[0] == 0
     status, result = run_command("subset", "finetune", run, "--subset", file, "--out", tmp_path / "tuned",
-                                 "--train-what", "experts", "--train.steps=3", "--optimizer.learning_rate=0.01",
+                                 "--alone", "--train-what", "experts", "--train.steps=3", "--optimizer.learning_rate=0.01",
                                  "--train.batch_size=8",
                                  "--data", folder / "documents.jsonl")
     assert status == 0 and result["step"] == 3

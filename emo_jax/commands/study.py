@@ -89,6 +89,60 @@ def report(args: Namespace) -> Result:
     return _compared(lib.compare(args.folder, args.main, args.baseline))
 
 
+def _arms(text: str) -> tuple[str, ...]:
+    from emo_jax.study.arms import ARMS
+
+    if unknown := set(_words(text)) - set(ARMS):
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(ARMS)}")
+    return _words(text)
+
+
+def _add_ways(parser: ArgumentParser) -> None:
+    from emo_jax.study.arms import ARMS
+
+    parser.add_argument("--arms", type=_arms, default=tuple(ARMS), metavar="A,A,...", help="ways to train it (default: all). "
+                        + "; ".join(f"{name}: {arm.sentence}" for name, arm in ARMS.items()))
+    parser.add_argument("--keep", type=arguments.at_least(0), default=0, metavar="K", help="experts of the module, shared ones "
+                        "included (default: a quarter)")
+
+
+def add_transfer(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="of `emo-jax study run`")
+    parser.add_argument("--labels", type=_words, required=True, metavar="L,L,...", help="trained on one after the other")
+    _add_ways(parser)
+    parser.add_argument("--variants", type=_words, default=MAIN, metavar="V,V,...", help=f"(default: {','.join(MAIN)})")
+    parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), metavar="N,N,...", help="(default: 0,1,2)")
+    parser.add_argument("--held-out", default="", metavar="FILE", help="labelled documents to choose and measure by (default: "
+                        "those that the runs held out or left out)")
+    parser.add_argument("--jobs", type=arguments.at_least(1), default=1, metavar="N", help="modules at a time (default: 1)")
+    parser.add_argument("--out", default="", metavar="DIR", help="(default: transfer/ in DIR)")
+
+
+def transfer(args: Namespace) -> Result:
+    from emo_jax.study.run import run_transfer
+
+    return _compared(run_transfer(args.folder, args.labels, args.overrides, arms=args.arms, variants=args.variants,
+                                  seeds=args.seeds, keep=args.keep, held_out=args.held_out, out=args.out, jobs=args.jobs))
+
+
+def add_adapt(parser: ArgumentParser) -> None:
+    arguments.checkpoint(parser, step=False)
+    parser.add_argument("--label", required=True, help="that the module is chosen for and trained on")
+    _add_ways(parser)
+    parser.add_argument("--data", default="", metavar="PATH", help="labelled documents to choose and measure by (default: "
+                        "those held out and left out)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="an ARM.json for each way")
+
+
+def adapt(args: Namespace) -> Result:
+    from emo_jax.study.transfer import transfer as train
+
+    rows = train(args.checkpoint, args.label, args.arms, args.out, keep=args.keep, data=args.data, overrides=args.overrides)
+    return Result({"arms": rows, "out": args.out}, "\n".join(
+        f"{r['arm']}: {r['subset']:+.4f} in the subset's view, {r['full']:+.4f} in the whole model, other labels "
+        f"{r['others']:+.4f}" for r in rows))
+
+
 def _compared(result: dict[str, Any]) -> Result:
     text = result.pop("text")
     return Result(result, text + (f"\n\n{result['figure']}" if result["figure"] else ""))
@@ -101,6 +155,12 @@ COMMANDS = (
             "checkpoint"),
     Command("study measure", "loss with few experts by label, and what experts tell of the text", add_measure, measure,
             ("emo-jax study measure runs/tiny --data held_out.jsonl --out measures.json",), "checkpoint", devices=True),
+    Command("study transfer", "train a module of each model in several ways, put it back, and compare what the whole model "
+            "gains and forgets: transfer.md, transfer.png; what is finished is not done again", add_transfer, transfer,
+            ("emo-jax study transfer runs/study --labels latin,law_us --jobs 2",), "config"),
+    Command("study adapt", "the same of one model and label", add_adapt, adapt,
+            ("emo-jax study adapt runs/tiny --label law --arms module_general,whole_general --out runs/law",), "config",
+            devices=True),
     Command("study report", "compare the models of DIR/VARIANT/SEED/measures.json: study.md, study.png", add_report, report,
             ("emo-jax study report runs/study",)),
 )

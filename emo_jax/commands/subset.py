@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -78,14 +79,25 @@ def compose(args: Namespace) -> Result:
     return Result(made.describe() | {"out": args.out}, f"{made.summary()}: {args.out}")
 
 
+def _alpha(text: str) -> float | None:
+    """None: auto."""
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number or auto") from None
+
+
 def add_merge(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
-    parser.add_argument("--part", required=True, metavar="CKPT", help="the extracted or fine-tuned model")
+    parser.add_argument("--part", required=True, metavar="CKPT", help="what `subset finetune` trained, or an extracted model")
     parser.add_argument("--subset", metavar="FILE", help="default: subset.json in the folder of --part")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--alpha", type=float, default=1.0, help="(1 - alpha) old + alpha new (default: 1)")
-    parser.add_argument("--router", action="store_true", help="also the router columns of the experts")
-    parser.add_argument("--shared", action="store_true", help="also shared experts and everything outside the experts")
+    parser.add_argument("--alpha", type=_alpha, default=1.0, help="old + alpha (new - old), default: 1; auto: what "
+                        "gains most on --label, with a twentieth of that as the most that other labels lose, on held-out text")
+    parser.add_argument("--label", default="", help="that --alpha auto is chosen for")
+    parser.add_argument("--router", action="store_true", help="of an extracted model, also the router columns of the experts")
+    parser.add_argument("--shared", action="store_true", help="of an extracted model, also shared experts and everything "
+                        "outside the experts")
     parser.add_argument("--data", default="", metavar="PATH", help="documents for the check (default: those the run held out)")
     parser.add_argument("--no-check", action="store_true", help="do not measure what the whole model lost by label")
 
@@ -93,25 +105,37 @@ def add_merge(parser: ArgumentParser) -> None:
 def merge(args: Namespace) -> Result:
     from emo_jax.checkpoints.checkpoint import open_checkpoint
     from emo_jax.checkpoints.subset import load as load_subset
+    from emo_jax.files import folder_path, remove_tree
     from emo_jax.loaded import load
     from emo_jax.subsets.check import compare
     from emo_jax.subsets.report import subset_table
+    from emo_jax.surgery.coefficient import choose_alpha
     from emo_jax.surgery.merge import merge as write
 
     whole, part = open_checkpoint(args.checkpoint), open_checkpoint(args.part)
     chosen = load_subset(args.subset or part.run / "subset.json", whole)
-    path = write(whole, part, chosen, args.out, alpha=args.alpha, router=args.router, shared=args.shared)
-    result: dict[str, Any] = {"checkpoint": str(path)}
-    if args.no_check:
-        return Result(result, str(path))
+    alpha, what = args.alpha, {"router": args.router, "shared": args.shared}
+    result: dict[str, Any] = {}
+    if alpha is not None and args.no_check:
+        path = write(whole, part, chosen, args.out, alpha=alpha, **what)
+        return Result({"checkpoint": str(path), "alpha": alpha}, str(path))
     before = load(whole, args.overrides, data=args.data)
     source, numbers = before.documents_to_score()
     evaluation = before.evaluation(source, numbers)
+    if alpha is None:
+        trial = folder_path(args.out) / "alpha_1"
+        learnt = load(write(whole, part, chosen, trial, **what), args.overrides).params
+        alpha, result["tried"] = choose_alpha(before, learnt, evaluation, args.label)
+        remove_tree(trial)
+    path = write(whole, part, chosen, args.out, alpha=alpha, **what)
+    result |= {"checkpoint": str(path), "alpha": alpha}
     full = evaluation.losses(before.params, what="scoring the whole model")
     after = evaluation.losses(load(path, args.overrides).params, what="scoring the merged model")
     result |= {"data": source.name, "full": evaluation.summary(*full), "documents_left_out": 0, "subsets": [
         compare(evaluation, full, after) | {"name": "merged", "keep": "all", "share": 1.0, "method": "merge"}]}
-    return Result(result, f"{path}\n{subset_table(result)}")
+    lines = [f"  alpha {t['alpha']:.2f}: {args.label} {-t['gain']:+.4f}, other labels {t['others']:+.4f}"
+             for t in result.get("tried", ())]
+    return Result(result, "\n".join([f"{path}, alpha {alpha}", *lines, subset_table(result)]))
 
 
 def add_suggest(parser: ArgumentParser) -> None:
@@ -168,16 +192,22 @@ def finetune(args: Namespace) -> Result:
 def add_extend(parser: ArgumentParser) -> None:
     arguments.checkpoint(parser, step=False)
     parser.add_argument("--experts", type=int, required=True, metavar="N")
-    parser.add_argument("--init", choices=("copy", "jitter", "fresh"), default="jitter")
+    parser.add_argument("--init", choices=("copy", "jitter", "fresh", "most_used"), default="jitter", help="like other "
+                        "experts, exactly or with noise (default); as in a new model; or the average of the two that --subset "
+                        "scores highest, with noise")
+    parser.add_argument("--subset", default="", metavar="FILE", help="whose scores --init most_used looks at")
     parser.add_argument("--not-forced", action="store_true", help="they must earn their place in a document's pool")
     parser.add_argument("--out", required=True, metavar="DIR")
 
 
 def extend(args: Namespace) -> Result:
     from emo_jax.checkpoints.checkpoint import open_checkpoint
+    from emo_jax.checkpoints.subset import load
     from emo_jax.surgery.extend import extend as write
 
-    path = write(open_checkpoint(args.checkpoint), args.experts, args.out, init=args.init, forced=not args.not_forced)
+    found = open_checkpoint(args.checkpoint)
+    path = write(found, args.experts, args.out, init=args.init, forced=not args.not_forced,
+                 subset=load(args.subset, found) if args.subset else None)
     return Result({"checkpoint": str(path), "experts": args.experts, "init": args.init}, (
         f"{path}: {args.experts} new experts in every layer ({args.init}); train them with the config beside it and "
         f"--train.init_params_from={path}"))

@@ -107,19 +107,18 @@ def causal_pool(
 ) -> Bool[Array, "B T R"]:
     """`document_pool` from what a token may know: of its document, the `voters` up to the token itself. Where all vote, the
     pool of a document's last token is the document's."""
-    R, segments_BT = router_probs.shape[-1], _whole_rows(segment_ids)
-    votes_BTR = jnp.where(_whole_rows(voters)[..., None], _whole_rows(jax.lax.stop_gradient(router_probs)), 0.0)
+    R, segments_BT = router_probs.shape[-1], _rows(segment_ids, None)
+    votes_BTR = jnp.where(_rows(voters, None)[..., None], _rows(jax.lax.stop_gradient(router_probs), None), 0.0)
 
     def add(before, after):  # sums that begin anew with each document, so that not even its rounding sees the ones before
         return jnp.where(after[1], after[0], before[0] + after[0]), before[1] | after[1]
 
-    so_far_BTR, _ = jax.lax.associative_scan(add, (votes_BTR, _begins(segments_BT)[..., None]), axis=1)
-    so_far_BTR = so_far_BTR if spec() is None else reshard(so_far_BTR, BATCH, "sequence", None)
+    so_far_BTR = jax.lax.associative_scan(add, (votes_BTR, _begins(segments_BT)[..., None]), axis=1)[0]
     left_out_BN = (R - jnp.minimum(pool_sizes, R)).astype(jnp.float32)
     left_out_BT = jnp.einsum("btn,bn->bt", one_hot_documents(segment_ids, pool_sizes.shape[1]), left_out_BN,
                              precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, "sequence"))
     forced_R = _forced_mask(forced_experts, R)
-    return largest(jnp.where(forced_R, -1.0, so_far_BTR), R - left_out_BT.astype(jnp.int32)) | forced_R
+    return largest(jnp.where(forced_R, -1.0, _rows(so_far_BTR, "sequence")), R - left_out_BT.astype(jnp.int32)) | forced_R
 
 
 def largest(values: Float[Array, "*any R"], counts: Int[Array, "*any"]) -> Bool[Array, "*any R"]:
@@ -139,7 +138,7 @@ def largest(values: Float[Array, "*any R"], counts: Int[Array, "*any"]) -> Bool[
 
 def first_tokens(segment_ids: Int[Array, "B T"], count: Int[Array, ""] | int) -> Bool[Array, "B T"]:
     """The first `count` tokens of every document of a row."""
-    segments_BT = _whole_rows(segment_ids)
+    segments_BT = _rows(segment_ids, None)
     index_T = jnp.arange(segments_BT.shape[1])
     return index_T - jax.lax.cummax(jnp.where(_begins(segments_BT), index_T, 0), axis=1) < count
 
@@ -148,8 +147,9 @@ def _begins(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     return jnp.pad(jnp.diff(segments_BT, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
 
 
-def _whole_rows(x: Array) -> Array:
-    return x if spec() is None else reshard(x, BATCH, *(None,) * (x.ndim - 1))
+def _rows(x: Array, axis: str | None) -> Array:
+    """[B, T, ...] with rows cut over this axis of the mesh, if there is one; None: whole ones."""
+    return x if spec() is None else reshard(x, BATCH, axis, *(None,) * (x.ndim - 2))
 
 
 def _forced_mask(forced_experts: int | Bool[Array, "R"], R: int) -> Bool[Array, "R"]:
@@ -212,4 +212,7 @@ def draw_pool_sizes(
     sizes_LBN = jax.vmap(over_documents, in_axes=(0, None))(key_of_layer_L, document_ids)
     if config.pool_free:
         sizes_LBN = jnp.where(jax.vmap(jax.vmap(is_free))(document_ids), NO_POOL, sizes_LBN)
+    if config.pool_layers:
+        has_pools_L11 = jnp.isin(jnp.arange(layers), jnp.asarray(config.pool_layers))[:, None, None]
+        sizes_LBN = jnp.where(has_pools_L11, sizes_LBN, NO_POOL)
     return sizes_LBN if config.pool_off_from == 1 else jnp.where(progress >= config.pool_off_from, NO_POOL, sizes_LBN)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Bool, Int
 
 from emo_jax.analysis import information, use
 from emo_jax.analysis.activations import collect
@@ -37,6 +37,7 @@ SHARES = (0.5, 0.25, 0.125)
 CHOOSING = (1, 5, 50)  # documents of each label
 SCORED = 16  # documents of each label, at most
 LOOKED_AT = 1 << 16  # tokens whose activations are taken
+POSITIONS = (16, 64, 256)  # where the losses by position in the document are divided
 FREQUENT_TOKENS = 200  # the most frequent token ids, whose identity is a class
 POOL_TOKENS = 64  # the first of a document, whose votes alone make the third kind of its pools
 TOKENS = 512  # What comes after these in a document neither chooses nor is scored.
@@ -51,8 +52,8 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     """
     began = time.monotonic()
     loaded = load(path, list(overrides), data=data)
-    text = _Text(loaded, max(choosing))
-    evaluation = text.evaluation(loaded.mesh)
+    text = StudyText(loaded, max(choosing))
+    evaluation = text.evaluation(loaded)
     full = full_losses(loaded, evaluation)
     summary = evaluation.summary(*full)["labels"]
     result = {
@@ -60,6 +61,8 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
         "tokens": loaded.saved.meta["tokens"], "step": loaded.saved.step, "data": text.source.name,
         "labels": {"trained": text.trained, "left_out": text.left_out},
         "full": text.means({label: part["loss"] for label, part in summary.items()}),
+        "positions": {f"{p.start + 1} to {p.stop}": text.evaluation(loaded, p)(loaded.params)["loss"]
+                      for p in map(range, (0, *POSITIONS), POSITIONS)},
         "subsets": [],
     }
     settings = [(method, max(choosing)) for method in methods]
@@ -72,7 +75,7 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     return result | {"information": _information(loaded, text), "seconds": time.monotonic() - began}
 
 
-class _Text:
+class StudyText:
     """Which documents of which label choose, and which are scored."""
 
     def __init__(self, loaded: LoadedModel, most: int):
@@ -96,18 +99,26 @@ class _Text:
             rest = np.setdiff1d(documents, self._choosing[label])
             self.scored[label] = calibration_lib.sample(rest, SCORED, 0)
 
-    def choosing(self, count: int) -> calibration_lib.Calibration:
-        """The first `count` documents of every label: a smaller number is part of a larger one."""
-        groups = {label: calibration_lib.sample(documents, count, 0) for label, documents in self._choosing.items()}
+    def choosing(self, count: int, label: str = "") -> calibration_lib.Calibration:
+        """The first `count` documents of every label, or of one: a smaller number is part of a larger one."""
+        if label and label not in self._choosing:
+            raise InputError(f"{self.source.name}: no label {label!r} of two documents; there are {', '.join(self._choosing)}")
+        groups = {name: calibration_lib.sample(documents, count, 0) for name, documents in self._choosing.items()
+                  if label in ("", name)}
         return calibration_lib.from_source(self.config, self.source, self.tokenizer, groups, TOKENS)
 
-    def evaluation(self, mesh: Mesh) -> Evaluation:
-        """All of the scored documents."""
-        c = self.config
+    def evaluation(self, loaded: LoadedModel, positions: range | None = None) -> Evaluation:
+        """All of the scored documents, for this model or one that was made of it. `positions`: only these tokens of a
+        document count, or of its part, where it is cut into rows."""
+        c = dataclasses.replace(self.config, model=loaded.config.model)
         rows = ceil_div(SCORED * TOKENS, c.data.sequence_length) * len(self.scored)
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, eval_rows=rows))
         numbers = np.sort(np.concatenate(list(self.scored.values())))
-        return Evaluation(c, mesh, evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS), self.tokenizer)
+        rows = evaluation_rows(c, self.source, self.tokenizer, numbers, TOKENS)
+        if positions is not None:
+            rows = [(label, fields | {"loss_weights": fields["loss_weights"] * _within(fields["segment_ids"], positions)})
+                    for label, fields in rows]
+        return Evaluation(c, loaded.mesh, rows, self.tokenizer)
 
     def to_look_at(self) -> Text:
         """The scored documents, at most about LOOKED_AT tokens of them."""
@@ -127,7 +138,16 @@ class _Text:
         return self.means({label: float(nats[of].sum() / max(tokens[of].sum(), 1)) for label, of in rows.items()})
 
 
-def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text, method: str, count: int) -> list[dict[str, Any]]:
+def _within(segments: Int[np.ndarray, "n T"], positions: range) -> Bool[np.ndarray, "n T"]:
+    """Whether each token's place in its document, counted from 0, is one of `positions`."""
+    places = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    begins = np.diff(segments, axis=1, prepend=0) != 0
+    place = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    return (place >= positions.start) & (place < positions.stop)
+
+
+def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: StudyText, method: str,
+             count: int) -> list[dict[str, Any]]:
     """The loss above the full model's with a subset for every label, by kept share."""
     m, calibration = loaded.config.model, text.choosing(count)
     keeps = [max(round(share * m.num_experts), m.num_shared_experts + 1) for share in SHARES]
@@ -140,7 +160,7 @@ def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text, met
     return rows
 
 
-def _selective_gap(loaded: LoadedModel, evaluation: Evaluation, full, text: _Text) -> dict[str, dict[str, Any]]:
+def _selective_gap(loaded: LoadedModel, evaluation: Evaluation, full, text: StudyText) -> dict[str, dict[str, Any]]:
     """{which votes: {share: means}}: the loss above the full model's with a pool of so many routed experts for each document,
     by the votes of all its tokens (a pool that has seen the future of each), of those so far, and of the first ones."""
     voters = {"document": None, "causal": loaded.config.data.sequence_length, f"first {POOL_TOKENS} tokens": POOL_TOKENS}
@@ -151,7 +171,7 @@ def _selective_gap(loaded: LoadedModel, evaluation: Evaluation, full, text: _Tex
             for votes in voters}
 
 
-def _information(loaded: LoadedModel, text: _Text) -> dict[str, Any]:
+def _information(loaded: LoadedModel, text: StudyText) -> dict[str, Any]:
     """Means over the layers, and the layers. `effective_experts` is None where no document is long enough."""
     a = collect(loaded, text.to_look_at())
     whole = np.ones((1, len(a.text.labels)))  # every document once

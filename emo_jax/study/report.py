@@ -7,58 +7,29 @@ models of one seed read the same rows in the same order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from scipy import stats
+from typing import Any
 
 from emo_jax import plots
 from emo_jax.errors import InputError
 from emo_jax.files import AnyPath
-
-CONFIDENCE = 0.95
-Variants = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> measures
-
-
-class Estimate(NamedTuple):
-    mean: float
-    half_width: float | None  # that the interval over seeds has; None for one seed
-    seeds: int
-
-    def text(self, form: str = "+.3f") -> str:
-        return f"{self.mean:{form}}" + (f" ± {self.half_width:{form.lstrip('+')}}" if self.half_width is not None else "")
-
-    def percent_above_one(self) -> str:
-        width = "" if self.half_width is None else f" ± {100 * self.half_width:.2f}"
-        return f"{100 * (self.mean - 1):+.2f}{width} %"
-
-
-def estimate(values: list[float]) -> Estimate:
-    n = len(values)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(values)) if n > 1 else None
-    return Estimate(float(np.mean(values)), half, n)
-
-
-def read(folder: str | Path) -> Variants:
-    """Raises `InputError` if there are no measures, or they are of other documents or labels."""
-    variants: Variants = {}
-    paths = sorted(Path(folder).glob("*/*/measures.json"))
-    for path in paths:
-        try:
-            found = json.loads(path.read_text())
-            variants.setdefault(path.parent.parent.name, {})[int(found["seed"])] = found
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise InputError(f"{path}: not the measures of a model ({type(e).__name__}: {e})") from None
-        first = variants[paths[0].parent.parent.name]
-        for name in ("data", "labels", "step"):
-            if found.get(name) != next(iter(first.values())).get(name):
-                raise InputError(f"{path}: {name} differs from {paths[0]}; measure all models alike")
-    if not variants:
-        raise InputError(f"{folder}: no VARIANT/SEED/measures.json; make them with `emo-jax study measure`")
-    return variants
+from emo_jax.study import frontier
+from emo_jax.study.estimates import (
+    Estimate,
+    Variants,
+    above,
+    baseline_of,
+    cell,
+    full,
+    kept_shares,
+    method_of,
+    over_seeds,
+    ratio,
+    read,
+    selective_gap,
+    table,
+)
 
 
 def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> dict[str, Any]:
@@ -70,59 +41,15 @@ def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> 
             raise InputError(f"{folder}: no variant {name!r}; there are {', '.join(variants)}")
     order = [main, baseline, *sorted(set(variants) - {main, baseline})]
     variants = {name: variants[name] for name in order}
-    text = "\n\n".join([_overview(variants, baseline), _choosing(variants, main, baseline), *_selective_gaps(variants),
-                        _information(variants)])
+    text = "\n\n".join([_overview(variants, baseline), frontier.text(variants, baseline), _places(variants, baseline),
+                         _choosing(variants, main, baseline), *_selective_gaps(variants), _information(variants)])
+    frontier.figure(variants, baseline, Path(folder) / "frontier.png")
     figure = _figure(variants, main, baseline, Path(folder) / "study.png")
     Path(folder, "study.md").write_text(text + "\n")
-    ratios = {f"{s:.1%}": r._asdict() for s in _shares(variants)
+    ratios = {f"{s:.1%}": r._asdict() for s in kept_shares(variants)
               if (r := ratio(variants, main, baseline, above("trained", s)))}
     return {"variants": {name: _summary(of) for name, of in variants.items()}, "main_over_baseline": ratios, "text": text,
             "figure": figure and str(figure)}
-
-
-# ---- numbers --------------------------------------------------------------------------------------------------------
-
-
-def over_seeds(of: dict[int, dict[str, Any]], value: Callable[[dict], float | None]) -> Estimate | None:
-    """None where any seed lacks the value."""
-    values = [value(measures) for measures in of.values()]
-    known = [v for v in values if v is not None]
-    return estimate(known) if len(known) == len(values) else None
-
-
-def ratio(variants: Variants, name: str, baseline: str, value: Callable[[dict], float | None]) -> Estimate | None:
-    """A value of one variant over that of the baseline, seed by seed; None where it has no meaning."""
-    seeds = sorted(set(variants[name]) & set(variants[baseline]))
-    pairs = [(value(variants[name][s]), value(variants[baseline][s])) for s in seeds]
-    ratios = [a / b for a, b in pairs if a is not None and b]
-    return estimate(ratios) if 0 < len(ratios) == len(pairs) else None
-
-
-def full(part: str) -> Callable[[dict], float | None]:
-    return lambda measures: measures["full"][part]
-
-
-def above(part: str, share: float, method: str = "", documents: int = 0) -> Callable[[dict], float | None]:
-    """The loss above the full model's; by default with the first method and the most documents."""
-
-    def value(measures: dict) -> float | None:
-        rows = [r for r in measures["subsets"] if r["share"] == share and r["method"] == (method or _method(measures))]
-        rows = [r for r in rows if r["documents"] == (documents or max(r["documents"] for r in rows))]
-        return rows[0][part] if rows else None
-
-    return value
-
-
-def selective_gap(votes: str, share: str) -> Callable[[dict], float | None]:
-    return lambda measures: measures["selective_gap"][votes][share]["trained"] if "selective_gap" in measures else None
-
-
-def _method(measures: dict) -> str:
-    return measures["subsets"][0]["method"]
-
-
-def _shares(variants: Variants) -> list[float]:
-    return sorted({r["share"] for of in variants.values() for m in of.values() for r in m["subsets"]}, reverse=True)
 
 
 def _summary(of: dict[int, dict]) -> dict[str, Any]:
@@ -138,28 +65,42 @@ def _summary(of: dict[int, dict]) -> dict[str, Any]:
 
 
 def _overview(variants: Variants, baseline: str) -> str:
-    shares = _shares(variants)
+    shares = kept_shares(variants)
     head = ["model", "seeds", "full", f"above {baseline}", *(f"{s:.1%} kept" for s in shares), "full, left-out labels",
             *(f"{s:.1%}, left-out labels" for s in shares)]
     rows = []
     for name, of in variants.items():
         change = None if name == baseline else ratio(variants, name, baseline, full("trained"))
-        rows.append([name, str(len(of)), _cell(over_seeds(of, full("trained")), ".3f"),
+        rows.append([name, str(len(of)), cell(over_seeds(of, full("trained")), ".3f"),
                      "" if change is None else change.percent_above_one(),
-                     *(_cell(over_seeds(of, above("trained", s))) for s in shares),
-                     _cell(over_seeds(of, full("left_out")), ".3f"),
-                     *(_cell(over_seeds(of, above("left_out", s))) for s in shares)])
-    return "Loss (nats/token) of the full model, and above it with few experts:\n\n" + _table(head, rows)
+                     *(cell(over_seeds(of, above("trained", s))) for s in shares),
+                     cell(over_seeds(of, full("left_out")), ".3f"),
+                     *(cell(over_seeds(of, above("left_out", s))) for s in shares)])
+    return "Loss (nats/token) of the full model, and above it with few experts:\n\n" + table(head, rows)
+
+
+def _places(variants: Variants, baseline: str) -> str:
+    """Where the full model's loss is above the baseline's: by label, and by the position in the document."""
+    rows = []
+    for name in variants:
+        beside = baseline_of(name, variants, baseline)
+        if name == beside:
+            continue
+        for kind, of in (("label", lambda m: m["full"]["labels"]), ("token", lambda m: m.get("positions", {}))):
+            for part in of(next(iter(variants[name].values()))):
+                found = ratio(variants, name, beside, lambda m, of=of, part=part: of(m).get(part))
+                rows += [[name, f"{kind} {part}", found.percent_above_one()]] if found else []
+    return "Where: the full model's loss above that of its baseline:\n\n" + table(["model", "part", "above"], rows)
 
 
 def _choosing(variants: Variants, main: str, baseline: str) -> str:
-    shares = _shares(variants)
+    shares = kept_shares(variants)
     head = ["model", "chosen by", "documents", *(f"{s:.1%} kept" for s in shares)]
     rows, lines = [], []
     for name in (main, baseline):
         settings = {(r["method"], r["documents"]) for m in variants[name].values() for r in m["subsets"]}
         for method, count in sorted(settings):
-            rows.append([name, method, str(count), *(_cell(over_seeds(variants[name], above("trained", s, method, count)))
+            rows.append([name, method, str(count), *(cell(over_seeds(variants[name], above("trained", s, method, count)))
                                                      for s in shares)])
     for share in shares:
         if (r := ratio(variants, main, baseline, above("trained", share))) is not None:
@@ -167,7 +108,7 @@ def _choosing(variants: Variants, main: str, baseline: str) -> str:
         if (r := reach_of_one(variants[main], share)) is not None:
             lines.append(f"- {share:.1%} kept: one document reaches {r.text('.1%')} of what {_most(variants[main])} reach over "
                          f"a random choice ({main})")
-    return "How experts are chosen (loss above the full model's, trained labels):\n\n" + _table(head, rows) + (
+    return "How experts are chosen (loss above the full model's, trained labels):\n\n" + table(head, rows) + (
         "\n\n" + "\n".join(lines))
 
 
@@ -180,7 +121,7 @@ def reach_of_one(of: dict[int, dict], share: float) -> Estimate | None:
 
     def value(measures: dict) -> float | None:
         random, one, most = (above("trained", share, *setting)(measures) for setting in
-                             (("random",), (_method(measures), 1), (_method(measures),)))
+                             (("random",), (method_of(measures), 1), (method_of(measures),)))
         if random is None or one is None or most is None or random == most:
             return None
         return (random - one) / (random - most)
@@ -192,27 +133,19 @@ def _selective_gaps(variants: Variants) -> list[str]:
     """Nothing for measures of an earlier version, which lack it."""
     measured = next((m["selective_gap"] for of in variants.values() for m in of.values() if "selective_gap" in m), {})
     columns = [(votes, share) for votes, shares in measured.items() for share in shares]
-    rows = [[name, *(_cell(over_seeds(of, selective_gap(*column))) for column in columns)] for name, of in variants.items()]
+    rows = [[name, *(cell(over_seeds(of, selective_gap(*column))) for column in columns)] for name, of in variants.items()]
     return ["With a pool for each document (loss above the full model's, trained labels), by the votes of the whole document, "
             "which have seen the future of each token, of its tokens so far, and of its first tokens:\n\n"
-            + _table(["model", *(f"{share}, {votes}" for votes, share in columns)], rows)] if columns else []
+            + table(["model", *(f"{share}, {votes}" for votes, share in columns)], rows)] if columns else []
 
 
 def _information(variants: Variants) -> str:
     columns = {"expert_label": "expert and label", "expert_token": "expert and token", "cluster_label": "cluster and label",
                "cluster_token": "cluster and token", "effective_experts": "effective experts of a document"}
-    rows = [[name, *(_cell(over_seeds(of, lambda m, c=c: m["information"][c]), ".3f") for c in columns)]
+    rows = [[name, *(cell(over_seeds(of, lambda m, c=c: m["information"][c]), ".3f") for c in columns)]
             for name, of in variants.items()]
     return ("What experts tell (mutual information above chance, nats; clusters: adjusted, 0 to 1):\n\n"
-            + _table(["model", *columns.values()], rows))
-
-
-def _cell(found: Estimate | None, form: str = "+.3f") -> str:
-    return "" if found is None else found.text(form)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+            + table(["model", *columns.values()], rows))
 
 
 # ---- figure ---------------------------------------------------------------------------------------------------------
@@ -220,8 +153,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _figure(variants: Variants, main: str, baseline: str, path: AnyPath) -> AnyPath | None:
     """Loss above the full model's: by share, by documents that chose, by variant; None without matplotlib."""
-    few, fewest = _shares(variants)[-2:]
-    counts = sorted({r["documents"] for m in variants[main].values() for r in m["subsets"] if r["method"] == _method(m)})
+    few, fewest = kept_shares(variants)[-2:]
+    counts = sorted({r["documents"] for m in variants[main].values() for r in m["subsets"] if r["method"] == method_of(m)})
     colors = dict.fromkeys(variants, plots.GRAY) | dict(zip((main, baseline), plots.COLORS))
 
     def line(axis, name: str, label: str, xs: list[float], values: list[Callable], dashed: bool) -> None:
@@ -233,8 +166,8 @@ def _figure(variants: Variants, main: str, baseline: str, path: AnyPath) -> AnyP
     def draw(by_share, by_documents, by_variant) -> None:
         for name in (main, baseline):
             for part, dashed in (("trained", False), ("left_out", True)):
-                line(by_share, name, name + dashed * ",\nleft-out labels", _shares(variants),
-                     [above(part, share) for share in _shares(variants)], dashed)
+                line(by_share, name, name + dashed * ",\nleft-out labels", kept_shares(variants),
+                     [above(part, share) for share in kept_shares(variants)], dashed)
             for share, dashed in ((fewest, False), (few, True)):
                 line(by_documents, name, f"{name}, {100 * share:g} %", counts,
                      [above("trained", share, documents=n) for n in counts], dashed)
@@ -242,7 +175,7 @@ def _figure(variants: Variants, main: str, baseline: str, path: AnyPath) -> AnyP
             for share in (few, fewest):
                 if (e := over_seeds(variants[name], above("trained", share))) is not None:
                     plots.span(by_variant, i, e.mean, e.half_width, colors[name], hollow=share == few)
-        plots.experts_kept(by_share, _shares(variants))
+        plots.experts_kept(by_share, kept_shares(variants))
         by_documents.set_xscale("log")
         by_documents.set_xticks(counts, counts)
         by_documents.minorticks_off()

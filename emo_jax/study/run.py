@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from emo_jax.buckets import is_url
+from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.config import Config, load_config
 from emo_jax.data.order import split
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import InputError, RunError
 from emo_jax.files import make_folder
+from emo_jax.study import transfer_report
 from emo_jax.study.report import compare
 from emo_jax.study.variants import ABLATIONS, MAIN, VARIANTS, fields
 from emo_jax.train.signals import StopSignals
@@ -83,6 +85,33 @@ def run_study(base: str, out: str | Path, overrides: Sequence[str] = (), *, held
         _prepare(config, given, held_out, models)
         _finish(models, jobs)
     return compare(out)
+
+
+def run_transfer(study: str | Path, labels: Sequence[str], overrides: Sequence[str] = (), *, arms: Sequence[str],
+                 variants: Sequence[str] = MAIN, seeds: Sequence[int] = (0, 1, 2), keep: int = 0, held_out: str = "",
+                 out: str | Path = "", jobs: int = 1) -> dict[str, Any]:
+    """Trains and measures what is not measured yet of models that `run_study` trained into `study`/VARIANT/SEED, and returns
+    the result of `transfer_report.compare`. keep: experts of the module; 0: a quarter. out: "" means `study`/transfer.
+
+    Raises `InputError` before anything is trained, and `RunError` as `run_study`."""
+    given = Path(study).absolute()
+    out = Path(out).absolute() if out else given / "transfer"
+    models = []
+    for seed in seeds:
+        for variant in variants:
+            run = given / variant / str(seed)
+            config = open_checkpoint(run).config
+            number = keep or config.model.num_experts // 4
+            for label in labels:
+                folder = out / variant / str(seed) / label
+                if not all((folder / f"{arm}.json").exists() for arm in arms):
+                    models.append(Model(f"{variant}, seed {seed}, {label}", folder, [
+                        ["study", "adapt", str(run), "--label", label, "--arms", ",".join(arms), "--keep", str(number),
+                         *(["--data", held_out] if held_out else []), "--out", str(folder), *overrides]]))
+                    make_folder(folder)
+    _say(f"{len(models)} of {len(seeds) * len(variants) * len(labels)} modules are to be trained, {jobs} at a time")
+    _finish(models, jobs)
+    return transfer_report.compare(out)
 
 
 def _say(message: str) -> None:

@@ -13,6 +13,7 @@ class Variant(NamedTuple):
     fields: tuple[str, ...] = ()  # Overrides; {quarter} is a quarter of the experts.
     methods: tuple[str, ...] = ("router",)  # Experts are chosen by these, by the first with each of `documents`.
     documents: tuple[int, ...] = (50,)  # So many documents of each label choose.
+    baseline: str = "stdmoe"  # The standard MoE with the same weights of the losses.
 
 
 _ALL: dict[str, Any] = {"methods": ("router", "layerwise", "easy_ep", "random"), "documents": (1, 5, 50)}
@@ -27,8 +28,15 @@ VARIANTS = {
     "fixed_pool": Variant("Every pool has a quarter of the experts.",
                           ("--router.pool_min={quarter}", "--router.pool_max={quarter}")),
     "beta_pool": Variant("Pool sizes are drawn from Beta(4, 1): mostly large pools.", ("--router.pool_distribution=beta",)),
-    "emo_v2": Variant("The later upstream router, with its weights of the auxiliary losses.", _V2),
-    "stdmoe_v2": Variant("The standard MoE with the weights of emo_v2.", _NO_POOLS + _V2),
+    "free_pool": Variant("Three documents in ten have no pool.", ("--router.pool_free=0.3",)),
+    "late_off": Variant("No pools in the last fifth of training.", ("--router.pool_off_from=0.8",)),
+    "growing_pool": Variant("The largest pool grows from the smallest one to all experts.", ("--router.pool_grows=true",)),
+    "emo_v2": Variant("The later upstream router, with its weights of the auxiliary losses.", _V2, baseline="stdmoe_v2"),
+    "stdmoe_v2": Variant("The standard MoE with the weights of emo_v2.", _NO_POOLS + _V2, baseline="stdmoe_v2"),
+    "free_pool_v2": Variant("emo_v2 with three documents in ten without a pool.", ("--router.pool_free=0.3", *_V2),
+                            baseline="stdmoe_v2"),
+    "late_off_v2": Variant("emo_v2 without pools in the last fifth of training.", ("--router.pool_off_from=0.8", *_V2),
+                           baseline="stdmoe_v2"),
 }
 MAIN = ("emo", "stdmoe")  # trained with all seeds
 ABLATIONS = tuple(name for name in VARIANTS if name not in MAIN)

@@ -37,9 +37,11 @@ def finetune_config(found: Config, start: AnyPath, data: str, label: str, overri
                                       weight_decay=0.0, warmup_steps=0, start_step=-1),
         train=dataclasses.replace(found.train, steps=100, batch_size=32, batch_ramp="", microbatches=1, init_from="",
                                   init_params_from=str(start)))
-    if data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, format="auto", eval_path="",
-                                                                      leave_out_labels="", mixture=""))
+    if data or label:
+        d = found.data
+        config = dataclasses.replace(config, data=dataclasses.replace(
+            d, path=data or d.path, format="auto", eval_path="", leave_out_labels="", mixture="", general_share=GENERAL_SHARE,
+            general_path=d.path, general_leave_out_labels=d.leave_out_labels))
     config = override(config, list(overrides))
     if label:
         others = labels_but(open_source(config.data), label)
@@ -50,34 +52,31 @@ def finetune_config(found: Config, start: AnyPath, data: str, label: str, overri
 
 
 def inside_config(whole: Config, subset: Subset) -> Config:
-    """Of the whole model with the subset in every pool, and among the task's documents those that the model was trained on."""
-    others = whole.model.num_routed_experts - max(map(len, subset.kept))
-    d, r = whole.data, whole.router
-    router = dataclasses.replace(r, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
-                                 pool_min=max(whole.model.routed_top_k - min(map(len, subset.kept)), 0), pool_max=others,
-                                 pool_distribution="uniform", pool_free=0.0, pool_grows=False, pool_off_from=1.0)
-    return dataclasses.replace(
-        whole, name=f"{whole.name}-module", router=router,
-        data=dataclasses.replace(d, general_share=GENERAL_SHARE, general_path=d.path,
-                                 general_leave_out_labels=d.leave_out_labels),
-        optimizer=dataclasses.replace(whole.optimizer, trainable=TRAINABLE))
+    """The whole model with the subset in every pool."""
+    m, sizes = whole.model, [len(ids) for ids in subset.kept]
+    router = dataclasses.replace(
+        whole.router, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
+        pool_min=max(m.routed_top_k - min(sizes), 0), pool_max=m.num_routed_experts - max(sizes),
+        pool_distribution="uniform", pool_layers=(), pool_free=0.0, pool_grows=False, pool_off_from=1.0)
+    return dataclasses.replace(whole, name=f"{whole.name}-module", router=router,
+                               optimizer=dataclasses.replace(whole.optimizer, trainable=TRAINABLE))
 
 
-def finetune(found: Checkpoint, subset: Subset, out: str | AnyPath, data: str = "", overrides: Sequence[str] = (),
+def finetune(found: Checkpoint, subset: Subset | None, out: str | AnyPath, data: str = "", overrides: Sequence[str] = (),
              evaluations: Iterable = (), *, alone: bool = False, label: str = "") -> dict[str, Any]:
     """Trains into `out`, going on from what is there; returns what `loop.train` does. `alone`: the model that is extracted into
-    `out`/start, else the whole one. `label`: only documents of that label."""
+    `out`/start, else the whole one; without a subset, all of that. `label`: only documents of that label."""
     with hold(folder := make_folder(out)) as holder:
-        require_of(subset, found)
         start, base = found.path, found.config
-        if alone:
+        if subset is not None:
+            require_of(subset, found).save(folder / "subset.json")
+        if subset is not None and alone:
             start = folder / START
             if not steps(start / FOLDER):
                 extract(found, subset, start)
             base = open_checkpoint(start).config
-        else:
+        elif subset is not None:
             base = inside_config(base, subset)
-        subset.save(folder / "subset.json")
         tokenizer, given = folder / "tokenizer.json", found.run / "tokenizer.json"
         if not tokenizer.exists() and given.exists():
             copy_file(given, tokenizer)

@@ -35,7 +35,7 @@ from emo_jax.train.trackers import Trackers
 from emo_jax.train.verdicts import Watch
 
 SCALARS = ("loss", "total_loss", "load_balancing_loss", "router_z_loss", "output_z_loss", "grad_norm", "learning_rate",
-           "experts_max_load", "dropped_tokens", "loss_tokens")
+           "experts_max_load", "dropped_tokens", "loss_tokens", "divergence")
 PER_LAYER = ("expert_load_max", "expert_load_min", "router_entropy", "pool_size_mean", "experts_per_document",
              "grad_norm_by_layer", "param_norm_by_layer")
 # What all_to_all's receive buffers needed, over the steps since the last record: the largest, and the sum.
