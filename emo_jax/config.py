@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from emo_jax.config_rules import MAX_INT, type_hints, validate
 from emo_jax.config_rules import mesh_shape as mesh_shape
+from emo_jax.config_rules import type_hints, validate
 from emo_jax.errors import InputError
 from emo_jax.files import given_path, shortened
 
@@ -62,8 +62,7 @@ class RouterConfig:
     forced_experts: int = 0  # the last routed experts, in every pool on top of its size (experts added to a trained model)
     module: tuple[str, ...] = ()  # likewise, the experts of each layer, "3 17 40": see subset finetune --inside
     pool_eval: int = 0  # pool size in evaluation; 0: none, as in published inference
-    pool_eval_votes: Literal["document", "causal"] = "document"  # causal: of the tokens so far, none of a token's future
-    pool_eval_tokens: int = 0  # causal: only the first so many tokens of a document vote; 0: all so far
+    pool_eval_tokens: int = 0  # only so many first tokens vote, for none before them; 0: all vote, for all
     pool_distribution: Literal["uniform", "beta"] = "uniform"
     pool_beta: float = 4.0  # the a of Beta(a, 1); only for pool_distribution=beta
     pool_scope: Literal["layer", "document"] = "layer"
@@ -76,11 +75,6 @@ class RouterConfig:
     router_z_weight: float = 1e-3  # likewise
     balance_scope: Literal["step", "microbatch", "shard"] = "step"  # published: microbatch
     balance_shards: int = 0  # row groups of scope=shard; 0: the number of batch shards of the mesh
-
-    @property
-    def pool_eval_voters(self) -> int | None:
-        """How many first tokens of a document vote, each for those after it; None: all of them for all."""
-        return None if self.pool_eval_votes == "document" else self.pool_eval_tokens or MAX_INT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ def validate(c: Config) -> None:
                 f"{m.num_shared_experts + 1}..{m.num_experts}, the shared experts included")
     if r.module:
         _check_module(c, require)
-    require(r.pool_eval_tokens == 0 or r.pool_eval_votes == "causal",
-            f"router.pool_eval_tokens={r.pool_eval_tokens} needs router.pool_eval_votes=causal (is {r.pool_eval_votes})")
+    require(r.pool_eval > 0 or not r.pool_eval_tokens,
+            f"router.pool_eval_tokens={r.pool_eval_tokens} needs router.pool_eval: the size of the pools of evaluation")
     if c.uses_pools:
         least = max(m.routed_top_k - min((len(experts.split()) for experts in r.module), default=0), 0)
         require(least <= r.pool_min <= r.pool_max,

@@ -89,7 +89,7 @@ def test_votes_to_come_and_other_documents_change_no_pool(voters):
 
 
 def configured(**sections):
-    return tiny.config(router=dict(pool_eval=4, pool_eval_votes="causal"), **sections)
+    return tiny.config(router=dict(pool_eval=4, pool_eval_tokens=32), **sections)
 
 
 def parameters(config, mesh):
@@ -163,12 +163,12 @@ def test_what_padding_holds_changes_nothing(one_device):
 def test_the_config_says_which_votes_make_the_pools_of_evaluation(one_device):
     document = tiny.config()
     np.testing.assert_array_equal(one_device, row_losses(document, 1, pool_size=np.int32(4), pool_tokens=np.int32(32)))
-    first = tiny.config(router=dict(pool_eval=4, pool_eval_votes="causal", pool_eval_tokens=3))
+    first = tiny.config(router=dict(pool_eval=4, pool_eval_tokens=3))
     np.testing.assert_array_equal(row_losses(first, 1), row_losses(document, 1, pool_size=np.int32(4), pool_tokens=np.int32(3)))
     of_all = row_losses(tiny.config(router=dict(pool_eval=4)), 1)
     np.testing.assert_array_equal(of_all, row_losses(first, 1, pool_size=np.int32(4)))  # a size of its own has votes of its own
     assert len({a.sum() for a in (one_device, row_losses(first, 1), of_all, row_losses(document, 1))}) == 4
-    with pytest.raises(InputError, match="pool_eval_tokens=3 needs router.pool_eval_votes=causal"):
+    with pytest.raises(InputError, match="pool_eval_tokens=3 needs router.pool_eval"):
         dataclasses.replace(document, router=RouterConfig(pool_eval_tokens=3))
 
 

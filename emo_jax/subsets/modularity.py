@@ -64,7 +64,7 @@ class Modularity:
         documents: "effective_experts" and "top_share". The mean of the layers; "..._layers" has each."""
         use = use_of_documents(params, self._mesh, self._execution, self._text)
         R, router = self._config.model.num_routed_experts, self._config.router
-        full = self._loss(params, router.pool_eval or R, pool_tokens=router.pool_eval_voters if router.pool_eval else None)
+        full = self._loss(params, router.pool_eval or R, pool_tokens=router.pool_eval_tokens or None)
 
         def gaps(pool_tokens: int | None = None) -> dict[str, float]:
             return {name: self._loss(params, math.ceil(share * R), pool_tokens=pool_tokens) - full

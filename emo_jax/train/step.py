@@ -121,7 +121,7 @@ def _eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
                   pool_tokens: Int[Array, ""] | int | None = None):
         sizes_LBN = None
         if pool_size is None and config.uses_pools and config.router.pool_eval:
-            pool_size, pool_tokens = jnp.int32(config.router.pool_eval), config.router.pool_eval_voters
+            pool_size, pool_tokens = jnp.int32(config.router.pool_eval), config.router.pool_eval_tokens or None
         if pool_size is not None:
             shape = (config.model.num_layers, batch["tokens"].shape[0], execution.documents_per_row)
             size = jnp.maximum(pool_size, config.model.routed_top_k)
