@@ -34,7 +34,7 @@ def program_config(config: Config) -> Config:
                                 eval_tasks="", init_params_from="", init_moments=False, init_from="", batch_ramp="",
                                 compilation_cache="", profile_steps="", trackers="")
     data = DataConfig(sequence_length=config.data.sequence_length, max_documents_per_row=config.data.max_documents_per_row,
-                      general_share=config.data.general_share)
+                      general_every=config.data.general_every)
     faults = FaultsConfig(skip_sigma=config.faults.skip_sigma)
     return dataclasses.replace(config, name="program", data=data, train=train, checkpoint=CheckpointConfig(), faults=faults,
                                stages=())

@@ -91,7 +91,7 @@ class DataConfig:
     mix_tokenizer: str = "allenai/dolma2-tokenizer"  # what {TOKENIZER} in the paths of a mix file stands for
     tokenizer: str = ""  # a tokenizer.json; "": train a BPE of model.vocab_size on the documents
     eos_token: str = "<|endoftext|>"
-    general_share: float = 0.0  # part of the tokens that are of general documents, which have no pools: see subset finetune
+    general_every: int = 0  # every so many-th row is of general documents, which have no pools: see subset finetune
     general_path: str = ""  # the general documents, like `path`
     general_leave_out_labels: str = ""  # "a,b": documents of these labels are not among them
     sequence_length: int = 4096
@@ -152,7 +152,7 @@ class TrainConfig:
     eval_subsets: bool = False  # also: how modular it is: losses with 25 % and 12.5 % of the experts, experts and labels
     init_params_from: str = ""  # checkpoint whose parameters a new run starts with: fresh optimizer, step 0 (fine-tuning)
     init_moments: bool = False  # with it: also the moments of its optimizer
-    divergence_weight: float = 0.0  # of the divergence from the model it started from, on data.general_path, nats/token
+    divergence_weight: float = 0.0  # of the divergence from init_params_from, on general documents, nats/token
     eval_tasks: str = ""  # also: tasks of lm-evaluation-harness, names and YAML files separated by commas
     init_from: str = ""  # checkpoint that an anneal starts from: parameters, optimizer, data position, step
     # Folder of compiled programs for the next start, also in a bucket. "": the user's, ~/.cache/emo_jax/compiled; of a run

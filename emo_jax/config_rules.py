@@ -27,10 +27,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 2": (lambda x: x >= 2, "data.sequence_length"),
     "0 or more": (lambda x: x >= 0, """
         model.num_experts model.num_shared_experts model.top_k router.pool_min router.pool_max router.pool_eval
-        router.pool_eval_tokens router.forced_experts router.load_balance_weight router.router_z_weight
-        router.balance_shards data.workers optimizer.warmup_steps optimizer.weight_decay train.output_z_weight
-        train.divergence_weight train.eval_every checkpoint.keep_every checkpoint.keep_best checkpoint.min_free_gb
-        data.max_epochs faults.skip_sigma faults.check_replicas_every faults.repeat_step_every faults.hang_seconds"""),
+        router.forced_experts router.load_balance_weight router.router_z_weight router.balance_shards data.workers
+        optimizer.warmup_steps optimizer.weight_decay train.output_z_weight train.divergence_weight train.eval_every
+        checkpoint.keep_every checkpoint.keep_best checkpoint.min_free_gb data.max_epochs data.general_every faults.skip_sigma
+        faults.check_replicas_every faults.repeat_step_every faults.hang_seconds router.pool_eval_tokens"""),
     "more than 0": (lambda x: x > 0, """
         model.rope_theta model.norm_eps model.init_std router.pool_beta optimizer.learning_rate optimizer.eps
         optimizer.clip_norm data.cache_gb"""),
@@ -38,7 +38,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1, or -1 for all devices that are left": (
         lambda x: x >= 1 or x == -1, "mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.sequence"),
     "a step, or -1": (lambda x: x >= -1, "optimizer.start_step"),
-    "in [0, 1)": (lambda x: 0 <= x < 1, "data.eval_fraction data.general_share optimizer.beta1 optimizer.beta2"),
+    "in [0, 1)": (lambda x: 0 <= x < 1, "data.eval_fraction optimizer.beta1 optimizer.beta2"),
     "in [0, 1]": (lambda x: 0 <= x <= 1, """
         optimizer.final_fraction data.max_skipped router.pool_free router.pool_off_from"""),
     "in 0..2^63 - 1": (lambda x: 0 <= x < 2**63, "seed"),
@@ -106,8 +106,11 @@ def validate(c: Config) -> None:
             f"optimizer.trainable={o.trainable!r} needs experts (model.num_experts=0)")
     require(not o.trainable.startswith("module") or bool(r.module or r.forced_experts),
             f"optimizer.trainable={o.trainable!r} needs router.module or forced_experts: the experts that it trains")
-    require(d.general_share > 0 or not t.divergence_weight,
-            f"train.divergence_weight={t.divergence_weight} needs data.general_share: it is of general documents")
+    require(d.general_every != 1 and (d.general_every == 0 or t.batch_size % d.general_every == 0),
+            f"data.general_every={d.general_every} must be 0 or at least 2, and divide train.batch_size={t.batch_size}")
+    require((d.general_every > 0 and t.microbatches == 1) or not t.divergence_weight,
+            f"train.divergence_weight={t.divergence_weight} needs data.general_every, as it is of general documents, and "
+            f"train.microbatches=1")
     require(not t.init_moments or bool(t.init_params_from), "train.init_moments needs train.init_params_from")
     require(not t.eval_subsets or m.num_experts > 0, "train.eval_subsets needs experts (model.num_experts=0)")
     require(not d.tokens_field or bool(d.tokenizer),

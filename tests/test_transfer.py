@@ -12,6 +12,7 @@ from tiny_run import tiny_config
 from emo_jax import config as config_lib
 from emo_jax.checkpoints.checkpoint import open_checkpoint
 from emo_jax.checkpoints.subset import full
+from emo_jax.data.order import split
 from emo_jax.errors import InputError
 from emo_jax.loaded import load
 from emo_jax.study import transfer_report
@@ -20,11 +21,11 @@ from emo_jax.surgery import coefficient
 from emo_jax.surgery.extend import extend
 from emo_jax.surgery.finetune import finetune
 from emo_jax.surgery.merge import merge
-from emo_jax.train import start
+from emo_jax.train.batches import DocumentsOfPhases, TextBatches
 from emo_jax.train.loop import train
 
 MODULE = ((0, 3, 5), (1, 2, 6))
-QUICK = ["train.steps=2", "train.batch_size=8", "optimizer.learning_rate=1e-2"]
+QUICK = ["train.steps=2", "train.batch_size=16", "optimizer.learning_rate=1e-2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,9 @@ def module(run):
     return dataclasses.replace(subset, kept=MODULE, method="router", scores=scores)
 
 
-def tuned(run, module, out, *fields, **options):
-    return finetune(open_checkpoint(run), module, out, overrides=[*QUICK, *fields], label="color", **options)
+def tuned(run, module, out, *fields):
+    """Without the penalty on the divergence, unless `fields` have it."""
+    finetune(open_checkpoint(run), module, out, overrides=[*QUICK, "train.divergence_weight=0", *fields], label="color")
 
 
 def records(out):
@@ -55,7 +57,7 @@ def parts(path):
 
 
 def test_only_the_module_s_experts_and_router_columns_move(run, module, tmp_path):
-    tuned(run, module, tmp_path / "tuned")
+    tuned(run, module, tmp_path / "tuned", "optimizer.trainable=module")
     before, after = parts(run), parts(tmp_path / "tuned")
     inside = module.mask()
     for name in ("gate", "up", "down"):
@@ -69,7 +71,7 @@ def test_only_the_module_s_experts_and_router_columns_move(run, module, tmp_path
 
 
 def test_merging_adds_a_multiple_of_what_was_learnt_and_leaves_the_rest_bit_for_bit(run, module, tmp_path):
-    tuned(run, module, tmp_path / "tuned", "data.general_share=0")
+    tuned(run, module, tmp_path / "tuned", "data.general_every=0", "optimizer.trainable=module")
     for alpha in (0.5, 1.5):
         merge(open_checkpoint(run), open_checkpoint(tmp_path / "tuned"), module, tmp_path / str(alpha), alpha=alpha)
         whole, learnt, merged = (parts(p) for p in (run, tmp_path / "tuned", tmp_path / str(alpha)))
@@ -98,36 +100,39 @@ def test_the_coefficient_is_chosen_on_held_out_text(run, module, tmp_path):
 
 
 def test_every_pool_holds_the_module_and_general_documents_have_none(run, module, tmp_path):
-    tuned(run, module, tmp_path / "tuned", "router.pool_max=0", "data.general_share=0")
+    tuned(run, module, tmp_path / "tuned", "router.pool_max=0", "data.general_every=0")
     assert {size for record in records(tmp_path / "tuned") for size in record["pool_size_mean"]} == {3}
-    tuned(run, module, tmp_path / "half", "router.pool_max=0", "data.general_share=0.5")
-    assert 4 < np.mean([record["pool_size_mean"] for record in records(tmp_path / "half")]) < 6  # 3 and all 7
+    tuned(run, module, tmp_path / "half", "router.pool_max=0", "data.general_every=2")
+    assert 4.5 < np.mean([record["pool_size_mean"] for record in records(tmp_path / "half")]) < 5.5  # 3 and all 7
 
 
-def test_general_documents_are_about_their_share_of_the_tokens(run, module):
+def test_every_so_manieth_row_is_of_general_documents(run, module, tmp_path):
     found = open_checkpoint(run).config
-    config = config_lib.override(found, ["data.general_share=0.25", "data.leave_out_labels=count",
-                                         "data.general_leave_out_labels=color", f"data.general_path={found.data.path}"])
-    documents = start.open_documents(config, run)
-    source, numbers = documents.source, [documents.train[i] for i in range(len(documents.train))]
-    labels = [source.label(i) for i in numbers]
-    assert {source.label(i) for i in numbers if i >= source.first_general} == {"count"}
-    assert {source.label(i) for i in numbers if i < source.first_general} == {"color"}
-    tokens = np.array([len(source.encoded(i, documents.tokenizer)) for i in numbers])
-    general = np.array([label == "count" for label in labels])
-    assert tokens[general].sum() / tokens.sum() == pytest.approx(0.25, abs=0.04)
-    with pytest.raises(IndexError):
-        documents.train[len(numbers)]
-    many = start.open_documents(config_lib.override(config, ["data.general_share=0.75"]), run)
-    numbers = [many.train[i] for i in range(len(many.train))]
-    assert len(set(numbers)) < len(numbers)  # there are too few: they come again
+    config = config_lib.override(found, ["data.leave_out_labels=count", "data.general_leave_out_labels=color",
+                                         f"data.general_path={found.data.path}", "data.general_every=4"])
+    for batch_size in (8, 4):
+        c = config_lib.override(config, [f"train.batch_size={batch_size}"])
+        documents = DocumentsOfPhases(run).of(c)
+        batches, source = TextBatches(c, documents, (0, 1), None), documents.source
+        seen = {"color": set(), "count": set()}
+        for batch in (next(batches) for _ in range(40)):
+            labels = {row: {source.label(i) for i in ids[segments > 0]} for row, (ids, segments) in
+                      enumerate(zip(batch["document_ids"], batch["segment_ids"]))}
+            assert labels == {row: {"color" if row % 4 else "count"} for row in range(batch_size)}
+            np.testing.assert_array_equal(batch["general"], (np.arange(batch_size) % 4 == 0)[:, None] * np.ones((1, 32)))
+            seen["count"] |= set(batch["document_ids"][::4].ravel())
+            seen["color"] |= set(batch["document_ids"][1:4].ravel())
+        batches.close()
+        held_out = set(split(documents.evaluated, found.data, found.seed)[1].tolist())
+        general = {i - source.first_general for i in seen["count"]}
+        assert len(general) > 30 and not general & held_out  # that run held them out of its own documents
 
 
 def test_a_penalty_on_the_divergence_holds_the_model_on_general_text(run, module, tmp_path):
     moved = {}
     for weight in ("0", "30"):
         out = tmp_path / weight
-        tuned(run, module, out, "data.general_share=0.5", f"train.divergence_weight={weight}", "train.steps=8",
+        tuned(run, module, out, "data.general_every=2", f"train.divergence_weight={weight}", "train.steps=8",
               "optimizer.trainable=all", "optimizer.learning_rate=3e-3")
         tokens = load(run).tokenizer.encode("one two six ten one two")
         moved[weight] = abs(load(run).logits(tokens) - load(out).logits(tokens)).mean()
@@ -137,7 +142,7 @@ def test_a_penalty_on_the_divergence_holds_the_model_on_general_text(run, module
 
 
 def test_the_divergence_goes_on_from_the_same_model_after_a_stop(run, module, tmp_path):
-    fields = ["data.general_share=0.5", "train.divergence_weight=3", "optimizer.schedule=constant", "checkpoint.every=2"]
+    fields = ["data.general_every=2", "train.divergence_weight=3", "optimizer.schedule=constant", "checkpoint.every=2"]
     tuned(run, module, tmp_path / "once", *fields, "train.steps=4", "optimizer.warmup_steps=0")
     tuned(run, module, tmp_path / "twice", *fields, "optimizer.warmup_steps=0")
     tuned(run, module, tmp_path / "twice", *fields, "train.steps=4", "optimizer.warmup_steps=0")
@@ -145,7 +150,7 @@ def test_the_divergence_goes_on_from_the_same_model_after_a_stop(run, module, tm
 
 
 def test_moments_of_pretraining_are_carried_over(run, module, tmp_path, capsys):
-    fields = ["data.general_share=0", "optimizer.learning_rate=1e-3", "train.steps=1"]
+    fields = ["data.general_every=0", "optimizer.learning_rate=1e-3", "train.steps=1"]
     tuned(run, module, tmp_path / "fresh", *fields)
     tuned(run, module, tmp_path / "carried", *fields, "train.init_moments=true")
     steps = [np.abs(parts(tmp_path / name)["layers"]["moe"]["gate"] - parts(run)["layers"]["moe"]["gate"]).max()
@@ -154,7 +159,7 @@ def test_moments_of_pretraining_are_carried_over(run, module, tmp_path, capsys):
     merge(open_checkpoint(run), open_checkpoint(tmp_path / "fresh"), module, tmp_path / "merged")
     with pytest.raises(InputError, match="holds parameters only"):
         finetune(open_checkpoint(tmp_path / "merged"), dataclasses.replace(module, model={}), tmp_path / "no",
-                 overrides=[*QUICK, "train.init_moments=true"], label="color")
+                 overrides=[*QUICK, "train.divergence_weight=0", "train.init_moments=true"], label="color")
 
 
 def test_experts_made_of_the_two_most_used_ones(run, module, tmp_path):
@@ -170,8 +175,10 @@ def test_experts_made_of_the_two_most_used_ones(run, module, tmp_path):
 @pytest.mark.parametrize("fields, message", [
     (["router.module=0 1;9 2"], "ids of routed experts"), (["router.module=0 1"], "each of 2 layers"),
     (["router.module=0 1;2 3", "router.document_pool=false"], "needs router.document_pool"),
-    (["optimizer.trainable=module"], "needs router.module"), (["train.divergence_weight=1"], "needs data.general_share"),
-    (["train.init_moments=true"], "needs train.init_params_from"), (["data.general_share=1"], r"in \[0, 1\)")])
+    (["optimizer.trainable=module"], "needs router.module"), (["train.divergence_weight=1"], "needs data.general_every"),
+    (["train.init_moments=true"], "needs train.init_params_from"), (["data.general_every=1"], "at least 2"),
+    (["data.general_every=3"], "divide train.batch_size=8"),
+    (["data.general_every=2", "train.divergence_weight=1", "train.microbatches=2"], "train.microbatches=1")])
 def test_what_does_not_go_together_is_named(run, fields, message):
     with pytest.raises(InputError, match=message):
         config_lib.override(open_checkpoint(run).config, fields)
@@ -179,9 +186,9 @@ def test_what_does_not_go_together_is_named(run, fields, message):
 
 def test_the_study_of_transfer(run, tmp_path):
     study = run.parents[1]
-    few = "alone_experts,module_general,appended,whole_general,alone_all"
+    few = "alone_experts,module_general,appended,whole_divergence,alone_all"
     argv = ("study", "adapt", run, "--label", "color", "--keep", 4, "--out", tmp_path / "emo" / "0" / "color",
-            "--train.steps=2", "--train.batch_size=8")
+            "--train.steps=2", "--train.batch_size=8", "--train.log_every=1")
     status, result, _ = command(*argv, "--arms", few)
     assert status == 0 and [r["arm"] for r in result["arms"]] == few.split(",")
     for r in result["arms"]:
@@ -191,8 +198,8 @@ def test_the_study_of_transfer(run, tmp_path):
     assert command(*argv, "--arms", few)[1]["arms"] == result["arms"]  # nothing is done again
     compared = transfer_report.compare(tmp_path)
     found = compared["arms"]["emo"]["module_general"]
-    assert found["full"]["mean"] == pytest.approx(result["arms"][1]["full"]) and found["cost"] == 1.5
-    assert f"| emo | `whole_general`: {ARMS['whole_general'].sentence} | 1 |" in compared["text"]
+    assert found["full"]["mean"] == pytest.approx(result["arms"][1]["full"]) and found["cost"] == pytest.approx(4 / 3)
+    assert f"| emo | `whole_divergence`: {ARMS['whole_divergence'].sentence} | 1 |" in compared["text"]
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
     status, result, _ = command("study", "transfer", study, "--labels", "color", "--variants", "emo", "--seeds", "0",
                                 "--arms", few, "--out", tmp_path)

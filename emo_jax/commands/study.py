@@ -159,7 +159,7 @@ COMMANDS = (
             "gains and forgets: transfer.md, transfer.png; what is finished is not done again", add_transfer, transfer,
             ("emo-jax study transfer runs/study --labels latin,law_us --jobs 2",), "config"),
     Command("study adapt", "the same of one model and label", add_adapt, adapt,
-            ("emo-jax study adapt runs/tiny --label law --arms module_general,whole_general --out runs/law",), "config",
+            ("emo-jax study adapt runs/tiny --label law --arms all_divergence,whole_divergence --out runs/law",), "config",
             devices=True),
     Command("study report", "compare the models of DIR/VARIANT/SEED/measures.json: study.md, study.png", add_report, report,
             ("emo-jax study report runs/study",)),

@@ -12,8 +12,6 @@ from emo_jax.data.order import BothNumbers, DocumentNumbers, split
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
 
-LOOKED_AT = 64  # documents of each, whose length tells how many make the share
-
 
 class WithGeneral(Source):
     """The documents of a task, then general ones, which have the numbers from `first_general` on."""
@@ -55,10 +53,9 @@ class WithGeneral(Source):
         return (self._parts[0], int(i)) if i < self.first_general else (self._parts[1], int(i) - self.first_general)
 
 
-def with_general(task: Source, train: DocumentNumbers, config: Config, tokenizer: Encoder) -> tuple[Source, DocumentNumbers]:
-    """The documents of `data.path` and `data.general_path`, and those to train on, so many of the latter that they are about
-    `data.general_share` of the tokens of an epoch. What a run of the same `data.eval_fraction` and seed held out of the general
-    documents is held out here, too. Raises `InputError`."""
+def with_general(task: Source, train: DocumentNumbers, config: Config) -> tuple[Source, DocumentNumbers]:
+    """The documents of `data.path` and `data.general_path`, and those to train on. What a run of the same `data.eval_fraction`
+    and seed held out of the general documents is held out here, too. Raises `InputError`."""
     d = config.data
     try:
         of_general = dataclasses.replace(d, path=d.general_path, format="auto", leave_out_labels=d.general_leave_out_labels)
@@ -66,8 +63,5 @@ def with_general(task: Source, train: DocumentNumbers, config: Config, tokenizer
         numbers, _ = split(general, of_general, config.seed)
     except InputError as e:
         raise InputError(f"data.general_path: {e}") from None
-    lengths = [np.mean([len(source.encoded(of[int(i)], tokenizer)) for i in np.linspace(0, len(of) - 1, LOOKED_AT)])
-               for source, of in ((task, train), (general, numbers))]
-    tokens = len(train) * lengths[0] * d.general_share / (1 - d.general_share)
     both = WithGeneral(task, general)
-    return both, BothNumbers(train, numbers, both.first_general, max(1, round(tokens / max(lengths[1], 1))))
+    return both, BothNumbers(train, numbers, both.first_general, d.general_every)

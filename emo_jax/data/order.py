@@ -47,23 +47,16 @@ class DocumentRanges:
 
 
 class BothNumbers:
-    """The task's training documents, and `count` general ones spread over all of them: a sequence that is not stored."""
+    """The training documents of a task, then general ones, of which every `every`-th row is (see `general`)."""
 
-    def __init__(self, task: DocumentNumbers, general: DocumentNumbers, first_general: int, count: int):
-        self._task, self._general, self._first, self._count = task, general, first_general, count
+    def __init__(self, task: DocumentNumbers, general: DocumentNumbers, first_general: int, every: int):
+        self.task, self.general, self.first_general, self.every = task, general, first_general, every
 
     def __len__(self) -> int:
-        return len(self._task) + self._count
+        return len(self.task) + len(self.general)
 
     def __getitem__(self, i: int) -> int:
-        j = i - len(self._task)
-        if j < 0:
-            return self._task[i]
-        if j >= self._count:
-            raise IndexError(i)
-        lap, place = divmod(j, len(self._general))  # one after the other, where there are too few
-        last = min(self._count - lap * len(self._general), len(self._general))
-        return self._first + self._general[place * len(self._general) // last]
+        return self.task[i] if i < len(self.task) else self.first_general + self.general[i - len(self.task)]
 
 
 DocumentNumbers = TrainIndices | DocumentRanges | BothNumbers
@@ -161,3 +154,31 @@ class DocumentOrder:
     def epochs(self, counts: list[int]) -> float:
         """How often the documents have been read, when the rows have read `counts` documents."""
         return sum(counts) / len(counts) * self.batch_size / len(self.indices)
+
+
+class BothOrders:
+    """As `DocumentOrder`, of `BothNumbers`: rows 0, every, 2 every, ... of a batch are of general documents, the others of the
+    task's, each as the rows of a smaller batch. Raises `InputError` for a batch that has another share of them."""
+
+    def __init__(self, both: BothNumbers, batch_size: int, seed: int, shuffle: bool):
+        if batch_size % both.every:
+            raise InputError(f"train.batch_size={batch_size} must be a multiple of data.general_every={both.every}")
+        self._both, rows = both, batch_size // both.every
+        self._task = DocumentOrder(both.task, batch_size - rows, seed, shuffle)
+        self._general = DocumentOrder(both.general, rows, seed, shuffle)
+
+    def document(self, row: int, count: int) -> int:
+        turn, place = divmod(row, self._both.every)
+        if place:
+            return self._task.document(row - turn - 1, count)
+        return self._both.first_general + self._general.document(turn, count)
+
+    def epochs(self, counts: list[int]) -> float:
+        """Of the task's documents."""
+        return self._task.epochs([count for row, count in enumerate(counts) if row % self._both.every])
+
+
+def document_order(numbers: DocumentNumbers, batch_size: int, seed: int, shuffle: bool) -> DocumentOrder | BothOrders:
+    if isinstance(numbers, BothNumbers):
+        return BothOrders(numbers, batch_size, seed, shuffle)
+    return DocumentOrder(numbers, batch_size, seed, shuffle)

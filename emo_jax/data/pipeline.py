@@ -29,7 +29,7 @@ from emo_jax.config import Config, DataConfig
 from emo_jax.data import waiting
 from emo_jax.data.documents import MAX_LABELS, Source
 from emo_jax.data.filters import repetitive_rows
-from emo_jax.data.order import DocumentNumbers, DocumentOrder, split
+from emo_jax.data.order import BothOrders, DocumentNumbers, DocumentOrder, document_order, split
 from emo_jax.data.packing import Row, State, documents_read, initial_state, pack, state_width
 from emo_jax.data.row_clock import PARTS, RowClock
 from emo_jax.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class RowStreams:
     data: DataConfig
     source: Source
     tokenizer: Tokenizer
-    order: DocumentOrder
+    order: DocumentOrder | BothOrders
     long: dict[int, np.ndarray] = field(default_factory=dict)  # tokens of the last long document, which all streams may read
 
     def rows(self, stream: int, state: State | None) -> Iterator[MadeRow]:
@@ -189,7 +189,7 @@ def make_train_iterator(config: Config, source: Source, tokenizer: Tokenizer, pr
     numbers = streams_of(batch_size, len(states), first, process_index, process_count)
     if train_indices is None:
         train_indices, _ = split(source, config.data, config.seed)
-    order = DocumentOrder(train_indices, len(states), config.seed, config.data.shuffle)
+    order = document_order(train_indices, len(states), config.seed, config.data.shuffle)
     mine = [[int(x) for x in states[number]] for number in numbers]
     return TrainIterator(RowStreams(config.data, source, tokenizer, order), numbers, mine, batch_size // process_count,
                          config.data.workers)

@@ -21,7 +21,7 @@ from emo_jax.errors import InputError
 from emo_jax.files import AnyPath, remove_tree, write_result
 from emo_jax.loaded import LoadedModel, load
 from emo_jax.progress import say
-from emo_jax.study.arms import APPENDED, ARMS, Arm, cost
+from emo_jax.study.arms import APPENDED, ARMS, Arm
 from emo_jax.study.measure import StudyText
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.choose import choose_one
@@ -55,7 +55,7 @@ def transfer(run: str, label: str, arms: Sequence[str], out: str | AnyPath, *, k
                 "arm": arm, "run": run, "label": label, "left_out": label in text.left_out, "seed": loaded.config.seed,
                 "keep": keep, "before": before, "after": after, "subset": -change["subset"][label],
                 "full": -change["full"][label], "others": float(np.mean([change["full"][name] for name in others])),
-                "cost": cost(ARMS[arm]), "seconds": seconds, "seconds_in_all": time.monotonic() - began})
+                "cost": ARMS[arm].cost(), "seconds": seconds, "seconds_in_all": time.monotonic() - began})
             remove_tree(folder / arm)
     return [_read(folder / f"{arm}.json") for arm in arms]
 

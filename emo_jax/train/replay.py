@@ -109,7 +109,8 @@ def _restored(config: Config, mesh: Mesh, folder: AnyPath, step: int, documents:
     for found_step in reversed([s for s in steps(folder / FOLDER) if s < step]):
         try:
             found = read_step(folder / FOLDER / str(found_step))
-            start.require_goes_on(found, config, documents.of)
+            start.require_goes_on(found, config)
+            start.require_documents(found, config, documents.of)
             state = start.restore_state(found, start.abstract_state(config, mesh))
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")

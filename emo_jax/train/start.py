@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from emo_jax import processes
+from emo_jax import processes, sharding
 from emo_jax.checkpoints import tiers
 from emo_jax.checkpoints.checkpoint import FOLDER, Checkpoint, first_readable, open_checkpoint, read_step
 from emo_jax.checkpoints.compatibility import (
@@ -67,8 +67,8 @@ def open_documents(config: Config, out: AnyPath) -> Documents:
         if not copy.is_file() or copy.read_bytes() != tokenizer.content:
             copy.write_bytes(tokenizer.content)
         processes.wait_for_all("tokenizer")
-    if config.data.general_share:
-        source, train = with_general(source, train, config, tokenizer)
+    if config.data.general_every:
+        source, train = with_general(source, train, config)
     return Documents(source, train, evaluated, held_out, tokenizer, fingerprint(source, tokenizer))
 
 
@@ -199,6 +199,9 @@ def with_reference(state: TrainState, config: Config, mesh: Mesh) -> TrainState:
         return state
     if not t.init_params_from:
         raise InputError(f"train.divergence_weight={t.divergence_weight} needs train.init_params_from, the other model")
+    if t.batch_size % (config.data.general_every * (shards := sharding.batch_shards(mesh))):
+        raise InputError(f"train.batch_size={t.batch_size} must be a multiple of data.general_every="
+                         f"{config.data.general_every} x the {shards} shards of the batch, for train.divergence_weight")
     return state._replace(reference=open_checkpoint(t.init_params_from).restore_params(mesh, config))
 
 
@@ -213,8 +216,9 @@ def resume(config: Config, mesh: Mesh, out: AnyPath, documents_of: Callable[[Con
     for path in folders:
         try:
             found = _read_together(path)
-            require_goes_on(found, config, documents_of)
+            require_goes_on(found, config)
             state = restore_state(found, target)
+            require_documents(found, config, documents_of)  # opened now: their index has no memory while arrays are read
         except DamagedCheckpoint as e:
             say(f"damaged: {e}")
             damaged.append(path)
@@ -241,7 +245,7 @@ def _read_together(path: AnyPath) -> Checkpoint:
     return found
 
 
-def require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[Config], Documents]) -> None:
+def require_goes_on(found: Checkpoint, config: Config) -> None:
     """Raises `InputError` if the run that `config` describes is another one than that of its checkpoint."""
     where = str(found.path)
     require_same_model(found.run_config, config, where)
@@ -250,9 +254,13 @@ def require_goes_on(found: Checkpoint, config: Config, documents_of: Callable[[C
         raise InputError(f"{found.run} has been trained to step {found.step}, and train.steps={config.train.steps} is less: "
                          f"give {found.step} or more, or another --out")
     require_same_data(found.run_config, config, found.step, where)
+
+
+def require_documents(found: Checkpoint, config: Config, documents_of: Callable[[Config], Documents]) -> None:
+    """Raises `InputError` if the documents are others than those of the checkpoint."""
     documents = documents_of(trained_config(config, found.step))
     if not same_source(found.meta["source"], documents.fingerprint):
-        raise InputError(f"{where} was trained on other documents or another tokenizer than config {config.name} names: "
+        raise InputError(f"{found.path} was trained on other documents or another tokenizer than config {config.name} names: "
                          f"{found.meta['source']} there, {documents.fingerprint} given; give the same data.path and "
                          f"data.tokenizer, or another --out")
 

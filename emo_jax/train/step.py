@@ -25,7 +25,7 @@ from emo_jax.config import Config
 from emo_jax.data.documents import MAX_LABELS
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
-from emo_jax.sharding import BATCH, reshard
+from emo_jax.sharding import BATCH, reshard, spec
 from emo_jax.train import bad_steps
 from emo_jax.train.optimizer import learning_rate, make_optimizer
 
@@ -221,9 +221,10 @@ class Objective(NamedTuple):
             total += scale * c.router.router_z_weight * jnp.sum(stats.z) / totals.tokens
         divergence = None
         if self.reference is not None:
-            before_BTD, _ = model.forward(self.reference, batch, self.execution)
-            weights_BT = batch["loss_weights"] * batch["general"]
-            divergence = model.divergence(self.reference, before_BTD, params, x_BTD, weights_BT, self.execution)
+            general = {name: every_nth_row(a, c.data.general_every) for name, a in batch.items()}
+            before_BTD, _ = model.forward(self.reference, general, self.execution)
+            divergence = model.divergence(self.reference, before_BTD, params, every_nth_row(x_BTD, c.data.general_every),
+                                          general["loss_weights"], self.execution)
             total += c.train.divergence_weight * divergence / totals.general_tokens
         of_labels = None if nats_BT is None else _by_label(nats_BT, batch["labels"])
         return total, Sums(loss, output_z, stats, of_labels, divergence)
@@ -323,6 +324,13 @@ def over_microbatches(objective: Objective, params, batch: Batch, M: int):
     first = jax.eval_shape(value_and_grad, params, {name: a[0] for name, a in parts.items()}, step_counts)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), first)
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def every_nth_row(a: Shaped[Array, "B T *any"], n: int) -> Shaped[Array, "b T *any"]:
+    """Rows 0, n, 2n, ...; a device's rows stay on it. Those of general documents, for n=data.general_every."""
+    rest = [None] * (a.ndim - 2)
+    groups = jnp.reshape(a, (a.shape[0] // n, n, *a.shape[1:]), out_sharding=spec(BATCH, None, "sequence", *rest))
+    return groups[:, 0]
 
 
 def split_rows(a: Shaped[Array, "B T"], M: int) -> Shaped[Array, "{M} b T"]:
