@@ -282,9 +282,8 @@ def forward(
     (stacked; each of `layer_inputs` has a leading axis L, whose part it gets).
 
     `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: one for every layer and document of the row, None
-    for no pools. `pool_tokens`: only so many first tokens of a document vote, and for no token before them; None: the whole
-    document votes, as in training. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None
-    for all.
+    for no pools. `pool_tokens`: only so many first tokens of a document vote, for no token before them; None: the whole document,
+    as in training. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
     """
     rows = row_context(batch, execution, pool_tokens)
     x_BTD, outputs, _ = _layers(params, batch["tokens"], rows, execution, pool_sizes, allowed, per_layer, layer_inputs)
