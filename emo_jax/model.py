@@ -282,7 +282,7 @@ def forward(
     (stacked; each of `layer_inputs` has a leading axis L, whose part it gets).
 
     `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: one for every layer and document of the row, None
-    for no pools. `pool_tokens`: only so many first tokens of a document vote, for no token before them; None: the whole document,
+    for no pools. `pool_tokens`: only so many first tokens of a document vote, for none before them; None: the whole document,
     as in training. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
     """
     rows = row_context(batch, execution, pool_tokens)

@@ -31,6 +31,7 @@ from emo_jax.data.pipeline import make_train_iterator
 from emo_jax.data.sources import open_source
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import InputError, RunError
+from emo_jax.subsets.report import coverage_table
 from emo_jax.train.step import init_state, make_train_step
 
 settings.register_profile("hostile", deadline=None, derandomize=True, max_examples=60, database=None,
@@ -216,8 +217,8 @@ def test_any_packing_gives_finite_numbers(step, lengths, weights, token):
 # ---- subset files, published folders, tokenized data ----------------------------------------------------------------
 
 SUBSET = {"version": 1, "kept": [[0, 2], [1]], "num_routed": 3, "num_shared": 1, "method": "router", "keep": [3, 2],
-          "calibration": {"path": "x", "document_hashes": ["a", "b"]}, "scores": [[0.5, 0.1, 0.4], [0, 1, 0.25]],
-          "model": {"name": "m", "step": 3, "hash": "c0ffee"}}
+          "calibration": {"document_hashes": ["a", "b"], "subsets": [{"path": "x", "coverage": 0.5}]},
+          "scores": [[0.5, 0.1, 0.4], [0, 1, 0.25]], "model": {"name": "m", "step": 3, "hash": "c0ffee"}}
 
 
 @given(changed(SUBSET))
@@ -225,7 +226,7 @@ def test_any_subset_file_is_a_subset_or_refused(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("subset") / "s.json"
     path.write_text(json.dumps(tree))
     found = refused_or(subset_lib.load, path)
-    assert found is None or (found.mask().sum() == sum(map(len, found.kept)) and found.summary())
+    assert found is None or (found.mask().sum() == sum(map(len, found.kept)) and coverage_table(found))
 
 
 CONFIG_JSON = json.loads((golden("emo")[0] / "config.json").read_text())

@@ -158,6 +158,82 @@ def test_compositions():
         compose.union([a, Subset(((0,), (1,)), 6, 1, "test")])
 
 
+def random_subsets(count, routed=12, layers=3):
+    """Of a few strong experts each."""
+    scores = np.random.default_rng(0).dirichlet(np.full(routed, 0.2), (count, layers))
+    return [Subset(((0,),) * layers, routed, 1, "test", {"path": str(i), "document_hashes": [str(i)]},
+                   tuple(map(tuple, s.tolist()))) for i, s in enumerate(scores)]
+
+
+@pytest.mark.parametrize("quotas", [None, (0.5, 0.25, 0.25), (0.6, 0, 0.1), (0, 0, 0)])
+def test_quotas_guarantee_every_corpus_its_best_experts_within_the_budget(quotas):
+    corpora, routed = random_subsets(3), 8
+    found = compose.quota(corpora, routed, quotas)
+    counts = [int(routed * q + 1e-9) for q in quotas or (1 / 3,) * 3]
+    scores = np.array([s.score_array() for s in corpora])
+    for layer in range(3):
+        kept, own = set(found.kept[layer]), set()
+        for corpus, count in zip(scores, counts):
+            own |= set(np.argsort(-corpus[layer])[:count].tolist())
+        assert own <= kept and len(kept) == routed
+        rest, mean = sorted(set(range(12)) - own, key=lambda e: -scores[:, layer, e].sum()), scores.mean(axis=0)
+        assert kept == own | set(rest[:routed - len(own)])
+        np.testing.assert_allclose(found.score_array()[layer], mean[layer])
+    parts = found.calibration["subsets"]
+    assert [p["guaranteed"] for p in parts] == counts and found.calibration["document_hashes"] == ["0", "1", "2"]
+    np.testing.assert_allclose([p["coverage"] for p in parts], (scores * found.mask()).sum(axis=2).mean(axis=1))
+
+
+def test_quotas_do_not_depend_on_the_order_of_the_corpora_and_serve_one_that_the_mean_forgets():
+    corpora = random_subsets(4)
+    kept = compose.quota(corpora, 6, (0.4, 0.3, 0.2, 0.1))
+    for order in ([3, 2, 1, 0], [2, 0, 3, 1]):
+        other = compose.quota([corpora[i] for i in order], 6, [(0.4, 0.3, 0.2, 0.1)[i] for i in order])
+        assert other.kept == kept.kept and other.scores == kept.scores
+    alike = subset_of([0, 1, 2], scores=((4.0, 4.0, 2.0, 0.0, 0.0, 0.0),))
+    spread = subset_of([4, 5], scores=((0.0, 0.0, 1.0, 3.0, 3.2, 3.1),))
+    assert compose.weighted([alike, alike, spread], 3).kept == ((0, 1, 2),)
+    made = compose.quota([alike, alike, spread], 3)
+    assert made.kept == ((0, 1, 4),)
+    assert [round(p["coverage"], 3) for p in made.calibration["subsets"]] == [0.8, 0.8, round(3.2 / 10.3, 3)]
+    unused = subset_of([0], scores=((1.0, 0.0, 0.0, 0.0, 0.0, 0.0),))  # needs no other expert, so it is guaranteed no other
+    assert compose.quota([unused, spread], 4, (0.5, 0.5)).kept == ((0, 3, 4, 5),)
+    for quotas in ((0.5, 0.6), (0.5,), (-0.1, 0.5), (float("nan"), 0.1)):
+        with pytest.raises(InputError, match=r"--quotas \[.*\] must be 2 numbers that are not negative and at most 1 in sum"):
+            compose.quota([unused, spread], 4, quotas)
+
+
+def test_one_command_chooses_for_several_corpora_and_says_what_each_has_of_its_own(run, folder, tmp_path, capsys):
+    lines = (folder / "documents.jsonl").read_text().splitlines(keepends=True)
+    paths = [tmp_path / f"{label}.jsonl" for label in ("color", "count")]
+    for path in paths:
+        path.write_text("".join(line for line in lines if json.loads(line)["source"] == path.stem))
+    corpora = [a for path in paths for a in ("--calibration", path)]
+    select = ["select", run, *corpora, "--method", "router", "--quotas", 0.5, 0.25, "--out", tmp_path / "both.json"]
+    status, result = run_command(*select, "--keep", 5)
+    assert status == 0 and result["keep"] == [5, 5] and result["method"] == "quota"
+    parts = result["calibration"]["subsets"]
+    assert [(p["path"], p["guaranteed"]) for p in parts] == [(str(paths[0]), 2), (str(paths[1]), 1)]
+    assert all(0.5 < p["coverage"] < 1 for p in parts)
+    for path in paths:
+        assert run_command("select", run, "--calibration", path, "--method", "router", "--keep", 5,
+                           "--out", path.with_suffix(".json"))[0] == 0
+    compose_files = ["subset", "compose", *(path.with_suffix(".json") for path in paths), "--out", tmp_path / "again.json"]
+    assert run_command(*compose_files, "--how", "quota", "--keep", 5, "--quotas", 0.5, 0.25)[0] == 0
+    both, again = (subset_lib.load(tmp_path / name) for name in ("both.json", "again.json"))
+    assert both.kept == again.kept
+    assert cli.main(["subset", "show", str(tmp_path / "both.json")]) == 0
+    assert f"{parts[0]['coverage']:.1%} of the scores of {paths[0]}, its first 2 in every layer" in capsys.readouterr().out
+    for argv, message in [
+            ([*select, "--keep-total", 10], "several --calibration go with --keep"),
+            ([*select[:4], "--quotas", 0.5, "--keep", 5, "--out", "x"], "given more than once"),
+            ([*select[:-2], "--quotas", 0.9, 0.2, "--keep", 5, "--out", "x"], "at most 1 in sum"),
+            ([*compose_files, "--how", "need", "--keep", 5, "--quotas", 0.5], "--quotas goes with --how quota, not need"),
+            ([*compose_files, "--weights", 1, 2], "--weights goes with --how weighted, not union")]:
+        status, result = run_command(*argv)
+        assert status == 2 and message in result["error"], result
+
+
 def test_suggest_finds_the_smallest_that_is_good_enough(opened, evaluation):
     text = calibration_of(opened, "color")
     full = evaluation.summary(*evaluation.losses(opened.params))["loss"]

@@ -12,7 +12,7 @@ from emo_jax import compat, model, sharding
 from emo_jax.checkpoints import subset
 from emo_jax.config import KernelConfig, MeshConfig
 from emo_jax.errors import InputError
-from emo_jax.subsets import choose, sweep
+from emo_jax.subsets import choose, methods, sweep
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.calibration import Calibration, from_tokens
 from emo_jax.subsets.methods import layerwise
@@ -67,35 +67,74 @@ def test_router_equals_the_published_single_pass(tiny):
     assert found.kept == routed(GOLDEN["onepass8_keep"])
 
 
-def test_reap_is_the_mean_weighted_norm(tiny):
-    """Against a plain computation with every expert on every token."""
-    ids = PROMPTS[0]
-    scores = sweep.one_sweep(tiny, from_tokens([ids]), "reap")[0]
+def choices(m, ids):
+    """What the experts of every layer do with a text, by a plain computation with every expert on every token: (ids of the
+    chosen ones [T, k], their weights [T, k], norms of the outputs [E, T] in float64)."""
 
     @jax.jit
     def one_layer(x, batch, i):
-        rows, layer = model.row_context(batch, tiny.execution), sweep.layer_at(tiny.params, i)
-        block = sweep.block_of(layer, tiny.execution)
-        h, normed = block.attend(x, rows, tiny.execution)[:2]
-        y, route = block.moe(normed, rows, None, None, tiny.execution)
+        rows, layer = model.row_context(batch, m.execution), sweep.layer_at(m.params, i)
+        block = sweep.block_of(layer, m.execution)
+        h, normed = block.attend(x, rows, m.execution)[:2]
+        y, route = block.moe(normed, rows, None, None, m.execution)
         return h + y, (normed[0], route.expert_ids[0], route.weights[0])
 
     def silu(a):
         return a / (1 + np.exp(-a))
 
-    with compat.set_mesh(tiny.mesh):
-        batch = sharding.global_batch(tiny.mesh, from_tokens([ids]).fields)
-        x = jax.jit(lambda e, b: model.embed(e, b["tokens"], tiny.execution.dtype))(tiny.params["embedding"], batch)
+    found = []
+    with compat.set_mesh(m.mesh):
+        batch = sharding.global_batch(m.mesh, from_tokens([ids]).fields)
+        x = jax.jit(lambda e, b: model.embed(e, b["tokens"], m.execution.dtype))(m.params["embedding"], batch)
         for i in range(3):
             x, out = one_layer(x, batch, i)
             normed, experts, weights = map(np.asarray, out)
-            gate, up, down = (np.asarray(tiny.params["layers"]["moe"][n])[i] for n in ("gate", "up", "down"))
+            gate, up, down = (np.asarray(m.params["layers"]["moe"][n], np.float64)[i] for n in ("gate", "up", "down"))
             outputs = (silu(normed @ gate) * (normed @ up)) @ down  # [E, T, D]
-            norms = np.linalg.norm(outputs, axis=-1)
+            found.append((experts, weights, np.linalg.norm(outputs, axis=-1)))
+    return found
+
+
+CRITERIA = {  # of the weights and norms of an expert's tokens
+    "reap": lambda weights, norms: np.mean(weights * norms),
+    "man": lambda weights, norms: np.mean(norms),
+    "msan": lambda weights, norms: np.mean(norms**2),
+    "gated_ean": lambda weights, norms: np.sum(weights * norms),
+}
+
+
+def test_criteria_are_what_their_formulas_say(tiny):
+    """Of two texts, each in a group of its own, with padding."""
+    texts = PROMPTS[:2]
+    rows = from_tokens(texts, length=40)
+    groups = Calibration(rows.fields, np.arange(2), ("a", "b"), ({}, {}))
+    scores = {method: sweep.one_sweep(tiny, groups, method) for method in CRITERIA}
+    unused = 0
+    for group, ids in enumerate(texts):
+        for layer, (experts, weights, norms) in enumerate(choices(tiny, ids)):
             for e in range(15):
                 t, j = np.nonzero(experts == e)
-                want = np.mean(weights[t, j] * norms[e, t]) if len(t) else 0
-                np.testing.assert_allclose(scores[i, e], want, rtol=1e-4)
+                unused += not len(t)
+                for method, criterion in CRITERIA.items():
+                    want = criterion(weights[t, j], norms[e, t]) if len(t) else 0
+                    np.testing.assert_allclose(scores[method][group, layer, e], want, rtol=1e-4, err_msg=method)
+    assert unused > 0 and len({tuple(np.argsort(s[0, 0])) for s in scores.values()}) == len(CRITERIA)
+
+
+def test_means_without_the_gate_do_not_see_how_small_it_is(tiny):
+    """A sharper router chooses the same experts; in the first layer, with the same outputs."""
+    sharp = opened(tiny.config, params=jax.tree.map(np.asarray, tiny.params))
+    sharp.params["layers"]["moe"]["router"] = sharp.params["layers"]["moe"]["router"] * 15
+    weights = choices(sharp, PROMPTS[0])[0][1]
+    assert 0 < weights.min() < 1e-25
+    for method in ("man", "msan"):
+        want, got = (sweep.one_sweep(m, from_tokens(PROMPTS[:1]), method)[0, 0] for m in (tiny, sharp))
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_every_method_keeps_the_same_number_in_every_layer(tiny, method):
+    assert choose.choose_one(tiny, from_tokens(PROMPTS[:2]), method, Budget(keep=6)).experts_per_layer == [6, 6, 6]
 
 
 def test_padding_batching_and_other_groups_change_nothing(tiny):
@@ -133,7 +172,7 @@ def test_a_mesh_of_eight_devices_gives_the_same_scores():
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     config = dataclasses.replace(one.config, mesh=mesh)
     eight = opened(config, jax.devices()[:8], jax.tree.map(np.asarray, one.params))
-    for method in ("router", "easy_ep"):
+    for method in ("router", "easy_ep", "msan"):
         np.testing.assert_allclose(sweep.one_sweep(eight, from_tokens(PROMPTS, 32), method),
                                    sweep.one_sweep(one, from_tokens(PROMPTS, 32), method), rtol=2e-4, atol=1e-7)
     routed = np.full((1, 3), 5)
@@ -141,7 +180,7 @@ def test_a_mesh_of_eight_devices_gives_the_same_scores():
             == layerwise.layerwise(one, from_tokens(PROMPTS, 32), routed)[0]).all()
 
 
-@pytest.mark.parametrize("method", ["easy_ep", "reap"])
+@pytest.mark.parametrize("method", ["easy_ep", "reap", "man"])
 @pytest.mark.parametrize("dispatch", ["local", "ring", "all_to_all", "dense"])
 def test_contributions_agree_under_every_dispatch(method, dispatch):
     one = opened(tiny_config(num_shared_experts=2))
@@ -178,6 +217,8 @@ def test_a_file_keeps_everything_and_says_what_is_wrong(tiny, tmp_path):
     content = json.loads((tmp_path / "s.json").read_text())
     for change, message in [({"kept": [[0, 99]] * 3}, "kept\\[0\\]"), ({"version": 9}, "version=9"),
                             ({"num_routed": 20, "scores": None}, "of a model with"),
+                            ({"calibration": {"subsets": [3]}}, "list of objects subsets"),
+                            ({"calibration": {"subsets": [{"coverage": 1e999}]}}, "coverage from 0 to 1"),
                             ({"kept": content["kept"][:2], "scores": None}, "2 layers")]:
         (tmp_path / "bad.json").write_text(json.dumps(content | change))
         with pytest.raises(InputError, match=message):

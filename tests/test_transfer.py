@@ -19,6 +19,7 @@ from emo_jax.study import transfer_report
 from emo_jax.study.arms import ARMS
 from emo_jax.surgery import coefficient
 from emo_jax.surgery.extend import extend
+from emo_jax.surgery.extract import extract
 from emo_jax.surgery.finetune import finetune
 from emo_jax.surgery.merge import merge
 from emo_jax.train.batches import DocumentsOfPhases, TextBatches
@@ -94,6 +95,12 @@ def test_the_coefficient_is_chosen_on_held_out_text(run, module, tmp_path):
     chosen = next(t for t in result["tried"] if t["alpha"] == result["alpha"])
     assert result["subsets"][0]["labels"]["color"]["difference"] == pytest.approx(-chosen["gain"], abs=1e-4)
     assert not (tmp_path / "merged" / "alpha_1").exists()
+    chosen = dataclasses.replace(module, model=open_checkpoint(run).identity())
+    extract(tmp_path / "merged", chosen, tmp_path / "small")  # though its parameters are others now
+    small, merged, text = load(tmp_path / "small"), load(tmp_path / "merged"), ["red green blue red"]
+    np.testing.assert_allclose(small.loss(text), merged.loss(text, subset=chosen), rtol=1e-5)
+    with pytest.raises(InputError, match="was chosen for"):
+        extract(tmp_path / "tuned", chosen, tmp_path / "no")
     status, result, _ = command("subset", "merge", run, "--part", tmp_path / "tuned", "--out", tmp_path / "no",
                                 "--alpha", "auto")
     assert status == 2 and "give --label" in result["error"]

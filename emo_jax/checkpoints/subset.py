@@ -108,14 +108,20 @@ _FIELDS: dict[str, tuple[bool, str, Callable[[Any], bool]]] = {
     "method": (True, "a string", lambda x: type(x) is str),
     "kept": (True, "a list of expert ids for each layer", lambda x: type(x) is list and len(x) > 0),
     "scores": (False, "null or a list of numbers for each layer", lambda x: x is None or type(x) is list),
-    "calibration": (False, "an object with the list of strings document_hashes", lambda x: type(x) is dict and _is_strings(
-        x.get("document_hashes", []))),
+    "calibration": (False, "an object with the list of strings document_hashes and the list of objects subsets, each with "
+                    "coverage from 0 to 1", lambda x: type(x) is dict and _is_strings(x.get("document_hashes", []))
+                    and _is_parts(x.get("subsets", []))),
     "model": (False, "an object with the string hash", lambda x: type(x) is dict and type(x.get("hash", "")) is str),
 }
 
 
 def _is_strings(x: Any) -> bool:
     return type(x) is list and all(type(s) is str for s in x)
+
+
+def _is_parts(x: Any) -> bool:
+    number = lambda share: type(share) in (int, float) and 0 <= share <= 1 + 1e-6
+    return type(x) is list and all(type(part) is dict and number(part.get("coverage", 0)) for part in x)
 
 
 def _read(path: str | AnyPath) -> Subset:
@@ -193,9 +199,15 @@ def require_experts(config: Config) -> None:
 
 def require_of(subset: Subset, of: Checkpoint | Config, where: str = "given here") -> Subset:
     """The subset. Raises `InputError` unless it is one of this shape of model and, of a checkpoint, was chosen for its
-    parameters."""
+    parameters, or for those of the model into which `surgery.merge` put what it had learnt."""
     require_fits(subset, of if isinstance(of, Config) else of.config, where)
-    if isinstance(of, Checkpoint) and subset.model.get("hash") not in (None, of.hash):
+    if isinstance(of, Checkpoint) and subset.model.get("hash") not in (None, of.hash, _merged_into(of)):
         raise InputError(f"subset {where} was chosen for {subset.model.get('name')} step {subset.model.get('step')}, whose "
                          f"parameters are others than those of {of.path}; choose one for this checkpoint")
     return subset
+
+
+def _merged_into(found: Checkpoint) -> str | None:
+    """The hash of the model that `found` is, but for what a subset of it has learnt."""
+    made = found.meta.get("made", {})
+    return made["of"]["hash"] if "merged" in made else None

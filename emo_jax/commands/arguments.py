@@ -67,14 +67,22 @@ def checkpoint(parser: argparse.ArgumentParser, step: bool = True) -> None:
         parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
 
 
-def calibration(parser: argparse._ActionsContainer, required: bool = False) -> None:
+def calibration(parser: argparse._ActionsContainer, required: bool = False, several: bool = False) -> None:
+    """`several`: --calibration is a list."""
     source = parser.add_mutually_exclusive_group(required=required)
-    source.add_argument("--calibration", metavar="PATH", help="documents to choose by")
+    source.add_argument("--calibration", metavar="PATH", help="documents to choose by" + (
+        "; given more than once, one subset for several corpora: each is guaranteed its best experts (--quotas)" if several
+        else ""), action="append" if several else "store")
     source.add_argument("--example", action="append", type=unicode_text, metavar="TEXT",
                         help="a text to choose by; may be repeated")
     parser.add_argument("--label", default="", help="only documents of this label choose")
     parser.add_argument("--documents", type=at_least(0), default=0, metavar="N", help="at most so many choose (default: "
                         "1000; 16 of each label where every label has its own subset)")
+
+
+def quotas(parser: argparse._ActionsContainer, each: str) -> None:
+    parser.add_argument("--quotas", type=float, nargs="+", metavar="Q", help=f"the share of --keep that each {each} is "
+                        f"guaranteed of its own best experts (default: equal shares)")
 
 
 def method(parser: argparse._ActionsContainer, flag: str = "--method", default: str = "layerwise") -> None:
@@ -92,13 +100,13 @@ def method_options(args: argparse.Namespace) -> dict:
     return {"layer_group": args.layer_group, "on_host": args.activations_on_host, "seed": seed}
 
 
-def calibration_text(loaded: LoadedModel, args: argparse.Namespace) -> Calibration:
-    """The `Calibration` of --calibration or --example."""
+def calibration_text(loaded: LoadedModel, args: argparse.Namespace, path: str | None) -> Calibration:
+    """The `Calibration` of a path of --calibration, or of --example."""
     from emo_jax.data.documents import Examples
     from emo_jax.subsets import calibration as lib
 
-    if not args.example:
-        return lib.open_calibration(loaded.config, loaded.tokenizer, args.calibration, args.label, args.documents)
+    if path is not None:
+        return lib.open_calibration(loaded.config, loaded.tokenizer, path, args.label, args.documents)
     if not all(args.example):
         raise InputError("--example is empty; give a text")
     source = Examples("--example", args.example)

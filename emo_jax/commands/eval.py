@@ -109,7 +109,8 @@ def _sizes(loaded, args) -> dict[str, Any]:
     options = arguments.method_options(args)
     if not (args.calibration or args.example):
         return check_own_labels(loaded, keeps, args.select, args.documents, **options)
-    chosen = choose(loaded, arguments.calibration_text(loaded, args), args.select, [Budget(keep=k) for k in keeps], **options)
+    chosen = choose(loaded, arguments.calibration_text(loaded, args, args.calibration), args.select,
+                    [Budget(keep=k) for k in keeps], **options)
     return check_subsets(loaded, {f"keep {k}": of_size[0] for k, of_size in zip(keeps, chosen)})
 
 

@@ -58,6 +58,7 @@ def add_measure(parser: ArgumentParser) -> None:
                         help=f"of choosing experts: {', '.join(methods.NAMES)} (default: router)")
     parser.add_argument("--documents", type=arguments.numbers, default=(50,), metavar="N,N,...", help="documents of each label "
                         "that choose: all methods with the largest number, the first method also with the others (default: 50)")
+    parser.add_argument("--no-activations", action="store_true", help="losses only: half of the time")
     parser.add_argument("--out", required=True, metavar="FILE", help="the measures (JSON)")
 
 
@@ -68,7 +69,8 @@ def measure(args: Namespace) -> Result:
 
     if min(args.documents) < 1:
         raise InputError(f"--documents {','.join(map(str, args.documents))}: numbers must be positive")
-    result = lib.measure(args.checkpoint, args.data, args.methods, args.documents, args.overrides)
+    result = lib.measure(args.checkpoint, args.data, args.methods, args.documents, args.overrides,
+                         activations=not args.no_activations)
     if is_primary():
         write_result(args.out, result)
     lines = [f"full model: {result['full']['trained']:.4f} nats/token"]

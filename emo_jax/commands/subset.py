@@ -17,10 +17,11 @@ def add_show(parser: ArgumentParser) -> None:
 def show(args: Namespace) -> Result:
     from emo_jax.checkpoints.subset import load
     from emo_jax.subsets.compose import similarity
+    from emo_jax.subsets.report import coverage_table
 
     subsets = {path: load(path) for path in args.files}
     result: dict[str, Any] = {"subsets": [s.describe() | {"file": path} for path, s in subsets.items()]}
-    lines = [f"{path}: {s.summary()}" for path, s in subsets.items()]
+    lines = [f"{path}: {coverage_table(s)}" for path, s in subsets.items()]
     if len(subsets) > 1:
         result["similarity"] = similarity(list(subsets.values()))
         for name, table in result["similarity"].items():
@@ -53,30 +54,37 @@ def extract(args: Namespace) -> Result:
 
 def add_compose(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--how", choices=("union", "weighted", "need"), default="union", help="union; the best by weighted "
-                        "mean score; or what the worst-covered subset wants most, one after the other")
-    parser.add_argument("--keep", type=int, metavar="K", help="budget of weighted and need, shared experts included")
+    parser.add_argument("--how", choices=("union", "weighted", "need", "quota"), default="union", help="union; the best by "
+                        "weighted mean score; what the worst-covered subset wants most, one after the other; or the best of "
+                        "each subset up to its quota, and the best by mean score")
+    parser.add_argument("--keep", type=int, metavar="K", help="experts of every layer, shared ones included; not for union")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="for weighted, one for each file")
+    arguments.quotas(parser, "file")
     parser.add_argument("--out", required=True, metavar="FILE")
 
 
 def compose(args: Namespace) -> Result:
     from emo_jax.checkpoints.subset import load
-    from emo_jax.subsets.compose import needed, union, weighted
+    from emo_jax.subsets.compose import needed, quota, union, weighted
+    from emo_jax.subsets.report import coverage_table
 
+    for option, how in (("weights", "weighted"), ("quotas", "quota")):
+        if getattr(args, option) and args.how != how:
+            raise InputError(f"--{option} goes with --how {how}, not {args.how}")
     subsets = [load(path) for path in args.files]
     if args.how == "union":
-        if args.keep or args.weights:
-            raise InputError("--keep and --weights go with --how weighted or need; a union keeps everything")
+        if args.keep:
+            raise InputError("--keep does not go with --how union, which keeps everything")
         made = union(subsets)
     else:
         routed = (args.keep or 0) - subsets[0].num_shared
         if not 0 < routed <= subsets[0].num_routed:
             raise InputError(f"--how {args.how} needs --keep between {subsets[0].num_shared + 1} and "
                              f"{subsets[0].num_routed + subsets[0].num_shared}, not {args.keep}")
-        made = weighted(subsets, routed, args.weights) if args.how == "weighted" else needed(subsets, routed)
+        made = (weighted(subsets, routed, args.weights) if args.how == "weighted" else
+                quota(subsets, routed, args.quotas) if args.how == "quota" else needed(subsets, routed))
     made.save(args.out)
-    return Result(made.describe() | {"out": args.out}, f"{made.summary()}: {args.out}")
+    return Result(made.describe() | {"out": args.out}, f"{args.out}: {coverage_table(made)}")
 
 
 def _alpha(text: str) -> float | None:
@@ -242,7 +250,8 @@ COMMANDS = (
     Command("subset extract", "write the kept experts as a smaller checkpoint and config", add_extract, extract,
             ("emo-jax subset extract runs/tiny --subset law.json --out runs/law",)),
     Command("subset compose", "one subset from several", add_compose, compose,
-            ("emo-jax subset compose law.json code.json --how need --keep 12 --out both.json",)),
+            ("emo-jax subset compose law.json code.json --how need --keep 12 --out both.json",
+             "emo-jax subset compose law.json code.json --how quota --keep 12 --quotas 0.5 0.25 --out both.json")),
     Command("subset merge", "put the experts of a (fine-tuned) extracted model back into the whole one", add_merge, merge,
             ("emo-jax subset merge runs/tiny --part runs/law --out runs/merged --alpha 0.5",), "checkpoint", devices=True),
     Command("subset suggest", "the smallest subset whose loss stays within a tolerance of the full model's", add_suggest,

@@ -11,6 +11,7 @@ from emo_jax.data.documents import Document, Encoder, Source, hash_text
 from emo_jax.data.order import BothNumbers, DocumentNumbers, split
 from emo_jax.data.sources import open_source
 from emo_jax.errors import InputError
+from emo_jax.progress import say
 
 
 class WithGeneral(Source):
@@ -63,5 +64,6 @@ def with_general(task: Source, train: DocumentNumbers, config: Config) -> tuple[
         numbers, _ = split(general, of_general, config.seed)
     except InputError as e:
         raise InputError(f"data.general_path: {e}") from None
+    say(f"every {d.general_every}th row is of {len(numbers):,} general documents: {general.name}")
     both = WithGeneral(task, general)
     return both, BothNumbers(train, numbers, both.first_general, d.general_every)

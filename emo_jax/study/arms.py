@@ -11,7 +11,7 @@ FIELDS = ("train.steps=100", "train.batch_size=16", "optimizer.learning_rate=1e-
 
 class Arm(NamedTuple):
     sentence: str
-    where: str = "inside"  # the whole model | alone | whole: no subset at all | appended: new experts instead of the subset's
+    where: str = "inside"  # the whole model; alone; whole: no subset; appended: new experts instead of the subset's
     trainable: str = "all"
     general: bool = True  # with a quarter of general rows: a third more of them, and as many of the label's
     divergence: bool = False
@@ -24,7 +24,7 @@ class Arm(NamedTuple):
                 f"train.divergence_weight={float(self.divergence)}", *self.fields]
 
     def cost(self) -> float:
-        """In plain trainings of the subset, by tokens; the other model's forward pass, of general rows, is a third of a step."""
+        """In plain trainings of the subset, by tokens; the other model reads general rows only, for a third of a step."""
         return 1 + (1 + self.divergence / 3) / 3 if self.general else 1.0
 
 

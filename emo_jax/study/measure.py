@@ -44,11 +44,12 @@ TOKENS = 512  # What comes after these in a document neither chooses nor is scor
 
 
 def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), choosing: Sequence[int] = (50,),
-            overrides: Sequence[str] = ()) -> dict[str, Any]:
+            overrides: Sequence[str] = (), activations: bool = True) -> dict[str, Any]:
     """The measures of the checkpoint `path`, on the documents `data` (default: those it held out and left out).
 
     Experts are chosen by each of `methods` with the most documents of `choosing`, and by the first one also with the
-    other numbers of documents. Raises `InputError` if no label has two documents.
+    other numbers of documents. Without `activations` what the routers tell is left out. Raises `InputError` if no label has two
+    documents.
     """
     began = time.monotonic()
     loaded = load(path, list(overrides), data=data)
@@ -71,8 +72,10 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
         say(f"{path}: experts chosen by {method} from {count} documents of each label")
         result["subsets"] += _subsets(loaded, evaluation, full, text, method, count)
     result["selective_gap"] = _selective_gap(loaded, evaluation, full, text)
-    say(f"{path}: activations of the routers")
-    return result | {"information": _information(loaded, text), "seconds": time.monotonic() - began}
+    if activations:
+        say(f"{path}: activations of the routers")
+        result["information"] = _information(loaded, text)
+    return result | {"seconds": time.monotonic() - began}
 
 
 class StudyText:

@@ -142,7 +142,7 @@ def _selective_gaps(variants: Variants) -> list[str]:
 def _information(variants: Variants) -> str:
     columns = {"expert_label": "expert and label", "expert_token": "expert and token", "cluster_label": "cluster and label",
                "cluster_token": "cluster and token", "effective_experts": "effective experts of a document"}
-    rows = [[name, *(cell(over_seeds(of, lambda m, c=c: m["information"][c]), ".3f") for c in columns)]
+    rows = [[name, *(cell(over_seeds(of, lambda m, c=c: m.get("information", {}).get(c)), ".3f") for c in columns)]
             for name, of in variants.items()]
     return ("What experts tell (mutual information above chance, nats; clusters: adjusted, 0 to 1):\n\n"
             + table(["model", *columns.values()], rows))

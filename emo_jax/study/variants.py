@@ -16,7 +16,8 @@ class Variant(NamedTuple):
     baseline: str = "stdmoe"  # The standard MoE with the same weights of the losses.
 
 
-_ALL: dict[str, Any] = {"methods": ("router", "layerwise", "easy_ep", "random"), "documents": (1, 5, 50)}
+_ALL: dict[str, Any] = {"methods": ("router", "layerwise", "easy_ep", "reap", "man", "msan", "gated_ean", "random"),
+                        "documents": (1, 5, 50)}
 _NO_POOLS = ("--router.document_pool=false",)
 _V2 = ("--router.semantics=emo_v2", "--router.load_balance_weight=0.01", "--router.router_z_weight=1e-5")
 

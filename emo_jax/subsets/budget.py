@@ -14,7 +14,12 @@ from emo_jax.errors import InputError
 @dataclass(frozen=True)
 class Budget:
     """Exactly one of: experts of every layer, a number for each layer, or a total over all layers that is shared out by
-    need. All of them count shared experts."""
+    need. All of them count shared experts.
+
+    The same number for every layer is what all commands mean by --keep. In what is published of EMO every other budget that
+    was tried loses: at 32 of 128 experts on ARC-C, 2 points where a global ranking by probability decides (though it keeps
+    more of it), 7 with fewer experts in early layers, 14 with fewer in late ones.
+    """
 
     keep: int | None = None
     per_layer: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""Subsets from subsets: union, weighted merge under a budget, overlap, an order of the experts, the smallest to do."""
+"""Subsets from subsets: union, weighted mean or quotas under a budget, overlap, an order of the experts, the smallest to do."""
 
 from __future__ import annotations
 
@@ -69,6 +69,29 @@ def needed(subsets: Sequence[Subset], routed: int) -> Subset:
     return _combined(subsets, mask, "need", np.mean([_normalised(s) for s in subsets], axis=0))
 
 
+def quota(subsets: Sequence[Subset], routed: int, quotas: Sequence[float] | None = None) -> Subset:
+    """The `routed` experts a layer, of which each subset is guaranteed the best of its own: its quota, a share of `routed`
+    rounded down, by default the same for all (coverage quotas over corpora, arXiv 2607.01710). What the guarantees leave,
+    as they may overlap, goes by the mean of the normalised scores. The order of the subsets changes nothing. Raises
+    `InputError`."""
+    require_same_model(subsets)
+    counts = np.floor(quota_shares(len(subsets), quotas) * routed + 1e-9).astype(int)
+    scores = np.stack([_normalised(s) for s in subsets])
+    own = np.array([[pick(row, n) & (row > 0) for row in s] for s, n in zip(scores, counts)])
+    mean = np.sort(scores, axis=0).mean(axis=0)  # sorted: rounds alike in every order
+    mask = np.stack([pick(row, routed) for row in mean + 2 * own.any(axis=0)])
+    return _combined(subsets, mask, "quota", mean, counts.tolist())
+
+
+def quota_shares(count: int, quotas: Sequence[float] | None) -> np.ndarray:
+    """Of `count` subsets, from --quotas. Raises `InputError`."""
+    shares = np.full(count, 1 / count) if quotas is None else np.asarray(quotas, float)
+    if len(shares) != count or not (shares >= 0).all() or not shares.sum() <= 1 + 1e-9:
+        raise InputError(f"--quotas {shares.tolist()} must be {count} numbers that are not negative and at most 1 in sum, one "
+                         f"for each corpus: its share of the kept experts")
+    return shares
+
+
 def similarity(subsets: Sequence[Subset]) -> dict[str, Any]:
     """Between every two subsets, averaged over layers: "overlap" (shared part of the union of kept experts) and, where
     all have scores, "cosine" of the scores; [S, S] lists."""
@@ -121,12 +144,19 @@ def complement(subset: Subset) -> Subset:
 def _normalised(subset: Subset) -> np.ndarray:
     """Scores that sum to 1 in each layer; of a subset without scores, equal shares of what it keeps."""
     scores = subset.mask().astype(float) if subset.scores is None else subset.score_array()
-    return scores / scores.sum(axis=1, keepdims=True)
+    sums = scores.sum(axis=1, keepdims=True)
+    return scores / np.where(sums > 0, sums, 1)
 
 
-def _combined(subsets: Sequence[Subset], mask: np.ndarray, method: str, scores: np.ndarray | None) -> Subset:
+def _combined(subsets: Sequence[Subset], mask: np.ndarray, method: str, scores: np.ndarray | None,
+              guaranteed: Sequence[int] | None = None) -> Subset:
+    """Of each subset its "coverage" is stated, the share of its own scores that the kept experts have, the mean of the
+    layers, and how many experts a layer it was "guaranteed"."""
     hashes = sorted({h for s in subsets for h in s.calibration.get("document_hashes", ())})
-    about = {"subsets": [{k: v for k, v in s.calibration.items() if k != "document_hashes"} | {"method": s.method}
-                         for s in subsets], "document_hashes": hashes}
+    parts = [{k: v for k, v in s.calibration.items() if k != "document_hashes"} | {
+        "method": s.method, "coverage": float((_normalised(s) * mask).sum(axis=1).mean())} for s in subsets]
+    for part, count in zip(parts, guaranteed or ()):
+        part["guaranteed"] = count
+    about = {"subsets": parts, "document_hashes": hashes}
     return Subset(kept_of(mask), subsets[0].num_routed, subsets[0].num_shared, method, about,
                   None if scores is None else tuple(map(tuple, scores.tolist())), subsets[0].model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emo_jax import plots
+from emo_jax.checkpoints.subset import Subset
 from emo_jax.files import AnyPath
 
 _HEAD = f"{'experts':>8} {'kept':>7} {'nats/token':>11} {'nats/byte':>10} {'difference':>11}  95 % interval"
@@ -36,6 +37,16 @@ def subset_table(result: dict[str, Any]) -> str:
             lines.append(f"{row['name'][-32:]:32} {_keep(row):>8} {row['share']:7.1%} {_losses(part)}")
     if result["documents_left_out"]:
         lines.append(f"{result['documents_left_out']} documents were left out: the subsets were chosen by them")
+    return "\n".join(lines)
+
+
+def coverage_table(subset: Subset) -> str:
+    """For people: a subset that was composed of others, and what part of each one's scores its experts have."""
+    lines = [subset.summary()]
+    for part in subset.calibration.get("subsets", ()):
+        name = " ".join(str(part[k]) for k in ("path", "label") if part.get(k)) or f"a subset by {part.get('method')}"
+        first = f", its first {part['guaranteed']} in every layer" if "guaranteed" in part else ""
+        lines.append(f"  {part['coverage']:6.1%} of the scores of {name}{first}" if "coverage" in part else f"  of {name}")
     return "\n".join(lines)
 
 

@@ -51,8 +51,10 @@ def total(score: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def norm(rows_D: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
-    """Length of every row, fp32."""
-    return jnp.linalg.norm(rows_D.astype(jnp.float32), axis=-1)
+    """Length of every row, fp32; also where the squares would underflow, as of a row with a tiny router weight."""
+    rows_D = rows_D.astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(rows_D), axis=-1), jnp.finfo(jnp.float32).tiny)
+    return largest * jnp.linalg.norm(rows_D / largest[..., None], axis=-1)
 
 
 def by_expert(route: routing.Routing, rows: model.RowContext, values_BTk: Float[Array, "B T k"],

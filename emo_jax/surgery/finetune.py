@@ -1,10 +1,11 @@
 """Fine-tuning the experts of a subset, alone or inside the whole model.
 
-Alone, the extracted model becomes an ordinary run. Inside, the run is one of the whole model: the pool of every document of the
-task holds the subset (`router.module`), and so many of the other experts as are drawn for the document, from none to all. So the
-subset learns its part among all the others, and what it gains, the whole model gains. A quarter of the rows are of general
-documents, on which the model may not diverge from the one it was; what the defaults rest on is in `study/README.md`. The step
-is that of pretraining, so experts are balanced over the whole batch of all devices and microbatches (`router.balance_scope`).
+Alone, the extracted model becomes an ordinary run. Inside, the run is one of the whole model: the pool of every document of
+the task holds the subset (`router.module`), and so many of the other experts as are drawn for the document, from none to all.
+So the subset learns its part among all the others, and what it gains, the whole model gains. A quarter of the rows are of
+general documents, on which the model may not diverge from the one it was; what the defaults rest on is in `study/README.md`.
+The step is that of pretraining, so experts are balanced over the whole batch of all devices and microbatches
+(`router.balance_scope`).
 """
 
 from __future__ import annotations

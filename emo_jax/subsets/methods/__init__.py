@@ -21,7 +21,7 @@ class Options(NamedTuple):
 
 
 class Method(NamedTuple):
-    """One of the three. `G` groups, shapes else as in `emo_jax.model`.
+    """One of the first three. `G` groups, shapes else as in `emo_jax.model`.
 
     statistic  what a forward pass adds up by row and expert, see `emo_jax.subsets.sweep.Statistic`: the ranking of all layers
     scores     (loaded, calibration, options) -> float [G, L, R], any other ranking that serves every budget
