@@ -108,7 +108,7 @@ def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) ->
     """A jitted `(params, batch, allowed=None, pool_size=None, pool_tokens=None) -> sums of every row [B]`: `loss_sum` (nats),
     `loss_tokens`, and `loss_bytes` where the batch has `target_bytes` [B, T]. `allowed` bool [L, R] restricts the routed
     experts; [L, B, 1, R] those of every row. `pool_size`: routed experts in the pool of every document and layer, at least the
-    top k, whether or not the model was trained with pools; `pool_tokens` of them vote, see `model.forward`. `pool_size` None:
+    top k, whether or not the model was trained with pools; `pool_tokens`: whose votes, see `model.forward`. `pool_size` None:
     both as in `router.pool_eval` (0: no pools). Another size or number compiles nothing anew."""
     return _eval_step(program_config(config), mesh, eos_id)
 
