@@ -62,6 +62,7 @@ class RouterConfig:
     forced_experts: int = 0  # the last routed experts, in every pool on top of its size (experts added to a trained model)
     module: tuple[str, ...] = ()  # likewise, the experts of each layer, "3 17 40": see subset finetune --inside
     pool_eval: int = 0  # pool size in evaluation; 0: none, as in published inference
+    pool_eval_tokens: int = 0  # only so many first tokens vote, for none before them; 0: all vote, for all
     pool_distribution: Literal["uniform", "beta"] = "uniform"
     pool_beta: float = 4.0  # the a of Beta(a, 1); only for pool_distribution=beta
     pool_scope: Literal["layer", "document"] = "layer"

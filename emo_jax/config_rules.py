@@ -30,7 +30,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         router.forced_experts router.load_balance_weight router.router_z_weight router.balance_shards data.workers
         optimizer.warmup_steps optimizer.weight_decay train.output_z_weight train.divergence_weight train.eval_every
         checkpoint.keep_every checkpoint.keep_best checkpoint.min_free_gb data.max_epochs data.general_every faults.skip_sigma
-        faults.check_replicas_every faults.repeat_step_every faults.hang_seconds"""),
+        faults.check_replicas_every faults.repeat_step_every faults.hang_seconds router.pool_eval_tokens"""),
     "more than 0": (lambda x: x > 0, """
         model.rope_theta model.norm_eps model.init_std router.pool_beta optimizer.learning_rate optimizer.eps
         optimizer.clip_norm data.cache_gb"""),
@@ -74,6 +74,8 @@ def validate(c: Config) -> None:
                 f"{m.num_shared_experts + 1}..{m.num_experts}, the shared experts included")
     if r.module:
         _check_module(c, require)
+    require(r.pool_eval > 0 or not r.pool_eval_tokens,
+            f"router.pool_eval_tokens={r.pool_eval_tokens} needs router.pool_eval: the size of the pools of evaluation")
     if c.uses_pools:
         least = max(m.routed_top_k - min((len(experts.split()) for experts in r.module), default=0), 0)
         require(least <= r.pool_min <= r.pool_max,

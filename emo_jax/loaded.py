@@ -107,10 +107,16 @@ class LoadedModel:
                          for row in self._forward(self._encode(texts), "loss", subset)], np.float64)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0,
-                 seed: int = 0, subset: SubsetOrFile | None = None, batch_size: int = 16) -> list[str]:
-        """What the model writes after each prompt, up to its end; temperature 0 takes the most probable token."""
+                 seed: int = 0, subset: SubsetOrFile | list[Subset] | None = None, batch_size: int = 16) -> list[str]:
+        """What the model writes after each prompt, up to its end; temperature 0 takes the most probable token. `subset`: that
+        of all prompts, or a list of one for each."""
+        each = subset if isinstance(subset, list) else []
+        if isinstance(subset, list) and len(each) != len(prompts):
+            raise InputError(f"{len(each)} subsets for {len(prompts)} prompts; give one for all, or one for each")
+        masks = [open_subset(one, self.checkpoint or self.config).mask() for one in each]
         ids = [self.tokenizer.encode(p).tolist() or [self.tokenizer.eos_id] for p in self._checked(prompts, "prompts")]
-        made = self.generator(subset, batch_size).generate(ids, max_new_tokens, Sampling(temperature, top_p, seed))
+        generator = self.generator(None if isinstance(subset, list) else subset, batch_size)
+        made = generator.generate(ids, max_new_tokens, Sampling(temperature, top_p, seed), allowed=masks or None)
         return [self.tokenizer.continuation(i, m) for i, m in zip(ids, made)]
 
     def generator(self, subset: SubsetOrFile | None = None, batch_size: int = 16) -> Generator:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emo_jax import sharding
 from emo_jax.compilation import program_config
@@ -86,6 +86,7 @@ class RowContext(NamedTuple):
     segments: Int[Array, "B T"]  # documents for attention; all ones for attention_scope=causal
     router_segments: Int[Array, "B T"]  # documents for the router, 0 for padding
     rotary: tuple[Float[Array, "B T W/2"], Float[Array, "B T W/2"]]  # cos and sin
+    voters: Bool[Array, "B T"] | None = None  # of causal pools; None: every token votes for its whole document
 
 
 class Execution(NamedTuple):
@@ -173,7 +174,7 @@ class MoE(nnx.Module):
             logits_BTR = jnp.where(allowed, logits_BTR, -1e30)
         sizes_BN, forced_R = pools or (None, None)
         return routing.route(logits_BTR, rows.router_segments, sizes_BN, c.model.routed_top_k, c.router.semantics,
-                             0 if forced_R is None else forced_R)
+                             0 if forced_R is None else forced_R, rows.voters)
 
     def __call__(self, x_BTD, rows: RowContext, pools, allowed, execution: Execution, see_rows=None):
         """(output, routing). `pools`: None, or sizes [B, N] and what all pools hold beside that, [R]. `see_rows`: the hook of
@@ -272,6 +273,7 @@ def forward(
     execution: Execution,
     *,
     pool_sizes: Int[Array, "L B N"] | None = None,
+    pool_tokens: Int[Array, ""] | int | None = None,
     allowed: Array | np.ndarray | None = None,
     per_layer: Callable[..., Any] = lambda x, route, rows: None,
     layer_inputs: tuple[Array, ...] = (),
@@ -280,9 +282,10 @@ def forward(
     (stacked; each of `layer_inputs` has a leading axis L, whose part it gets).
 
     `batch` needs tokens, segment_ids and positions [B, T]. `pool_sizes`: one for every layer and document of the row, None
-    for no pools. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
+    for no pools. `pool_tokens`: only so many first tokens of a document vote, for none before them; None: the whole document,
+    as in training. `allowed` bool [L, R], or [L, B, 1, R] by row: routed experts that may be used at all, None for all.
     """
-    rows = row_context(batch, execution)
+    rows = row_context(batch, execution, pool_tokens)
     x_BTD, outputs, _ = _layers(params, batch["tokens"], rows, execution, pool_sizes, allowed, per_layer, layer_inputs)
     return x_BTD, outputs
 
@@ -334,13 +337,14 @@ def allowed_experts(m: ModelConfig, allowed: Array | np.ndarray | None) -> Array
     return present_LR if allowed is None else allowed & jnp.expand_dims(present_LR, tuple(range(1, allowed.ndim - 1)))
 
 
-def row_context(batch: dict[str, Array], execution: Execution) -> RowContext:
+def row_context(batch: dict[str, Array], execution: Execution, pool_tokens: Array | int | None = None) -> RowContext:
     c, segments_BT = execution.config, batch["segment_ids"]
     causal, next_owns_eos = c.model.attention_scope == "causal", c.router.eos_owner == "next"
+    pooled_BT = routing.split_at_eos(segments_BT, batch["tokens"], execution.eos_id) if next_owns_eos else segments_BT
     return RowContext(
-        jnp.ones_like(segments_BT) if causal else segments_BT,
-        routing.split_at_eos(segments_BT, batch["tokens"], execution.eos_id) if next_owns_eos else segments_BT,
-        rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta))
+        jnp.ones_like(segments_BT) if causal else segments_BT, pooled_BT,
+        rotary_angles(batch["positions"], c.model.head_dim, c.model.rope_theta),
+        None if pool_tokens is None else routing.first_tokens(pooled_BT, pool_tokens))
 
 
 @jax.named_scope("embedding")

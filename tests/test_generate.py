@@ -11,6 +11,7 @@ from published import forward_pass, golden, rows_of, save_new
 
 from emo_jax import model, sharding
 from emo_jax.checkpoints.checkpoint import open_checkpoint
+from emo_jax.checkpoints.subset import Subset
 from emo_jax.cli import main
 from emo_jax.config import MeshConfig
 from emo_jax.convert.importing import import_checkpoint
@@ -75,6 +76,20 @@ def test_batches_meshes_and_subsets_change_no_token(mesh, published, monkeypatch
     allowed = np.arange(15) % 3 != np.arange(3)[:, None]
     expected = by_forward_passes(found, prompts, 6, allowed)
     assert generator(found, mesh, allowed=allowed, batch_size=2).generate(prompts, 6) == expected
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=1, expert=4)], ids=["one device", "experts apart"])
+def test_each_prompt_of_a_batch_uses_its_own_experts_and_others_compile_nothing_anew(mesh, published, monkeypatch):
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 16)
+    found, io = published["emo"]
+    prompts = [io["input_ids"][0, :n].tolist() for n in (3, 19, 11)]  # the engine reads the longest first
+    masks = [np.arange(15) % 3 != (np.arange(3)[:, None] + i) % 3 for i in range(3)]
+    expected = [by_forward_passes(found, [prompt], 6, mask)[0] for prompt, mask in zip(prompts, masks)]
+    g = generator(found, mesh, batch_size=2)
+    assert g.generate(prompts, 6, allowed=masks) == expected
+    compiled = g._prefill._cache_size(), g._decode._cache_size()
+    assert g.generate(prompts, 6, allowed=masks[::-1]) != expected
+    assert (g._prefill._cache_size(), g._decode._cache_size()) == compiled
 
 
 def test_rows_end_at_their_end_token_and_when_told(published):
@@ -179,3 +194,19 @@ def test_the_command_continues_prompts(tmp_path, capsys):
     assert one["prompt"] == "red" and len(one["tokens"]) <= 5 and two["finish_reason"] in ("stop", "length")
     assert main([*arguments, "--prompt", "red"]) == 0
     assert capsys.readouterr().out == f"red{one['text']}\n"
+
+    def auto(*prompts):
+        assert main(["generate", str(run), "--max-new-tokens", "5", "--subset", "auto", "--keep", "5", "--json", "--prompt",
+                     *prompts]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["completions"]
+
+    together = auto("red", "one two six", "green blue gray")
+    assert together == [alone for prompt in ("red", "one two six", "green blue gray") for alone in auto(prompt)]
+    assert len({str(c["experts"]) for c in together}) == 3
+    for completion in together:
+        kept = tuple(map(tuple, completion["experts"]))
+        Subset(kept, 15, 1, "router").save(tmp_path / "subset.json")
+        assert [len(layer) for layer in kept] == [4, 4]
+        assert main(["generate", str(run), "--max-new-tokens", "5", "--subset", str(tmp_path / "subset.json"), "--json",
+                     "--prompt", completion["prompt"]]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["completions"][0]["tokens"] == completion["tokens"]

@@ -16,6 +16,9 @@ from tiny_run import tiny_config
 import emo_jax
 from emo_jax.config import MeshConfig
 from emo_jax.errors import InputError
+from emo_jax.subsets.budget import Budget
+from emo_jax.subsets.calibration import from_tokens
+from emo_jax.subsets.choose import choose_for_prompts, choose_one
 from emo_jax.train.loop import train
 
 TEXTS = ["red green blue", "one two six ten one", "gray"]
@@ -69,6 +72,17 @@ def test_a_model_opened_with_a_subset_uses_it_everywhere(run, model, subset, tmp
     assert small.generate(["red"], 8) == model.generate(["red"], 8, subset=subset)
     extracted = emo_jax.load(emo_jax.extract(run, subset, tmp_path / "small"))
     np.testing.assert_allclose(extracted.loss(TEXTS), small.loss(TEXTS), rtol=1e-5)
+
+
+def test_prompts_may_have_a_subset_each(model):
+    prompts = ["red green", "one two six ten", "gray"]
+    ids = [model.tokenizer.encode(p) for p in prompts]
+    own = choose_for_prompts(model, ids, keep=3)
+    assert own[0].kept == choose_one(model, from_tokens(ids[:1]), "router", Budget(keep=3)).kept
+    assert len({subset.kept for subset in own}) > 1
+    assert model.generate(prompts, 8, subset=own) == [model.generate([p], 8, subset=s)[0] for p, s in zip(prompts, own)]
+    with pytest.raises(InputError, match="2 subsets for 3 prompts"):
+        model.generate(prompts, 8, subset=own[:2])
 
 
 def test_devices_change_nothing(run, model):

@@ -164,6 +164,8 @@ def test_gaps_are_those_of_pools_of_the_routed_experts_and_subsets_those_that_th
     assert result["loss"] == pytest.approx(loss(), rel=1e-6)
     gaps = {"25%": loss(pool_size=4) - loss(), "12.5%": loss(pool_size=2) - loss()}
     assert result["selective_gap"] == pytest.approx(gaps, abs=1e-5) and abs(gaps["25%"] - gaps["12.5%"]) > 1e-3
+    causal = {"25%": loss(pool_size=4, pool_tokens=32) - loss(), "12.5%": loss(pool_size=2, pool_tokens=32) - loss()}
+    assert result["selective_gap_causal"] == pytest.approx(causal, abs=1e-5) and abs(causal["25%"] - gaps["25%"]) > 1e-4
     loaded = LoadedModel(config, mesh, params, documents.tokenizer)
     for share, keep in ((0.25, 4), (0.125, 3)):
         masks = [s.mask() for s in choose(loaded, found._text, "router", [Budget(keep=keep)])[0]]
@@ -256,6 +258,7 @@ def test_curves_are_grouped_by_topic_and_the_use_by_labels_is_a_picture_at_every
     assert {"loss/loss", "optimizer/grad_norm", "routing/router_entropy/layer_01", "speed/tokens_per_second",
             "data/tokens_by_label/color", "loss_by_label/count", "held_out/loss", "modularity/label_information",
             "modularity/label_information_layers/layer_00", "modularity/selective_gap/12.5_", "modularity/loss_at/25_",
+            "modularity/selective_gap_causal/25_",
             "modularity/effective_experts", "modularity/top_share/25_"} <= tags
     last = next(r for r in records(whole, evaluation=True) if r["eval"] == "subsets" and r["step"] == 8)
     written = {value.tag: value.simple_value for step, value in found if step == 8}

@@ -69,10 +69,20 @@ def test_study(study):
         np.mean([rise(f"emo/{s}") / rise(f"stdmoe/{s}") for s in "01"]))
     assert "| emo | 2 |" in text and "what 6 reach over a random choice (emo)" in text
     assert (study / "study.png").stat().st_size > 10_000
+    assert list(emo["selective_gap"]) == ["document", "causal", "first 64 tokens"]
+    gaps = {votes: shares["25%"]["trained"] for votes, shares in emo["selective_gap"].items()}
+    assert gaps["causal"] != gaps["document"] and gaps["first 64 tokens"] == gaps["causal"]  # of documents of 32 tokens
+    assert "| model | 25%, document | 12.5%, document | 25%, causal |" in text
     losses = [json.loads((study / "emo" / s / "measures.json").read_text())["full"]["trained"] for s in "01"]
     found = result["variants"]["emo"]["full"]["trained"]
     assert found["mean"] == pytest.approx(np.mean(losses)) and found["half_width"] == pytest.approx(
         12.706 * abs(losses[0] - losses[1]) / 2, rel=1e-3)  # t of one degree of freedom
+
+    for path in study.glob("*/*/measures.json"):  # those of an earlier version
+        measures = json.loads(path.read_text())
+        del measures["selective_gap"]
+        path.write_text(json.dumps(measures))
+    assert command("study", "report", study)[0] == 0 and "25%, causal" not in (study / "study.md").read_text()
 
 
 def test_measures_on_the_run_s_own_text(study):

@@ -22,7 +22,7 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the most probable tokens up to P")
     parser.add_argument("--subset", default="", metavar="FILE", help="a file of emo-jax select: use its experts only; auto: "
-                        "the --keep experts that the prompts themselves (all together) route to most")
+                        "each prompt uses the --keep experts that it routes to most itself")
     parser.add_argument("--keep", type=arguments.at_least(0), default=0, metavar="K", help="experts of every layer, with "
                         "--subset auto")
     parser.add_argument("--batch-size", type=arguments.at_least(1), default=16, metavar="N", help="prompts at a time")
@@ -32,7 +32,7 @@ def run(args: Namespace) -> Result:
     from emo_jax.generation.sampling import Sampling
     from emo_jax.loaded import load
     from emo_jax.progress import is_primary, say
-    from emo_jax.subsets.choose import choose_for_prompt
+    from emo_jax.subsets.choose import choose_for_prompts
 
     sampling = Sampling(args.temperature, args.top_p, args.seed or 0).check()
     if (args.subset == AUTO) != (args.keep > 0):
@@ -45,9 +45,10 @@ def run(args: Namespace) -> Result:
     if longest >= length:
         raise InputError(f"--prompt: {longest} tokens leave nothing of the {length} tokens of a row (data.sequence_length)")
     count = args.max_new_tokens or min(NEW_TOKENS, length - longest)
-    subset = choose_for_prompt(loaded, prompts, args.keep) if args.subset == AUTO else loaded.subset
-    if subset is not None:
-        say(f"with {subset.summary()}: {args.subset}")
+    own = choose_for_prompts(loaded, prompts, args.keep) if args.subset == AUTO else []
+    if own or loaded.subset:
+        say(f"with {(loaded.subset or own[0]).summary()}: {'those of each prompt' if own else args.subset}")
+    masks = [subset.mask() for subset in own] or None
 
     def write(piece: str) -> None:
         if is_primary():
@@ -57,7 +58,7 @@ def run(args: Namespace) -> Result:
     stream, written, made = tokenizer.stream(prompts[0]), "", [[] for _ in prompts]
     write(args.prompt[0] if shown else "")
     started = time.monotonic()
-    for row, tokens in loaded.generator(subset, args.batch_size).stream(prompts, count, sampling):
+    for row, tokens in loaded.generator(None, args.batch_size).stream(prompts, count, sampling, allowed=masks):
         made[row].extend(tokens)
         if shown:
             written += (piece := stream(tokens))
@@ -67,6 +68,8 @@ def run(args: Namespace) -> Result:
         {"prompt": prompt, "text": tokenizer.continuation(ids, tokens), "tokens": tokens,
          "finish_reason": "length" if len(tokens) == count else "stop"}
         for prompt, ids, tokens in zip(args.prompt, prompts, made)]
+    for completion, subset in zip(completions, own):
+        completion["experts"] = subset.kept
     write(completions[0]["text"][len(written):] if shown else "")  # a character that the last token left unfinished
     total = sum(map(len, made))
     result = {"checkpoint": str(loaded.saved.path), "tokens": total, "tokens_per_second": total / seconds,

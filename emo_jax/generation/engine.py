@@ -46,7 +46,7 @@ class Generator:
     """Makes tokens from `params` (as `checkpoint.restore_params` gives them). It keeps a copy of them in the compute
     dtype, so `params` can be dropped.
 
-    allowed: bool [L, R], the routed experts of a subset. batch_size: rows at a time.
+    allowed: bool [L, R], the routed experts of a subset, for all prompts that bring none. batch_size: rows at a time.
     """
 
     def __init__(self, config: Config, mesh: Mesh, params: model.Params, eos_ids: Sequence[int],
@@ -60,23 +60,24 @@ class Generator:
         self._execution = self._decoding = model.Execution.of(config, mesh)
         if mesh.devices.flat[0].platform == "cpu":
             self._decoding = self._execution._replace(dispatch=Dispatch("few_tokens"))
-        self._allowed = None if allowed is None else jnp.asarray(allowed)
+        self._allowed = allowed
         self._params = for_inference(params, self._execution.dtype)
         self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
         self._decode = jax.jit(self._decode_chunk, static_argnames=("kind", "count"), donate_argnums=1)
 
     def generate(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, sampling: Sampling = Sampling(),
-                 stop: Stop | None = None) -> list[list[int]]:
+                 stop: Stop | None = None, allowed: Sequence[np.ndarray] | None = None) -> list[list[int]]:
         """The new tokens of every prompt, without the end-of-document token that ended it."""
         out = [[] for _ in prompts]
-        for row, tokens in self.stream(prompts, max_new_tokens, sampling, stop):
+        for row, tokens in self.stream(prompts, max_new_tokens, sampling, stop, allowed):
             out[row].extend(tokens)
         return out
 
     def stream(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, sampling: Sampling = Sampling(),
-               stop: Stop | None = None) -> Iterator[tuple[int, list[int]]]:
+               stop: Stop | None = None, allowed: Sequence[np.ndarray] | None = None) -> Iterator[tuple[int, list[int]]]:
         """(row, its next tokens) as they are made; batches of similar length, longest first. `stop(row, all its new
-        tokens)` ends a row early. Raises `InputError` for a prompt that is empty or does not fit."""
+        tokens)` ends a row early. `allowed`: bool [L, R] of every prompt, its routed experts; others compile nothing anew.
+        Raises `InputError` for a prompt that is empty or does not fit."""
         sampling.check()
         if max_new_tokens < 1:
             raise InputError(f"max-new-tokens={max_new_tokens} must be at least 1")
@@ -86,16 +87,20 @@ class Generator:
             if len(prompt) + max_new_tokens > self.max_length:
                 raise InputError(f"prompt {i + 1} of {len(prompt)} tokens and max-new-tokens={max_new_tokens} do not "
                                  f"fit into the {self.max_length} tokens of a row (data.sequence_length)")
+        if allowed is None and self._allowed is not None:
+            allowed = [self._allowed] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            yield from self._batch(rows, [prompts[i] for i in rows], max_new_tokens, sampling, stop)
+            masks = None if allowed is None else [allowed[i] for i in rows]
+            yield from self._batch(rows, [prompts[i] for i in rows], max_new_tokens, sampling, stop, masks)
 
     # ---- one batch ----
 
-    def _batch(self, ids, prompts, max_new_tokens, sampling, stop) -> Iterator[tuple[int, list[int]]]:
+    def _batch(self, ids, prompts, max_new_tokens, sampling, stop, masks) -> Iterator[tuple[int, list[int]]]:
         with jax.set_mesh(self.mesh):
-            state, free = self._read_prompts(prompts, max_new_tokens)
+            allowed = None if masks is None else self._place(masks)
+            state, free = self._read_prompts(prompts, max_new_tokens, allowed)
             rows = np.zeros(len(state.position), np.int32)
             rows[: len(ids)] = ids
             rows = place(rows, self.mesh, P(BATCH))
@@ -104,7 +109,7 @@ class Generator:
         while left > 0 and running:
             with jax.set_mesh(self.mesh):
                 state, tokens = self._decode(
-                    self._params, state, rows, jnp.float32(sampling.temperature), jnp.float32(sampling.top_p),
+                    self._params, state, rows, allowed, jnp.float32(sampling.temperature), jnp.float32(sampling.top_p),
                     jnp.uint32(sampling.seed), kind=sampling.kind, count=min(DECODE_CHUNK, free))
                 tokens = gather_global(tokens)[: len(ids), : min(left, tokens.shape[1])]
             left -= tokens.shape[1]
@@ -122,7 +127,13 @@ class Generator:
             finished = np.array([i not in running for i in ids] + [True] * (len(state.finished) - len(ids)))
             state = state._replace(finished=place(finished, self.mesh, P(BATCH)))
 
-    def _read_prompts(self, prompts, max_new_tokens) -> tuple[State, int]:
+    def _place(self, masks: Sequence[np.ndarray]) -> Bool[Array, "L B 1 R"]:
+        """The masks on the mesh; rows beyond theirs may use everything."""
+        allowed = np.ones((round_rows(len(masks), self.mesh), *masks[0].shape), bool)
+        allowed[: len(masks)] = masks
+        return place(allowed.swapaxes(0, 1)[:, :, None], self.mesh, P(None, BATCH))
+
+    def _read_prompts(self, prompts, max_new_tokens, allowed) -> tuple[State, int]:
         """The state before the first new token, and the free slots of its cache."""
         c, longest = self.config.model, max(map(len, prompts))
         chunk = min(PREFILL_CHUNK, power_of_two(longest, 16))
@@ -141,21 +152,21 @@ class Generator:
         for start in range(0, length, chunk):
             part = {name: place(a[:, start : start + chunk], self.mesh, sharding.TOKENS) for name, a in
                     (("tokens", tokens), ("segment_ids", segments), ("positions", positions))}
-            cache, logits = self._prefill(self._params, cache, part)
+            cache, logits = self._prefill(self._params, cache, part, allowed)
         finished = np.arange(rows) >= len(prompts)
         position, finished = (place(x, self.mesh, P(BATCH)) for x in (positions[:, -1] + 1, finished))
         return State(cache, logits, position, finished), slots - length
 
     # ---- on the device ----
 
-    def _prefill_chunk(self, params, cache: KVCache, part):
-        x, cache = model.forward_with_cache(params, part, cache, self._execution, self._allowed)
+    def _prefill_chunk(self, params, cache: KVCache, part, allowed):
+        x, cache = model.forward_with_cache(params, part, cache, self._execution, allowed)
         return cache, self._next_logits(params, x[:, -1:])
 
     def _next_logits(self, params, x) -> Float[Array, "B V"]:
         return reshard(model.logits(params, x, self._execution)[:, 0], BATCH, None)
 
-    def _decode_chunk(self, params, state: State, rows, temperature, top_p, seed, *, kind, count):
+    def _decode_chunk(self, params, state: State, rows, allowed, temperature, top_p, seed, *, kind, count):
         """`count` more tokens of every row [B, count]; after its end-of-document token a row makes any. Stops
         when all rows are finished."""
         def more(carry):
@@ -168,7 +179,7 @@ class Generator:
             finished = state.finished | jnp.any(token[:, None] == jnp.asarray(self.eos_ids, jnp.int32), axis=1)
             batch = {"tokens": token, "segment_ids": jnp.where(finished, 0, 1), "positions": state.position}
             batch = {name: reshard(a[:, None], BATCH, "sequence") for name, a in batch.items()}
-            x, cache = model.forward_with_cache(params, batch, state.cache, self._decoding, self._allowed)
+            x, cache = model.forward_with_cache(params, batch, state.cache, self._decoding, allowed)
             out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.zeros_like(step), step))
             return step + 1, State(cache, self._next_logits(params, x), state.position + 1, finished), out
 

@@ -51,12 +51,14 @@ def route(
     top_k: int,
     semantics: str | Semantics = "emo_v1",
     forced_experts: int | Bool[Array, "R"] = 0,
+    voters: Bool[Array, "B T"] | None = None,
 ) -> Routing:
     """Chooses `top_k` routed experts for every token, inside the pool of the token's document.
 
     `segment_ids`: row-local documents 1..N, 0 for padding. `pool_sizes[:, n - 1]`: size of the pool of document n, in
     routed experts; R or more is no constraint, and must not be below `top_k`. None: no pools (standard MoE).
-    `forced_experts`: those that every pool holds on top of its size: a mask, or how many of the last ones.
+    `forced_experts`: those that every pool holds on top of its size: a mask, or how many of the last ones. `voters`: pools are
+    causal, for evaluation: see `causal_pool`.
 
     Rematerialisation that saves "routing" repeats no router matmul, vote or selection: the rest follows from what has that
     name element by element.
@@ -67,7 +69,8 @@ def route(
     if pool_sizes is None:
         pool_BTR = jnp.ones_like(logits_BTR, dtype=bool)
     else:
-        pool_BTR = save(document_pool(jax.nn.softmax(logits_BTR), segment_ids, pool_sizes, forced_experts))
+        pool = document_pool if voters is None else functools.partial(causal_pool, voters=voters)
+        pool_BTR = save(pool(jax.nn.softmax(logits_BTR), segment_ids, pool_sizes, forced_experts))
     pool_logits_BTR = jnp.where(pool_BTR, logits_BTR, -jnp.inf)
     score_logits_BTR = pool_logits_BTR if rules.pool_softmax else logits_BTR
     logsumexp_BT = jax.nn.logsumexp(score_logits_BTR, axis=-1)
@@ -91,12 +94,66 @@ def document_pool(
     documents_BTN = one_hot_documents(segment_ids, pool_sizes.shape[1])
     votes_BNR = jnp.einsum("btn,btr->bnr", documents_BTN, jax.lax.stop_gradient(router_probs),
                            precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, None, None))
-    R = votes_BNR.shape[-1]
-    forced_R = jnp.arange(R) >= R - forced_experts if isinstance(forced_experts, int) else forced_experts
+    forced_R = _forced_mask(forced_experts, votes_BNR.shape[-1])
     rank_BNR = jnp.argsort(jnp.argsort(jnp.where(forced_R, 1.0, -votes_BNR), axis=-1, stable=True), axis=-1)
     dropped_BNR = ((rank_BNR >= pool_sizes[..., None]) & ~forced_R).astype(jnp.float32)
     # Back to the tokens as a matmul with a 0/1 matrix: exact, and it shards and runs like any other matmul.
     return jnp.einsum("btn,bnr->btr", documents_BTN, dropped_BNR, out_sharding=spec(BATCH, "sequence", None)) < 0.5
+
+
+def causal_pool(
+    router_probs: Float[Array, "B T R"], segment_ids: Int[Array, "B T"], pool_sizes: Int[Array, "B N"],
+    forced_experts: int | Bool[Array, "R"], voters: Bool[Array, "B T"],
+) -> Bool[Array, "B T R"]:
+    """`document_pool` from what a token may know: of its document, the `voters` up to the token itself. Where all vote, the
+    pool of a document's last token is the document's."""
+    R, segments_BT = router_probs.shape[-1], _rows(segment_ids, None)
+    votes_BTR = jnp.where(_rows(voters, None)[..., None], _rows(jax.lax.stop_gradient(router_probs), None), 0.0)
+
+    def add(before, after):  # sums that begin anew with each document, so that not even its rounding sees the ones before
+        return jnp.where(after[1], after[0], before[0] + after[0]), before[1] | after[1]
+
+    so_far_BTR = jax.lax.associative_scan(add, (votes_BTR, _begins(segments_BT)[..., None]), axis=1)[0]
+    left_out_BN = (R - jnp.minimum(pool_sizes, R)).astype(jnp.float32)
+    left_out_BT = jnp.einsum("btn,bn->bt", one_hot_documents(segment_ids, pool_sizes.shape[1]), left_out_BN,
+                             precision=jax.lax.Precision.HIGHEST, out_sharding=spec(BATCH, "sequence"))
+    forced_R = _forced_mask(forced_experts, R)
+    return largest(jnp.where(forced_R, -1.0, _rows(so_far_BTR, "sequence")), R - left_out_BT.astype(jnp.int32)) | forced_R
+
+
+def largest(values: Float[Array, "*any R"], counts: Int[Array, "*any"]) -> Bool[Array, "*any R"]:
+    """The `counts` largest of the fp32 values (ties: the lowest index first), never a negative one. Their bits are in the order
+    of the values, so 31 comparisons find the smallest that belongs to them: no row is sorted."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+
+    def narrow(i, least):
+        higher = least | jnp.left_shift(1, 30 - i)
+        return jnp.where(jnp.sum(bits >= higher[..., None], axis=-1) >= counts, higher, least)
+
+    least = jax.lax.fori_loop(0, 31, narrow, jnp.zeros_like(counts))[..., None]
+    more, equal = bits > least, bits == least
+    room = counts[..., None] - jnp.sum(more, axis=-1, keepdims=True)
+    return more | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+
+
+def first_tokens(segment_ids: Int[Array, "B T"], count: Int[Array, ""] | int) -> Bool[Array, "B T"]:
+    """The first `count` tokens of every document of a row."""
+    segments_BT = _rows(segment_ids, None)
+    index_T = jnp.arange(segments_BT.shape[1])
+    return index_T - jax.lax.cummax(jnp.where(_begins(segments_BT), index_T, 0), axis=1) < count
+
+
+def _begins(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    return jnp.pad(jnp.diff(segments_BT, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
+
+
+def _rows(x: Array, axis: str | None) -> Array:
+    """[B, T, ...] with rows cut over this axis of the mesh, if there is one; None: whole ones."""
+    return x if spec() is None else reshard(x, BATCH, axis, *(None,) * (x.ndim - 2))
+
+
+def _forced_mask(forced_experts: int | Bool[Array, "R"], R: int) -> Bool[Array, "R"]:
+    return jnp.arange(R) >= R - forced_experts if isinstance(forced_experts, int) else forced_experts
 
 
 def one_hot_documents(segment_ids: Int[Array, "B T"], max_documents: int) -> Float[Array, "B T N"]:

@@ -85,6 +85,10 @@ def above(part: str, share: float, method: str = "", documents: int = 0) -> Call
     return value
 
 
+def selective_gap(votes: str, share: str) -> Callable[[dict], float | None]:
+    return lambda measures: measures["selective_gap"][votes][share]["trained"] if "selective_gap" in measures else None
+
+
 def method_of(measures: dict) -> str:
     return measures["subsets"][0]["method"]
 

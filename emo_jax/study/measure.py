@@ -8,6 +8,7 @@ means of the labels' means.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from emo_jax.loaded import LoadedModel, load
 from emo_jax.progress import say
 from emo_jax.rounding import ceil_div
 from emo_jax.subsets import calibration as calibration_lib
+from emo_jax.subsets import modularity
 from emo_jax.subsets.budget import Budget
 from emo_jax.subsets.check import full_losses, masks_of_labels
 from emo_jax.subsets.choose import choose
@@ -37,6 +39,7 @@ SCORED = 16  # documents of each label, at most
 LOOKED_AT = 1 << 16  # tokens whose activations are taken
 POSITIONS = (16, 64, 256)  # where the losses by position in the document are divided
 FREQUENT_TOKENS = 200  # the most frequent token ids, whose identity is a class
+POOL_TOKENS = 64  # the first of a document, whose votes alone make the third kind of its pools
 TOKENS = 512  # What comes after these in a document neither chooses nor is scored.
 
 
@@ -68,6 +71,7 @@ def measure(path: str, data: str = "", methods: Sequence[str] = ("router",), cho
     for method, count in settings:
         say(f"{path}: experts chosen by {method} from {count} documents of each label")
         result["subsets"] += _subsets(loaded, evaluation, full, text, method, count)
+    result["selective_gap"] = _selective_gap(loaded, evaluation, full, text)
     if activations:
         say(f"{path}: activations of the routers")
         result["information"] = _information(loaded, text)
@@ -130,6 +134,12 @@ class StudyText:
         mean = lambda labels: float(np.mean([by_label[label] for label in labels])) if labels else None
         return {"trained": mean(self.trained), "left_out": mean(self.left_out), "labels": by_label}
 
+    def above(self, evaluation: Evaluation, found, full) -> dict[str, Any]:
+        """Means of what `found` is above `full`, each (nats, tokens) of every row."""
+        rows = {label: evaluation.labels == label for label in sorted([*self.trained, *self.left_out])}
+        nats, tokens = found[0] - full[0], found[1]
+        return self.means({label: float(nats[of].sum() / max(tokens[of].sum(), 1)) for label, of in rows.items()})
+
 
 def _within(segments: Int[np.ndarray, "n T"], positions: range) -> Bool[np.ndarray, "n T"]:
     """Whether each token's place in its document, counted from 0, is one of `positions`."""
@@ -147,11 +157,21 @@ def _subsets(loaded: LoadedModel, evaluation: Evaluation, full, text: StudyText,
     rows = []
     for share, keep, subsets in zip(SHARES, keeps, choose(loaded, calibration, method, [Budget(keep=k) for k in keeps])):
         masks = masks_of_labels(evaluation, calibration.names, subsets)
-        loss, tokens = evaluation.losses(loaded.params, masks, f"scoring {keep} experts")
-        above = {label: float((loss - full[0])[evaluation.labels == label].sum()
-                              / max(tokens[evaluation.labels == label].sum(), 1)) for label in calibration.names}
-        rows.append({"method": method, "documents": count, "share": share, "keep": keep} | text.means(above))
+        losses = evaluation.losses(loaded.params, masks, f"scoring {keep} experts")
+        rows.append({"method": method, "documents": count, "share": share, "keep": keep}
+                    | text.above(evaluation, losses, full))
     return rows
+
+
+def _selective_gap(loaded: LoadedModel, evaluation: Evaluation, full, text: StudyText) -> dict[str, dict[str, Any]]:
+    """{which votes: {share: means}}: the loss above the full model's with a pool of so many routed experts for each document,
+    by the votes of all its tokens (a pool that has seen the future of each), of those so far, and of the first ones."""
+    voters = {"document": None, "causal": loaded.config.data.sequence_length, f"first {POOL_TOKENS} tokens": POOL_TOKENS}
+    R = loaded.config.model.num_routed_experts
+    losses = lambda votes, share: evaluation.losses(
+        loaded.params, None, f"scoring pools of {share:.1%}, {votes}", math.ceil(share * R), voters[votes])
+    return {votes: {name: text.above(evaluation, losses(votes, share), full) for name, share in modularity.SHARES.items()}
+            for votes in voters}
 
 
 def _information(loaded: LoadedModel, text: StudyText) -> dict[str, Any]:

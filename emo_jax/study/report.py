@@ -27,6 +27,7 @@ from emo_jax.study.estimates import (
     over_seeds,
     ratio,
     read,
+    selective_gap,
     table,
 )
 
@@ -41,7 +42,7 @@ def compare(folder: str | Path, main: str = "emo", baseline: str = "stdmoe") -> 
     order = [main, baseline, *sorted(set(variants) - {main, baseline})]
     variants = {name: variants[name] for name in order}
     text = "\n\n".join([_overview(variants, baseline), frontier.text(variants, baseline), _places(variants, baseline),
-                         _choosing(variants, main, baseline), _information(variants)])
+                         _choosing(variants, main, baseline), *_selective_gaps(variants), _information(variants)])
     frontier.figure(variants, baseline, Path(folder) / "frontier.png")
     figure = _figure(variants, main, baseline, Path(folder) / "study.png")
     Path(folder, "study.md").write_text(text + "\n")
@@ -126,6 +127,16 @@ def reach_of_one(of: dict[int, dict], share: float) -> Estimate | None:
         return (random - one) / (random - most)
 
     return over_seeds(of, value)
+
+
+def _selective_gaps(variants: Variants) -> list[str]:
+    """Nothing for measures of an earlier version, which lack it."""
+    measured = next((m["selective_gap"] for of in variants.values() for m in of.values() if "selective_gap" in m), {})
+    columns = [(votes, share) for votes, shares in measured.items() for share in shares]
+    rows = [[name, *(cell(over_seeds(of, selective_gap(*column))) for column in columns)] for name, of in variants.items()]
+    return ["With a pool for each document (loss above the full model's, trained labels), by the votes of the whole document, "
+            "which have seen the future of each token, of its tokens so far, and of its first tokens:\n\n"
+            + table(["model", *(f"{share}, {votes}" for votes, share in columns)], rows)] if columns else []
 
 
 def _information(variants: Variants) -> str:

@@ -52,14 +52,18 @@ class Calibration:
             yield {name: sharding.place(x, mesh, sharding.TOKENS) for name, x in rows.items()}, groups
 
 
-def from_tokens(documents: Sequence[Sequence[int] | np.ndarray] | np.ndarray, length: int | None = None) -> Calibration:
-    """One group of token arrays, each in a row of its own (as long as the longest unless `length` is given)."""
+def from_tokens(documents: Sequence[Sequence[int] | np.ndarray] | np.ndarray, length: int | None = None,
+                apart: bool = False) -> Calibration:
+    """One group of token arrays, or with `apart` a group of each, every one in a row of its own (as long as the longest unless
+    `length` is given)."""
     length = length or max(map(len, documents))
     tokens, segments = np.zeros((2, len(documents), length), np.int32)
     for i, document in enumerate(documents):
         tokens[i, :len(document)], segments[i, :len(document)] = document, 1
-    about = {"path": "", "documents": len(documents), "tokens": int(segments.sum())}
-    return Calibration(_fields(tokens, segments), np.zeros(len(documents), int), ("",), (about,))
+    groups = np.arange(len(documents)) * apart
+    about = [{"path": "", "documents": int(mine.sum()), "tokens": int(segments[mine].sum())}
+             for mine in (groups == group for group in range(groups.max() + 1))]
+    return Calibration(_fields(tokens, segments), groups, ("",) * len(about), tuple(about))
 
 
 def from_source(config: Config, source: Source, tokenizer: Tokenizer, groups: Mapping[str, Numbers],

@@ -52,10 +52,11 @@ def choose_subset(loaded: LoadedModel, texts: Sequence[str], keep: int, method: 
     return choose_one(loaded, calibration, method, Budget(keep=keep), **options)
 
 
-def choose_for_prompt(loaded: LoadedModel, prompts: Sequence[Sequence[int] | np.ndarray], keep: int) -> Subset:
-    """The experts that prompts (token ids) choose for themselves, by router probability."""
+def choose_for_prompts(loaded: LoadedModel, prompts: Sequence[Sequence[int] | np.ndarray], keep: int) -> list[Subset]:
+    """The `keep` experts of every layer (shared ones included) that each of the prompts (token ids) chooses for itself, by
+    router probability."""
     length = round_up(max(map(len, prompts)), 64)  # few lengths, few compilations
-    return choose_one(loaded, from_tokens(prompts, length), "router", Budget(keep=keep))
+    return choose(loaded, from_tokens(prompts, length, apart=True), "router", [Budget(keep=keep)])[0]
 
 
 def _subsets(loaded: LoadedModel, calibration: Calibration, method: str, masks, scores) -> list[Subset]:

@@ -26,7 +26,7 @@ from emo_jax.train.tensorboard import Picture
 
 SHARES = {"25%": 0.25, "12.5%": 0.125}
 DOCUMENTS = 16  # of each label, whose use of experts is looked at, a row's length of each
-ROWS = 128  # that are scored, at most: five times
+ROWS = 128  # that are scored, at most: seven times
 SHUFFLES = 4
 PANELS = 4  # layers in the picture, at most
 
@@ -58,18 +58,23 @@ class Modularity:
 
     def __call__(self, params: Params) -> dict[str, Any]:
         """nats/token: "loss" of the full model; "loss_at" {"25%", "12.5%"} of the experts, those of the row's label;
-        "selective_gap", of a pool of so many routed experts that every document chooses by its own votes, above "loss".
+        "selective_gap", of a pool of so many routed experts that every document chooses by its own votes, above "loss", and
+        "selective_gap_causal", where a token's pool is made of the votes so far and has not seen its future.
         nats between expert and label: "mutual_information", and "label_information" above that of shuffled labels. Of
         documents: "effective_experts" and "top_share". The mean of the layers; "..._layers" has each."""
         use = use_of_documents(params, self._mesh, self._execution, self._text)
-        R = self._config.model.num_routed_experts
-        full = self._loss(params, self._config.router.pool_eval or R)
-        pooled = {name: self._loss(params, math.ceil(share * R)) for name, share in SHARES.items()}
+        R, router = self._config.model.num_routed_experts, self._config.router
+        full = self._loss(params, router.pool_eval or R, pool_tokens=router.pool_eval_tokens or None)
+
+        def gaps(pool_tokens: int | None = None) -> dict[str, float]:
+            return {name: self._loss(params, math.ceil(share * R), pool_tokens=pool_tokens) - full
+                    for name, share in SHARES.items()}
+
         by_layer = figures(use, self._config.seed)
         picture = Picture(functools.partial(heatmap, use, self._text.names))
         return {
             "loss": full, "loss_at": {name: self._loss(params, R, self._masks(use, share)) for name, share in SHARES.items()},
-            "selective_gap": {name: loss - full for name, loss in pooled.items()},
+            "selective_gap": gaps(), "selective_gap_causal": gaps(self._config.data.sequence_length),
             **{name: float(values.mean()) for name, values in by_layer.items()},
             **{f"{name}_layers": values.tolist() for name, values in by_layer.items()},
             "top_share": {name: _mean_of_documents(use, top_share(use.probabilities, share)).mean().item()
@@ -83,12 +88,12 @@ class Modularity:
         of_label = np.array([[pick(layer, keep) for layer in label] for label in use.of_groups(use.probabilities)])
         return of_label[[names.index(label) for label in self._evaluation.labels]].swapaxes(0, 1)
 
-    def _loss(self, params: Params, pool_size: int, allowed: np.ndarray | None = None) -> float:
-        """Always with a mask and pools, so that one program serves all."""
+    def _loss(self, params: Params, pool_size: int, allowed: np.ndarray | None = None, pool_tokens: int | None = None) -> float:
+        """Always with a mask and pools, so that one program serves all, and one all causal pools."""
         m = self._config.model
         if allowed is None:
             allowed = np.ones((m.num_layers, m.num_routed_experts), bool)
-        loss, tokens = self._evaluation.losses(params, allowed, pool_size=pool_size)
+        loss, tokens = self._evaluation.losses(params, allowed, pool_size=pool_size, pool_tokens=pool_tokens)
         return float(loss.sum() / max(tokens.sum(), 1))
 
 

@@ -44,19 +44,19 @@ class Evaluation:
         return self.summary(*self.losses(params))
 
     def losses(self, params: dict, allowed: np.ndarray | None = None, what: str = "",
-               pool_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+               pool_size: int | None = None, pool_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(nats, counted tokens) of every row [n], float64. `allowed`: routed experts that may be used, bool [L, R] for
         all rows or [L, n, R] for each. `pool_size`: routed experts (at least the top k) in the pool that every document
-        chooses by its own votes, in each layer. Changing either compiles nothing anew. `what`: the work, for a line of
-        progress."""
+        chooses by its own votes, in each layer; `pool_tokens`: by those of its first so many tokens, and never by a token's
+        future. Other values compile nothing anew. `what`: the work, for a line of progress."""
         loss, tokens = [], []
-        size = None if pool_size is None else np.int32(pool_size)
+        size, voters = (None if n is None else np.int32(n) for n in (pool_size, pool_tokens))
         with compat.set_mesh(self._mesh):
             starts = range(0, len(self._fields["tokens"]), self._batch_size)
             for start in track(starts, what, "batches") if what else starts:
                 rows = slice(start, start + self._batch_size)
                 batch = {name: sharding.place(x[rows], self._mesh, sharding.TOKENS) for name, x in self._fields.items()}
-                out = self._step(params, batch, self._mask(allowed, rows), size)
+                out = self._step(params, batch, self._mask(allowed, rows), size, voters)
                 loss.append(out["loss_sum"])
                 tokens.append(out["loss_tokens"])
             nats, counted = (np.concatenate([gather_global(x) for x in xs]).astype(np.float64)[:len(self.labels)]

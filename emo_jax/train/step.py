@@ -105,10 +105,11 @@ def _train_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
 
 
 def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) -> Any:
-    """A jitted `(params, batch, allowed=None, pool_size=None) -> sums of every row [B]`: `loss_sum` (nats), `loss_tokens`, and
-    `loss_bytes` where the batch has `target_bytes` [B, T]. `allowed` bool [L, R] restricts the routed experts; [L, B, 1, R]
-    those of every row. `pool_size`: routed experts in the pool of every document and layer, at least the top k, whether or not
-    the model was trained with pools; None: `router.pool_eval` (0: no pools). Another size compiles nothing anew."""
+    """A jitted `(params, batch, allowed=None, pool_size=None, pool_tokens=None) -> sums of every row [B]`: `loss_sum` (nats),
+    `loss_tokens`, and `loss_bytes` where the batch has `target_bytes` [B, T]. `allowed` bool [L, R] restricts the routed
+    experts; [L, B, 1, R] those of every row. `pool_size`: routed experts in the pool of every document and layer, at least the
+    top k, whether or not the model was trained with pools; `pool_tokens`: whose votes, see `model.forward`. `pool_size` None:
+    both as in `router.pool_eval` (0: no pools). Another size or number compiles nothing anew."""
     return _eval_step(program_config(config), mesh, eos_id)
 
 
@@ -116,15 +117,16 @@ def make_eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int = -1) ->
 def _eval_step(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> Any:
     execution = model.Execution.of(config, mesh, eos_id)
 
-    def eval_step(params, batch: Batch, allowed=None, pool_size: Int[Array, ""] | None = None):
+    def eval_step(params, batch: Batch, allowed=None, pool_size: Int[Array, ""] | None = None,
+                  pool_tokens: Int[Array, ""] | int | None = None):
         sizes_LBN = None
         if pool_size is None and config.uses_pools and config.router.pool_eval:
-            pool_size = jnp.int32(config.router.pool_eval)
+            pool_size, pool_tokens = jnp.int32(config.router.pool_eval), config.router.pool_eval_tokens or None
         if pool_size is not None:
             shape = (config.model.num_layers, batch["tokens"].shape[0], execution.documents_per_row)
             size = jnp.maximum(pool_size, config.model.routed_top_k)
             sizes_LBN = reshard(jnp.full(shape, size, jnp.int32), None, BATCH, None)
-        x_BTD, _ = model.forward(params, batch, execution, pool_sizes=sizes_LBN, allowed=allowed)
+        x_BTD, _ = model.forward(params, batch, execution, pool_sizes=sizes_LBN, pool_tokens=pool_tokens, allowed=allowed)
         nll_BT, _ = model.token_losses(params, x_BTD, batch["targets"], execution)
         weights_BT = batch["loss_weights"]
         sums = {"loss_sum": jnp.sum(nll_BT * weights_BT, axis=1), "loss_tokens": jnp.sum(weights_BT, axis=1)}
