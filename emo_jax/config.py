@@ -66,7 +66,6 @@ class RouterConfig:
     pool_distribution: Literal["uniform", "beta"] = "uniform"
     pool_beta: float = 4.0  # the a of Beta(a, 1); only for pool_distribution=beta
     pool_scope: Literal["layer", "document"] = "layer"
-    pool_layers: tuple[int, ...] = ()  # layers that have pools; (): all
     pool_free: float = 0.0  # share of documents without a pool, drawn anew each step
     pool_grows: bool = False  # the largest size rises from pool_min to pool_max while the schedule goes on
     pool_off_from: float = 1.0  # the part of the learning rate's schedule after which no document has a pool

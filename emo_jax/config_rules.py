@@ -82,8 +82,6 @@ def validate(c: Config) -> None:
                 f"router.pool_min={r.pool_min} must be between the {least} routed experts of a token "
                 f"(model.top_k - model.num_shared_experts{' - those of router.module' * bool(r.module)}) and "
                 f"router.pool_max={r.pool_max}")
-        require(all(0 <= layer < m.num_layers for layer in r.pool_layers),
-                f"router.pool_layers={r.pool_layers} must be layers in 0..{m.num_layers - 1}")
         require(r.pool_eval == 0 or r.pool_eval >= m.routed_top_k,
                 f"router.pool_eval={r.pool_eval} must be 0 (no pool) or at least {m.routed_top_k}, "
                 f"the routed experts of a token")

@@ -370,15 +370,6 @@ def loss_sums(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Arra
                             c.kernels.loss_chunk_tokens, of_tokens)
 
 
-@jax.named_scope("loss")
-def divergence(before: Params, before_BTD: Float[Array, "B T D"], params: Params, x_BTD: Float[Array, "B T D"],
-               weights_BT: Float[Array, "B T"], execution: Execution) -> Float[Array, ""]:
-    """Sum over all tokens of weights * KL(the next token of the model `before` || that of `params`), nats. No gradient goes to
-    `before`."""
-    return ce.divergence(*jax.lax.stop_gradient((before_BTD, before["head"])), x_BTD, params["head"], weights_BT,
-                         execution.config.kernels.loss_chunk_tokens)
-
-
 def logits(params: Params, x_BTD: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T V"]:
     head_DV = gather_weight(params["head"], execution.dtype, None, "tensor")
     return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32)

@@ -92,7 +92,7 @@ def test_a_mesh_that_does_not_fit_says_why(devices, changes, message):
 
 
 def test_the_number_of_fields_stays_small():
-    assert len(lib.flatten(lib.to_dict(Config(name="x")))) <= 108
+    assert len(lib.flatten(lib.to_dict(Config(name="x")))) <= 118
 
 
 def test_a_file_is_a_config(tmp_path):

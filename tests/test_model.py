@@ -113,13 +113,6 @@ def test_a_share_of_the_documents_has_no_pool_in_any_layer_and_the_others_keep_t
     assert 0.2 < (later & none).mean() / none.mean() < 0.4  # drawn anew each step
 
 
-def test_only_the_layers_that_are_named_have_pools():
-    plain, some = (tiny.config(router=dict(pool_layers=layers)).router for layers in ((), (1,)))
-    before, after = (np.asarray(routing.draw_pool_sizes(r, 0, jnp.int32(5), 2, jnp.arange(50)[None])) for r in (plain, some))
-    assert (after[0] == routing.NO_POOL).all()
-    np.testing.assert_array_equal(after[1], before[1])
-
-
 def test_pools_grow_and_end_with_the_schedule():
     ids = jnp.arange(4000)[None]
     grows = tiny.config(router=dict(pool_min=4, pool_max=16, pool_grows=True)).router

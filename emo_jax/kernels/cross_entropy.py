@@ -70,7 +70,8 @@ def divergence(
     before: Float[Array, "B T D"], head_before: Float[Array, "D V"], x: Float[Array, "B T D"], head: Float[Array, "D V"],
     weights: Float[Array, "B T"], chunk_tokens: int,
 ) -> Float[Array, ""]:
-    """Weighted sum over all tokens of KL(p_before || p) = sum p_before (logit_before - logit) - lse_before + lse, nats."""
+    """Weighted sum over all tokens of KL(p_before || p) = sum p_before (logit_before - logit) - lse_before + lse, nats, of two
+    models' next token."""
 
     def device(before, head_before, x, head, weights):
         head_before, head = _whole_head(head_before, before), _whole_head(head, x)

@@ -212,7 +212,4 @@ def draw_pool_sizes(
     sizes_LBN = jax.vmap(over_documents, in_axes=(0, None))(key_of_layer_L, document_ids)
     if config.pool_free:
         sizes_LBN = jnp.where(jax.vmap(jax.vmap(is_free))(document_ids), NO_POOL, sizes_LBN)
-    if config.pool_layers:
-        has_pools_L11 = jnp.isin(jnp.arange(layers), jnp.asarray(config.pool_layers))[:, None, None]
-        sizes_LBN = jnp.where(has_pools_L11, sizes_LBN, NO_POOL)
     return sizes_LBN if config.pool_off_from == 1 else jnp.where(progress >= config.pool_off_from, NO_POOL, sizes_LBN)

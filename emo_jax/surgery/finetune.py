@@ -61,7 +61,7 @@ def inside_config(whole: Config, subset: Subset) -> Config:
     router = dataclasses.replace(
         whole.router, document_pool=True, module=tuple(" ".join(map(str, ids)) for ids in subset.kept),
         pool_min=max(m.routed_top_k - min(sizes), 0), pool_max=m.num_routed_experts - max(sizes),
-        pool_distribution="uniform", pool_layers=(), pool_free=0.0, pool_grows=False, pool_off_from=1.0)
+        pool_distribution="uniform", pool_free=0.0, pool_grows=False, pool_off_from=1.0)
     return dataclasses.replace(whole, name=f"{whole.name}-module", router=router)
 
 

@@ -23,6 +23,7 @@ from emo_jax import model, sharding
 from emo_jax.compilation import program_config
 from emo_jax.config import Config
 from emo_jax.data.documents import MAX_LABELS
+from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels.compiler_options import compiler_options
 from emo_jax.moe import losses, routing
 from emo_jax.sharding import BATCH, reshard, spec
@@ -223,8 +224,9 @@ class Objective(NamedTuple):
         if self.reference is not None:
             general = {name: every_nth_row(a, c.data.general_every) for name, a in batch.items()}
             before_BTD, _ = model.forward(self.reference, general, self.execution)
-            divergence = model.divergence(self.reference, before_BTD, params, every_nth_row(x_BTD, c.data.general_every),
-                                          general["loss_weights"], self.execution)
+            before = jax.lax.stop_gradient((before_BTD, self.reference["head"]))
+            divergence = ce.divergence(*before, every_nth_row(x_BTD, c.data.general_every), params["head"],
+                                       general["loss_weights"], c.kernels.loss_chunk_tokens)
             total += c.train.divergence_weight * divergence / totals.general_tokens
         of_labels = None if nats_BT is None else _by_label(nats_BT, batch["labels"])
         return total, Sums(loss, output_z, stats, of_labels, divergence)
