@@ -8,7 +8,7 @@ from typing import Any
 
 from emo_jax.commands import Command, Result, arguments
 from emo_jax.errors import InputError
-from emo_jax.study.variants import MAIN, VARIANTS
+from emo_jax.study.variants import ABLATIONS, MAIN, VARIANTS
 from emo_jax.subsets import methods
 
 
@@ -25,10 +25,10 @@ def add_run(parser: ArgumentParser) -> None:
     parser.add_argument("--held-out", default="", metavar="FILE", help="labelled documents to measure on (default: those that "
                         "the runs held out)")
     parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), metavar="N,N,...", help="(default: 0,1,2)")
-    parser.add_argument("--ablation-seeds", type=_seeds, default=(0,), metavar="N,N,...", help="for all variants but "
-                        f"{' and '.join(MAIN)} (default: 0)")
+    parser.add_argument("--ablation-seeds", type=_seeds, default=(0,), metavar="N,N,...", help="for "
+                        f"{', '.join(ABLATIONS)} (default: 0)")
     parser.add_argument("--variants", type=_words, default=(), metavar="V,V,...", help="these, with all --seeds "
-                        f"(default: {', '.join(MAIN)} with --seeds, and the rest with --ablation-seeds). "
+                        f"(default: {', '.join(MAIN)} with --seeds, and some with --ablation-seeds). "
                         + " ".join(f"{name}: {variant.sentence}" for name, variant in VARIANTS.items()))
     parser.add_argument("--jobs", type=arguments.at_least(1), default=1, metavar="N", help="models at a time (default: 1)")
     parser.add_argument("--base", default="study_cpu", metavar="CONFIG", help="what variants are made of (default: study_cpu)")

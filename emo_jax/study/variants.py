@@ -31,6 +31,7 @@ VARIANTS = {
     "beta_pool": Variant("Pool sizes are drawn from Beta(4, 1): mostly large pools.", ("--router.pool_distribution=beta",)),
     "free_pool": Variant("Three documents in ten have no pool.", ("--router.pool_free=0.3",)),
     "late_off": Variant("No pools in the last fifth of training.", ("--router.pool_off_from=0.8",)),
+    "later_off": Variant("No pools in the last tenth.", ("--router.pool_off_from=0.9",)),
     "growing_pool": Variant("The largest pool grows from the smallest one to all experts.", ("--router.pool_grows=true",)),
     "emo_v2": Variant("The later upstream router, with its weights of the auxiliary losses.", _V2, baseline="stdmoe_v2"),
     "stdmoe_v2": Variant("The standard MoE with the weights of emo_v2.", _NO_POOLS + _V2, baseline="stdmoe_v2"),
@@ -40,7 +41,7 @@ VARIANTS = {
                            baseline="stdmoe_v2"),
 }
 MAIN = ("emo", "stdmoe")  # trained with all seeds
-ABLATIONS = tuple(name for name in VARIANTS if name not in MAIN)
+ABLATIONS = ("local_balance", "fixed_pool", "beta_pool", "emo_v2", "stdmoe_v2")
 
 
 def fields(name: str, base: Config) -> list[str]:
