@@ -206,7 +206,7 @@ def test_the_study_of_transfer(run, tmp_path):
     compared = transfer_report.compare(tmp_path)
     found = compared["arms"]["emo"]["module_general"]
     assert found["full"]["mean"] == pytest.approx(result["arms"][1]["full"]) and found["cost"] == pytest.approx(4 / 3)
-    assert f"| emo | `whole_divergence`: {ARMS['whole_divergence'].sentence} | 1 |" in compared["text"]
+    assert f"| emo | `whole_divergence`: {ARMS['whole_divergence'].sentence} | color | 1 |" in compared["text"]
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
     status, result, _ = command("study", "transfer", study, "--labels", "color", "--variants", "emo", "--seeds", "0",
                                 "--arms", few, "--out", tmp_path)

@@ -1,6 +1,6 @@
 """The comparison of the ways to improve a module: a table, and a figure, with intervals over seeds.
 
-A folder DIR/VARIANT/SEED/LABEL/ARM.json holds what `study.transfer` measured. Of each seed the mean over its labels counts.
+A folder DIR/VARIANT/SEED/LABEL/ARM.json holds what `study.transfer` measured. The mean over the labels that all seeds have counts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FIELDS = ("arm", "label", "left_out", "seed", "subset", "full", "others", "cost"
 class Row(NamedTuple):
     """Of a variant and an arm, nats/token: gains on the label, and the change of the others."""
 
+    labels: list[str]
     subset: Estimate
     full: Estimate
     carried: Estimate  # full / subset
@@ -67,13 +68,18 @@ def compare(folder: str | Path) -> dict[str, Any]:
 
 
 def row(measured: list[dict[str, Any]]) -> Row:
-    """Of all labels and seeds of an arm. Ratios are those of a seed's means."""
+    """Of the labels and seeds of an arm. Ratios are those of a seed's means. Raises `InputError` for seeds without a label in
+    common."""
     seeds = sorted({m["seed"] for m in measured})
+    labels = sorted(set.intersection(*({m["label"] for m in measured if m["seed"] == s} for s in seeds)))
+    if not labels:
+        raise InputError(f"{measured[0]['arm']}: the seeds {seeds} have no label in common; measure all of them alike")
+    measured = [m for m in measured if m["label"] in labels]
 
     def over_seeds(value: Callable[[Callable[[str], float]], float]) -> Estimate:
         return estimate([value(lambda name, s=s: float(np.mean([m[name] for m in measured if m["seed"] == s]))) for s in seeds])
 
-    return Row(over_seeds(lambda mean: mean("subset")), over_seeds(lambda mean: mean("full")),
+    return Row(labels, over_seeds(lambda mean: mean("subset")), over_seeds(lambda mean: mean("full")),
                over_seeds(lambda mean: mean("full") / mean("subset")), over_seeds(lambda mean: mean("others")),
                over_seeds(lambda mean: mean("others") / mean("full")), measured[0]["cost"])
 
@@ -81,11 +87,11 @@ def row(measured: list[dict[str, Any]]) -> Row:
 def _all_labels(rows: dict[str, dict[str, Row]], measured: dict[str, list[dict[str, Any]]]) -> str:
     labels = sorted({m["label"] + " (left out of pretraining)" * m["left_out"] for all_ in measured.values() for m in all_})
     keep = sorted({m["keep"] for all_ in measured.values() for m in all_})
-    body = [[variant, f"`{arm}`: {ARMS[arm].sentence}", str(r.full.seeds), *r.cells()]
+    body = [[variant, f"`{arm}`: {ARMS[arm].sentence}", ", ".join(r.labels), str(r.full.seeds), *r.cells()]
             for variant, of in rows.items() for arm, r in of.items()]
     return (f"Gain on the label that a module of {', '.join(map(str, keep))} experts was trained on, change of all others "
-            f"in the whole model (nats/token; means over {', '.join(labels)}), and cost in plain trainings of the subset:\n\n"
-            + table(["model", "way", "seeds", *HEAD], body))
+            f"in the whole model (nats/token), and cost in plain trainings of the subset. Labels: {', '.join(labels)}.\n\n"
+            + table(["model", "way", "labels", "seeds", *HEAD], body))
 
 
 def _by_label(measured: dict[str, list[dict[str, Any]]]) -> str:
