@@ -1,6 +1,6 @@
 """The comparison of the ways to improve a module: a table, and a figure, with intervals over seeds.
 
-A folder DIR/VARIANT/SEED/LABEL/ARM.json holds what `study.transfer` measured. The mean over the labels that all seeds have counts.
+A folder DIR/VARIANT/SEED/LABEL/ARM.json holds what `study.transfer` measured. Means over the labels that all seeds have.
 """
 
 from __future__ import annotations
