@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from emo_jax.config_rules import mesh_shape as mesh_shape
 from emo_jax.config_rules import type_hints, validate
 from emo_jax.errors import InputError
@@ -237,17 +235,6 @@ class Config:
     @property
     def uses_pools(self) -> bool:
         return self.model.num_experts > 0 and self.router.document_pool
-
-    def module_mask(self) -> np.ndarray | None:
-        """bool [L, R]: the routed experts that every pool holds on top of its size; None if there are none."""
-        m, r = self.model, self.router
-        if not (r.module or r.forced_experts):
-            return None
-        mask = np.zeros((m.num_layers, m.num_routed_experts), bool)
-        mask[:, m.num_routed_experts - r.forced_experts:] = True
-        for layer, experts in enumerate(r.module):
-            mask[layer, [int(e) for e in experts.split()]] = True
-        return mask
 
 
 # ---- loading, overriding, printing ----------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def _layers(params, tokens_BT, rows: RowContext, execution: Execution, pool_size
     policy = REMAT_POLICIES[c.train.remat]
     body = layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
     past = None if cache is None else (cache.k, cache.v)
-    pools = None if pool_sizes is None else (pool_sizes, c.module_mask())
+    pools = None if pool_sizes is None else (pool_sizes, routing.module_mask(c))
     inputs = (params["layers"], pools, allowed_experts(c.model, allowed), past, layer_inputs)
     x_BTD, (outputs, kv) = jax.lax.scan(body, x_BTD, inputs)
     return rms_norm(x_BTD, params["final_norm"], c.model.norm_eps), outputs, kv

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from emo_jax.config import RouterConfig
+from emo_jax.config import Config, RouterConfig
 from emo_jax.sharding import BATCH, reshard, spec
 
 
@@ -177,6 +178,18 @@ def split_at_eos(segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"], eos_
     opens_BT = (tokens == eos_id) & (jnp.arange(tokens.shape[1]) > 0)
     opened_BT = reshard(jnp.cumsum(reshard(opens_BT, BATCH, None), axis=1), BATCH, "sequence")  # needs the whole row
     return jnp.where(segment_ids > 0, 1 + opened_BT, 0)
+
+
+def module_mask(config: Config) -> Bool[np.ndarray, "L R"] | None:
+    """The routed experts that every pool holds on top of its size; None if there are none."""
+    m, r = config.model, config.router
+    if not (r.module or r.forced_experts):
+        return None
+    mask = np.zeros((m.num_layers, m.num_routed_experts), bool)
+    mask[:, m.num_routed_experts - r.forced_experts:] = True
+    for layer, experts in enumerate(r.module):
+        mask[layer, [int(e) for e in experts.split()]] = True
+    return mask
 
 
 NO_POOL = 2**31 - 1  # a size

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from emo_jax.config import Config
+from emo_jax.moe.routing import module_mask
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -51,7 +52,7 @@ def decay_mask(params: dict) -> dict[str, bool]:
 
 def trained_mask(params: Any, config: Config) -> Any:
     """Which parameters `optimizer.trainable` trains: a tree of bools, and of masks where it is some experts of each layer."""
-    trainable, module_LR = config.optimizer.trainable, config.module_mask()
+    trainable, module_LR = config.optimizer.trainable, module_mask(config)
 
     def trained(path, leaf) -> bool | np.ndarray:
         names = [k.key for k in path]
