@@ -160,8 +160,8 @@ def test_merging_back_changes_what_was_asked_for_only(whole, tmp_path, subset):
             np.testing.assert_allclose(new[name], want, atol=1e-6, err_msg=f"{name} {options}")
     with pytest.raises(InputError, match="experts in its layers"):
         merge.merge(whole, part, subset_of([0, 1], [1, 2]), tmp_path / "no")
-    with pytest.raises(InputError, match="--alpha 2"):
-        merge.merge(whole, part, subset, tmp_path / "no", alpha=2)
+    with pytest.raises(InputError, match="--alpha -1"):
+        merge.merge(whole, part, subset, tmp_path / "no", alpha=-1)
 
 
 def test_extending_keeps_the_old_experts_and_copies_share_their_work(whole, opened, tmp_path):
