@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from emo_jax.moe.routing import is_chosen
 from emo_jax.rounding import round_up
 
 
@@ -45,7 +46,7 @@ def plan_dispatch(
     T, k = expert_ids.shape
     Q = buffer_rows(T, k, count, alignment, buffer_alignment)
     local_Tk = expert_ids - first
-    member_Te = jnp.any(local_Tk[..., None] == jnp.arange(count), axis=1) & valid[:, None]  # a token's choices differ
+    member_Te = is_chosen(local_Tk, count).T & valid[:, None]  # a token's choices differ
     seen_Te = jnp.cumsum(member_Te.astype(jnp.int32), axis=0)
     sizes_e = round_up(seen_Te[-1], alignment)
     row_Te = jnp.cumsum(sizes_e) - sizes_e + seen_Te - 1

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from emo_jax.moe.routing import one_hot_experts
+from emo_jax.moe.routing import is_chosen
 from emo_jax.sharding import spec
 
 
@@ -18,8 +18,8 @@ def expert_counts(
     expert_ids: Int[Array, "B T k"], mask: Bool[Array, "B T"], num_routed: int, groups: int = 1
 ) -> Float[Array, "groups R"]:
     """Tokens sent to each routed expert, by group of rows; `mask` is False for padding. No gradient."""
-    chosen_BTR = jnp.where(mask[..., None], one_hot_experts(expert_ids, num_routed), 0.0)
-    return group_rows(jnp.sum(chosen_BTR, axis=1), groups)
+    chosen_BRT = is_chosen(expert_ids, num_routed) & mask[:, None]
+    return group_rows(jnp.sum(chosen_BRT, axis=-1, dtype=jnp.float32), groups)
 
 
 def load_balancing_loss(

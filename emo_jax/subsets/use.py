@@ -65,9 +65,11 @@ def _step(execution: model.Execution):
             return jnp.einsum("btn,btr->bnr", documents_BTN, x_BTR, precision=jax.lax.Precision.HIGHEST,
                               out_sharding=P(BATCH, None, None))
 
-        _, (probabilities_LBNR, choices_LBNR) = model.forward(
-            params, batch, execution, per_layer=lambda x, route, rows: (
-                of_documents(route.scores), of_documents(routing.one_hot_experts(route.expert_ids, R))))
+        def per_layer(x_BTD, route, rows):
+            chosen_BTR = jnp.swapaxes(routing.is_chosen(route.expert_ids, R), 1, 2).astype(jnp.float32)
+            return of_documents(route.scores), of_documents(chosen_BTR)
+
+        _, (probabilities_LBNR, choices_LBNR) = model.forward(params, batch, execution, per_layer=per_layer)
         return jnp.sum(documents_BTN, axis=1), probabilities_LBNR, choices_LBNR
 
     return step

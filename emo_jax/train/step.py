@@ -255,8 +255,8 @@ class Objective(NamedTuple):
         scores_BTR = frozen.scores
         entropy_BT = -jnp.sum(jnp.where(scores_BTR > 0, scores_BTR * jnp.log(scores_BTR), 0.0), axis=-1)
         documents_BTN = routing.one_hot_documents(segments_BT, self.execution.documents_per_row)
-        used_BNR = jnp.einsum("btn,btr->bnr", documents_BTN, routing.one_hot_experts(frozen.expert_ids, R),
-                              out_sharding=P(BATCH, None, None)) > 0.5
+        chosen_BRT = routing.is_chosen(frozen.expert_ids, R).astype(jnp.float32)
+        used_BNR = jnp.einsum("btn,brt->bnr", documents_BTN, chosen_BRT, out_sharding=P(BATCH, None, None)) > 0.5
         return RouterStats(
             counts=counts_gR,
             load_balancing=self._load_balancing(route.scores, counts_gR, step_counts_R, mask_BT),
