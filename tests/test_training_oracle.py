@@ -53,7 +53,7 @@ def test_three_steps_equal_the_published_trainer(monkeypatch):
     documents = model.Execution.of(c, mesh, EOS).documents_per_row
     sizes = {}
 
-    def published_sizes(router, seed, step, layers, document_ids):
+    def published_sizes(router, seed, step, layers, document_ids, progress):
         return jnp.asarray(np.stack([sizes[s] for s in range(3)]))[step]
 
     for s in range(3):

@@ -98,7 +98,8 @@ def document_pool(
     forced_R = _forced_mask(forced_experts, votes_BNR.shape[-1])
     pool_BNR = largest(jnp.where(forced_R, -1.0, votes_BNR), pool_sizes) | forced_R
     # Back to the tokens as a matmul with a 0/1 matrix: exact, and it shards and runs like any other matmul.
-    return jnp.einsum("btn,bnr->btr", documents_BTN, (~pool_BNR).astype(jnp.float32), out_sharding=spec(BATCH, "sequence", None)) < 0.5
+    return jnp.einsum("btn,bnr->btr", documents_BTN, (~pool_BNR).astype(jnp.float32),
+                      out_sharding=spec(BATCH, "sequence", None)) < 0.5
 
 
 def causal_pool(
@@ -130,7 +131,7 @@ def largest(values: Float[Array, "*any R"], counts: Int[Array, "*any"]) -> Bool[
         higher = least | jnp.left_shift(1, 30 - i)
         return jnp.where(jnp.sum(bits >= higher[..., None], axis=-1) >= counts, higher, least)
 
-    least = jax.lax.fori_loop(0, 31, narrow, jnp.zeros_like(counts))[..., None]
+    least = jax.lax.fori_loop(0, 31, narrow, jnp.sum(jnp.zeros_like(bits), axis=-1))[..., None]
     more, equal = bits > least, bits == least
     room = counts[..., None] - jnp.sum(more, axis=-1, keepdims=True)
     return more | (equal & (jnp.cumsum(equal, axis=-1) <= room))

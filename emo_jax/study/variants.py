@@ -35,6 +35,7 @@ VARIANTS = {
     "growing_pool": Variant("The largest pool grows from the smallest one to all experts.", ("--router.pool_grows=true",)),
     "emo_v2": Variant("The later upstream router, with its weights of the auxiliary losses.", _V2, baseline="stdmoe_v2"),
     "stdmoe_v2": Variant("The standard MoE with the weights of emo_v2.", _NO_POOLS + _V2, baseline="stdmoe_v2"),
+    "beta_pool_v2": Variant("emo_v2 with sizes from Beta(4, 1).", ("--router.pool_distribution=beta", *_V2), baseline="stdmoe_v2"),
     "free_pool_v2": Variant("emo_v2 with three documents in ten without a pool.", ("--router.pool_free=0.3", *_V2),
                             baseline="stdmoe_v2"),
     "late_off_v2": Variant("emo_v2 without pools in the last fifth of training.", ("--router.pool_off_from=0.8", *_V2),
