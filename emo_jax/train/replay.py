@@ -81,7 +81,7 @@ def _just_before(config: Config, mesh: Mesh, folder: AnyPath, step: int) -> Befo
     """Restores, and takes the steps in between."""
     documents = DocumentsOfPhases(folder)
     position = _restored(config, mesh, folder, step, documents)
-    state, place, skipped = position.state, position.place, SkippedRows(folder)
+    state, place, skipped = start.with_reference(position.state, config, mesh), position.place, SkippedRows(folder)
     between = iter(track(range(position.step + 1, step + 1), "repeating steps", "steps"))
     for phase in (phase for phase in phases(config) if phase.until > position.step):
         c, of_phase = phase.config, documents.of(phase.config)
