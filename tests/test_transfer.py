@@ -195,7 +195,7 @@ def test_the_study_of_transfer(run, tmp_path):
     study = run.parents[1]
     few = "alone_experts,module_general,appended,whole_divergence,alone_all"
     argv = ("study", "adapt", run, "--label", "color", "--keep", 4, "--out", tmp_path / "emo" / "0" / "color",
-            "--train.steps=2", "--train.batch_size=8", "--train.log_every=1")
+            "--train.steps=2", "--train.batch_size=32", "--train.log_every=1")
     status, result, _ = command(*argv, "--arms", few)
     assert status == 0 and [r["arm"] for r in result["arms"]] == few.split(",")
     for r in result["arms"]:
