@@ -37,6 +37,7 @@ from emo_jax.kernels import cross_entropy as ce
 from emo_jax.kernels import grouped_matmul as gmm
 from emo_jax.kernels.cached_attention import cached_attention
 from emo_jax.kernels.compiler_options import has_sparse_cores
+from emo_jax.kernels.rotary import Rotary, rotary_angles, rotate
 from emo_jax.moe import routing
 from emo_jax.moe.experts import Dispatch, ExpertLayer, choose_strategy, moe_experts
 from emo_jax.sharding import ACTIVATIONS, BATCH, gather_weight, reshard
@@ -85,7 +86,7 @@ class RowContext(NamedTuple):
 
     segments: Int[Array, "B T"]  # documents for attention; all ones for attention_scope=causal
     router_segments: Int[Array, "B T"]  # documents for the router, 0 for padding
-    rotary: tuple[Float[Array, "B T W/2"], Float[Array, "B T W/2"]]  # cos and sin
+    rotary: Rotary
     voters: Bool[Array, "B T"] | None = None  # of causal pools; None: every token votes for its whole document
 
 
@@ -142,7 +143,8 @@ class Attention(nnx.Module):
             q_BTHW, k_BTGW, v_BTGW = (
                 jnp.einsum("btd,dhw->bthw", x_BTD, gather_weight(w[...], execution.dtype, None, "tensor", None))
                 for w in (self.q, self.k, self.v))
-        q_BTHW, k_BTGW = rotate(q_BTHW, rows.rotary), rotate(k_BTGW, rows.rotary)
+        by_matmul = execution.attention.name == "splash"  # on TPU
+        q_BTHW, k_BTGW = (rotate(a, rows.rotary, by_matmul) for a in (q_BTHW, k_BTGW))
         # Under sequence sharding a device attends with its own queries to the keys of the whole row.
         k_BTGW, v_BTGW = (reshard(a, BATCH, None, "tensor", None) for a in (k_BTGW, v_BTGW))
         q_BTHW, k_BTGW, v_BTGW = (checkpoint_name(a, "attention_qkv") for a in (q_BTHW, k_BTGW, v_BTGW))
@@ -383,18 +385,3 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (normed * scale).astype(x.dtype)
-
-
-def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of every position's angles, [B, T, W/2]."""
-    frequencies_W2 = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles_BTW2 = positions[..., None].astype(jnp.float32) * frequencies_W2
-    return jnp.cos(angles_BTW2), jnp.sin(angles_BTW2)
-
-
-def rotate(x: Float[Array, "B T H W"], rotary: tuple[Array, Array]) -> Float[Array, "B T H W"]:
-    """Rotary position embedding in fp32: dimension i of the first half turns with dimension i of the second."""
-    cos_BT1W2, sin_BT1W2 = (a[:, :, None, :] for a in rotary)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = first * cos_BT1W2 - second * sin_BT1W2, second * cos_BT1W2 + first * sin_BT1W2
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -77,19 +77,14 @@ def gather_tokens(x: Float[Array, "T D"], plan: Plan, fill: bool = True) -> Floa
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def combine(rows: Float[Array, "Q D"], plan: Plan, fill: bool = True) -> Float[Array, "T D"]:
     """The sum of every token's rows, accumulated in fp32. `fill` is that of the adjoint."""
-    if fill:  # CPU and GPU: choice by choice, which no array of all choices is made for
-        return functools.reduce(jnp.add, [_choice(rows, row_T) for row_T in plan.row_of_slot.T]).astype(rows.dtype)
-    row_kT = plan.row_of_slot.T  # then the sum is over the leading axis, which needs no change of layout
-    parts_kTD = rows.at[jnp.minimum(row_kT, rows.shape[0] - 1)].get(mode="promise_in_bounds")
-    # TPU: else the cast is fused into the gather, which then writes twice the bytes.
-    parts_kTD = jax.lax.optimization_barrier(parts_kTD)
-    parts_kTD = jnp.where((row_kT < rows.shape[0])[..., None], parts_kTD.astype(jnp.float32), 0.0)
-    return jnp.sum(parts_kTD, axis=0).astype(rows.dtype)
-
-
-def _choice(rows: Float[Array, "Q D"], row: Int[Array, "T"]) -> Float[Array, "T D"]:
-    part_TD = rows.at[jnp.minimum(row, rows.shape[0] - 1)].get(mode="promise_in_bounds")
-    return jnp.where((row < rows.shape[0])[:, None], part_TD.astype(jnp.float32), 0.0)
+    row_kT, Q = plan.row_of_slot.T, rows.shape[0]
+    take = lambda row: rows.at[jnp.minimum(row, Q - 1)].get(mode="promise_in_bounds")
+    # CPU and GPU: choice by choice, so that there is no array of all choices. TPU: one gather, kept apart from the cast, which
+    # would make it write twice the bytes.
+    parts = map(take, row_kT) if fill else jax.lax.optimization_barrier(take(row_kT))
+    # Choices are added one by one: by the compiler's cycles a sum over their axis takes four times as long on TPU.
+    return functools.reduce(jnp.add, [jnp.where((row_T < Q)[:, None], part_TD.astype(jnp.float32), 0.0)
+                                      for row_T, part_TD in zip(row_kT, parts)]).astype(rows.dtype)
 
 
 gather_tokens.defvjp(lambda x, plan, fill: (gather_tokens(x, plan, fill), plan),
