@@ -12,6 +12,7 @@ from emo_jax import sharding
 from emo_jax.errors import InputError
 from emo_jax.kernels import Kernel, attention, attention_gpu, cross_entropy, expert_mlp_tpu
 from emo_jax.kernels import grouped_matmul as gmm
+from emo_jax.kernels.rotary import rotary_angles, rotate
 from emo_jax.model import REMAT_POLICIES
 
 SPLASH, FLASH = Kernel("splash", interpret=True), Kernel("flash", interpret=True)
@@ -190,6 +191,23 @@ def test_attention_on_a_mesh(kernel, shape):
     got = run_on_mesh(lambda *args: step(*args, kernel), shape, args, specs)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (1, 2, 1, 2, 2)], ids=str)
+def test_both_forms_of_the_rotary_embedding_are_the_same_numbers(shape, dtype):
+    x, d = (jax.random.normal(jax.random.key(i), (4, 16, 4, 32)).astype(dtype) for i in range(2))
+    positions = jnp.tile(jnp.arange(16), (4, 1))
+
+    def turned(x, d, positions, by_matmul):
+        y, back = jax.vjp(lambda x: rotate(x, rotary_angles(positions, 32, 1e4), by_matmul), x)
+        return y, back(d)[0]
+
+    heads = sharding.P(sharding.BATCH, "sequence", "tensor", None)
+    args, specs = (x, d, positions), (heads, heads, sharding.TOKENS)
+    split, matmul = (run_on_mesh(jax.jit(functools.partial(turned, by_matmul=by)), shape, args, specs) for by in (False, True))
+    for g, w in zip(matmul, split, strict=True):
+        assert np.array_equal(np.float32(g), np.float32(w)) and not np.array_equal(np.float32(g), np.float32(x))
 
 
 def test_one_document_does_not_reach_another(one_device):

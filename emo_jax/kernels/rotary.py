@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Rotary = tuple[Float[Array, "B T W/2"], Float[Array, "B T W/2"]]  # cos and sin
+Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cos and sin; half: W / 2
 
 
 def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Rotary:
