@@ -79,12 +79,16 @@ class JsonLines:
 
 class MetricsFile(JsonLines):
     """metrics.jsonl, one JSON object a line; steps after `resumed_at` are dropped when it is opened, and evaluations of that
-    step where they are not in its checkpoint (`evaluated`), as they are made again."""
+    step where they are not in its checkpoint (`evaluated`), as they are made again. `dropped`: (step, name of the evaluation
+    or None) of these."""
 
     def __init__(self, path: AnyPath, resumed_at: int, evaluated: bool = True):
         records, _ = records_and_foreign_lines(path.read_bytes() if path.exists() else b"")
-        super().__init__(path, (record for record in records if record["step"] < resumed_at or (
-            record["step"] == resumed_at and (evaluated or "eval" not in record))))
+        kept = [record for record in records if record["step"] < resumed_at or (
+            record["step"] == resumed_at and (evaluated or "eval" not in record))]
+        super().__init__(path, kept)
+        which = lambda records: {(record["step"], record.get("eval")) for record in records}
+        self.dropped = which(records) - which(kept)
 
 
 class StatusLine:
@@ -207,10 +211,11 @@ class Log:
         self._clock.goes_on_after(step)
         self._mirror = NoLog() if isinstance(out, Path) or not primary else Mirror(out, (METRICS, TIME))
         folder = self._mirror.folder if isinstance(self._mirror, Mirror) else out
-        self._file = MetricsFile(folder / METRICS, step, evaluated) if primary else NoLog()
+        file = MetricsFile(folder / METRICS, step, evaluated) if primary else None
+        self._file = file or NoLog()
         self._times = JsonLines(folder / TIME, goodput.read(folder / TIME)) if primary else NoLog()
         self._progress = StatusLine(config.train.steps) if primary else NoLog()
-        self._trackers = Trackers(config, out, Path(folder), step, self._progress.say) if primary else NoLog()
+        self._trackers = Trackers(config, out, Path(folder), step, self._progress.say, file.dropped) if file else NoLog()
         self._peak_tokens_per_second: float | None = None
         self.say = self._progress.say
         self._watch = Watch(config, out, self.say)
@@ -320,8 +325,8 @@ class Log:
 
     def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
         self._file.write({"eval": name, "step": step} | result)
-        self._trackers.write(step, {name: {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"],
-                                           "labels": {k: v["loss"] for k, v in result["labels"].items()}}})
+        self._trackers.write(step, {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"],
+                                    "labels": {k: v["loss"] for k, v in result["labels"].items()}}, name)
         self.say(f"step {step}  held-out loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte  ("
                  + ", ".join(f"{k} {v['loss']:.3f}" for k, v in result["labels"].items()) + ")")
 
@@ -329,7 +334,7 @@ class Log:
         """Any other evaluation: (nested) numbers, lists by layer, and `Picture`s."""
         numbers = {k: v for k, v in result.items() if not isinstance(v, Picture)}
         self._file.write({"eval": name, "step": step} | numbers)
-        self._trackers.write(step, {name: result})
+        self._trackers.write(step, result, name)
         self.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4f}" for k, v in flatten(numbers).items()
                                                       if isinstance(v, float)))
 

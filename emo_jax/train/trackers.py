@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -117,16 +117,21 @@ def run_name(config: Config, out: AnyPath) -> str:
 class Trackers:
     """All that a config names."""
 
-    def __init__(self, config: Config, out: AnyPath, folder: Path, step: int, say: Callable[[str], None]):
-        self._say, self._open = say, dict[str, Tracker]()
+    def __init__(self, config: Config, out: AnyPath, folder: Path, step: int, say: Callable[[str], None],
+                 told: Set[tuple[int, str | None]] = frozenset()):
+        """`told`: what was written before a start that goes on at `step`, after that step."""
+        self._say, self._open, self._told = say, dict[str, Tracker](), told
         run = Run(config, folder, run_name(config, out) if set(names(config)) & set(EXTRAS) else config.name, step)
         with contextlib.redirect_stdout(sys.stderr):
             for name in names(config):
                 self._try(name, lambda: self._open.update({name: TRACKERS[name](run)}))
 
-    def write(self, step: int, record: dict[str, Any]) -> None:
+    def write(self, step: int, record: dict[str, Any], evaluation: str | None = None) -> None:
+        """A record of metrics.jsonl, or what the `evaluation` of that name found."""
+        again = (step, evaluation) in self._told
         for name, tracker in list(self._open.items()):
-            self._try(name, lambda: tracker.write(step, record))
+            if not (again and name in EXTRAS):  # which, unlike TensorBoard, keep what they were told before a restart
+                self._try(name, lambda: tracker.write(step, record if evaluation is None else {evaluation: record}))
 
     def close(self) -> None:
         with contextlib.redirect_stdout(sys.stderr):
