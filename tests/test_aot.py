@@ -45,6 +45,13 @@ ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
 SLOW = Chip(flops=1e9, memory=1e9, bandwidth=1e6, link=1e6, clock=1.0)
 
 
+def test_a_loop_whose_counter_does_not_begin_at_zero():
+    """As XLA makes of one whose first iteration it has moved out."""
+    module = Module(PROGRAM.replace("constant(0)", "constant(1)"))
+    (loop,) = [i for i in module.computations[module.entry] if i.opcode == "while"]
+    assert module.trip_count(module.entry, loop) == 2
+
+
 def test_a_loop_is_counted_as_often_as_it_runs_and_asynchronous_time_is_covered():
     walked = schedule(Module(PROGRAM), SLOW)
     gather, reduce = sorted(walked.collectives, key=lambda c: c.kind)

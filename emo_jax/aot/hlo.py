@@ -125,20 +125,19 @@ class Module:
         return sum(self.matmul_flops(body, inner) for inner in self.computations.get(body, ()))
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """The trips of a while loop, from XLA's annotation, a constant in its condition, or the bound in its initial values."""
+        """The trips of a while loop, from XLA's annotation, or from what its condition compares: the counter, which begins at
+        its initial value, with a constant or a bound that the loop carries."""
         if known := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
             return int(known.group(1))
         condition = loop.called("condition")
         body = self.computations.get(condition, [])
-        constants = [n for i in body if i.opcode == "constant" and (n := _constant(i)) is not None]
-        if constants:
-            return max(constants)
         for compare in (i for i in body if i.opcode == "compare"):
-            for operand in self.operands(condition, compare):
-                value = self._initial_value(computation, loop, operand)
-                if value:
-                    return value
-        return None
+            compared = [_constant(i) if i.opcode == "constant" else self._initial_value(computation, loop, i)
+                        for i in self.operands(condition, compare)]
+            if bounds := [n for n in compared if n]:
+                return max(bounds) - (min(bounds) if len(bounds) > 1 else 0)
+        constants = [n for i in body if i.opcode == "constant" and (n := _constant(i)) is not None]
+        return max(constants) if constants else None
 
     def _initial_value(self, computation, loop, element) -> int | None:
         start = self.find(computation, loop.operands[0])
