@@ -53,11 +53,17 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     slices = slices_of(jax.devices() if devices is None else devices)
     sizes = mesh_shape(config, sum(map(len, slices)), len(slices))
     types = (AxisType.Explicit,) * len(AXES)
-    if len(slices) == 1:
-        return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=types, devices=slices[0])
     sizes["data"] //= len(slices)
-    within = [mesh_utils.create_device_mesh([sizes[axis] for axis in AXES], devices) for devices in slices]
+    within = [_device_mesh([sizes[axis] for axis in AXES], devices) for devices in slices]
     return Mesh(np.concatenate(within, axis=AXES.index("data")), AXES, axis_types=types)
+
+
+def _device_mesh(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a slice, each mesh axis along whole axes of the torus where it can be."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # as 2 x 128 on a torus of 16 x 16
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
