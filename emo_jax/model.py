@@ -39,7 +39,7 @@ from emo_jax.kernels.cached_attention import cached_attention
 from emo_jax.kernels.compiler_options import has_sparse_cores
 from emo_jax.kernels.rotary import Rotary, rotary_angles, rotate
 from emo_jax.moe import routing
-from emo_jax.moe.experts import Dispatch, ExpertLayer, choose_strategy, moe_experts
+from emo_jax.moe.experts import Dispatch, ExpertLayer, choose_strategy, moe_experts, say_where_experts_are_split
 from emo_jax.sharding import ACTIVATIONS, BATCH, gather_weight, reshard
 
 Params = dict[str, Any]
@@ -109,6 +109,8 @@ class Execution(NamedTuple):
         dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
             c.train.compute_dtype, jnp.float32 if platform == "cpu" else jnp.bfloat16)
         shards = c.router.balance_shards or sharding.batch_shards(mesh)
+        if c.model.num_experts:
+            say_where_experts_are_split(c.model.num_experts, mesh.shape["fsdp"] * mesh.shape["expert"], platform)
         return cls(
             c, dtype, attention_kernels.choose(c.kernels.attention, platform, c.model.head_dim, mesh.shape["sequence"]),
             gmm.choose(c.kernels.grouped_matmul, platform),

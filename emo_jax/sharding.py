@@ -54,11 +54,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = mesh_shape(config, sum(map(len, slices)), len(slices))
     types = (AxisType.Explicit,) * len(AXES)
     sizes["data"] //= len(slices)
-    within = [_device_mesh([sizes[axis] for axis in AXES], devices) for devices in slices]
+    within = [device_mesh([sizes[axis] for axis in AXES], devices) for devices in slices]
     return Mesh(np.concatenate(within, axis=AXES.index("data")), AXES, axis_types=types)
 
 
-def _device_mesh(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
+def device_mesh(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
     """The devices of a slice, each mesh axis along whole axes of the torus where it can be."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)

@@ -14,7 +14,7 @@ from emo_jax.errors import InputError
 from emo_jax.kernels import Kernel
 from emo_jax.moe import dispatch, experts
 from emo_jax.moe import dispatch_all_to_all as a2a
-from emo_jax.moe.experts import Dispatch, ExpertLayer
+from emo_jax.moe.experts import Dispatch, ExpertLayer, say_where_experts_are_split
 from emo_jax.rounding import round_up
 
 B, T, D, F, E, CHOICES, SHARED = 8, 8, 16, 8, 8, 3, 1
@@ -214,3 +214,10 @@ def test_the_choice_of_strategy():
     assert choose("local", 4, 7, "tpu", sparse_cores=False) == RINGS
     with pytest.raises(InputError, match="mesh.expert"):
         choose("all_to_all", 1, 7, "cpu")
+
+
+def test_experts_in_parts_name_the_mesh_that_keeps_them_whole(caplog):
+    for arguments in ((128, 128, "tpu"), (128, 256, "cpu"), (127, 256, "tpu"), (128, 256, "tpu")):
+        say_where_experts_are_split(*arguments)
+    (said,) = caplog.messages
+    assert "256 devices hold parts of 128 experts" in said and "2 times mesh.data" in said

@@ -135,6 +135,19 @@ def test_meshes_are_exactly_those_that_jax_makes(grid, cores):
     assert {tuple(sizes.values()) for sizes in search.meshes(axes)} == made
 
 
+def test_devices_that_hold_whole_experts_are_tried_and_can_be_laid_out():
+    """128 experts over 256 devices: half of an expert each, or a whole one and twice `data`, which splits a torus axis."""
+    light = ["train.remat=light"]
+    plans = search.search(load_config("emo_1b14b_1t", light), "v6e-256", given=light).best
+    assert [(p.cost.place.mesh["data"], p.cost.place.mesh["fsdp"]) for p in plans[:2]] == [(2, 128), (1, 256)]
+    devices = stub((16, 16), 1)
+    halves = sharding.device_mesh([2, 128, 1, 1, 1], devices).reshape(2, 128)
+    assert {d.coords for d in halves.flat} == {d.coords for d in devices}
+    for half in halves:
+        assert [len({d.coords[axis] for d in half}) for axis in range(2)] == [16, 8]
+    assert search.search(load_config("emo_1b14b_1t"), "v5p-128").best[0].cost.place.mesh["data"] == 1
+
+
 @pytest.fixture(scope="module")
 def found():
     return search.search(load_config("emo_1b14b_1t"), "v5p-128")

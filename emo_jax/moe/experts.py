@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -276,3 +277,12 @@ def choose_strategy(strategy: str, expert_axis: int, top_k: int, platform: str, 
     log.info("MoE dispatch: %s (mesh.expert=%d, top-k %d)", strategy, expert_axis, top_k)
     return Dispatch(strategy, portable=strategy == "all_to_all" and platform == "cpu",
                     rings=strategy == "local" and expert_axis > 1 and platform == "tpu" and not sparse_cores)
+
+
+@functools.cache
+def say_where_experts_are_split(num_experts: int, shards: int, platform: str) -> None:
+    """Logged once, with the mesh that keeps them whole, if that is a few times `data`. `shards`: fsdp x expert."""
+    times = shards // math.gcd(num_experts, shards)
+    if platform == "tpu" and 1 < times <= 8:
+        log.warning("MoE: %d devices hold parts of %d experts: their weights are gathered with a copy, and reductions of their "
+                    "gradients become all-reduces; %d times mesh.data keeps experts whole", shards, num_experts, times)

@@ -194,7 +194,8 @@ class _Step:
         scores = n * T * H * heads  # of one of attention's matmuls, below the diagonal
         read = BF16 * n * heads * (2 * H + 2 * G)
         attention, attention_back = (2 * scores, read), (5 * scores, 2 * read)
-        forward, again, backward = [qkv, attention, out], [], [qkv, qkv, attention_back, out, out]
+        turn = 2 * n * (H + G) * heads * m.head_dim, 0.0  # the rotary embedding's matmul; its bytes are in `_passes`
+        forward, again, backward = [qkv, turn, attention, out], [], [qkv, qkv, turn, attention_back, out, out]
         if self.moe:
             router = (2 * n * D * m.num_routed_experts, FP32 * n * (D + m.num_routed_experts))
             rows = self.k * n  # balanced
@@ -214,7 +215,7 @@ class _Step:
             return forward, again, backward
         saved = self.saved_names
         if "attention_qkv" not in saved:
-            again.append(qkv)
+            again += [qkv, turn]
         if "attention" not in saved:
             again.append(attention)
         if "residual" not in saved:
@@ -314,8 +315,9 @@ class _Step:
     def _weights(self, what: str, group: int, gathers: int, of_layers: float, ends: float) -> list[Collective]:
         """Gathers of weights and reductions of their gradients over fsdp."""
         grid, beside = self.place.grid, self.place.sparse_cores
-        # The compiler makes all-reduces of most reductions over both axes of a two-dimensional torus.
-        whole = ALL_REDUCED if len(grid) == 2 and torus_axes(grid, group) == 2 else 0.0
+        # The compiler makes all-reduces of most reductions over both axes of a two-dimensional torus, but of whole experts.
+        whole_experts = self.moe and self.m.num_experts % group == 0
+        whole = ALL_REDUCED if len(grid) == 2 and torus_axes(grid, group) == 2 and not whole_experts else 0.0
         return [self._one("fsdp", what, group, gathers * of_layers + ends, beside),
                 self._one("fsdp", f"{what}' gradients", group, (1 - whole) * (of_layers + ends), beside),
                 self._one("fsdp", f"{what}' gradients, all-reduced", group, whole * (of_layers + ends), False, 2)]

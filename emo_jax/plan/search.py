@@ -94,7 +94,9 @@ def _plans(config: Config, topology: str, slices: int, given: Sequence[str]) -> 
     devices = (*grid, chip.devices) if chip.devices > 1 else grid
     as_it_is = {key: str(functools.reduce(getattr, key.split("."), config)) for key in KEYS}
     axes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if f"mesh.{axis}" in fixed and n != -1}
-    sizes = sorted(meshes(devices, config.mesh.sequence), key=lambda sizes: -sizes["fsdp"])
+    sizes = list(meshes(devices, config.mesh.sequence))
+    sizes += [split for each in sizes if (split := _of_whole_experts(config, each)) not in sizes]
+    sizes.sort(key=lambda sizes: -sizes["fsdp"])
     sizes = [each for each in sizes if all(each.get(axis, n) == n for axis, n in axes.items())]
     for mesh in sizes:
         valid = []
@@ -118,6 +120,14 @@ def _plans(config: Config, topology: str, slices: int, given: Sequence[str]) -> 
     if not some:
         raise refused or InputError(f"no mesh of {topology} has {', '.join(f'mesh.{a}={n}' for a, n in axes.items())}: every "
                                     f"axis must be a product of whole torus axes, of {' x '.join(map(str, devices))} devices")
+
+
+def _of_whole_experts(config: Config, sizes: dict[str, int]) -> dict[str, int]:
+    """The mesh with part of `fsdp` as `data`, so that its devices hold whole experts, where they held parts of one: parts are
+    gathered with a copy, and most reductions of their gradients become all-reduces."""
+    shards = sizes["fsdp"] * sizes["expert"]
+    k = shards // math.gcd(shards, config.model.num_experts) if config.model.num_experts else 1
+    return sizes | {"data": sizes["data"] * k, "fsdp": sizes["fsdp"] // k} if sizes["fsdp"] % k == 0 else sizes
 
 
 def _dispatches(config: Config, expert: int, chip: str, fixed: Sequence[str]) -> list[str]:
