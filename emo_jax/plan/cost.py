@@ -314,13 +314,16 @@ class _Step:
 
     def _weights(self, what: str, group: int, gathers: int, of_layers: float, ends: float) -> list[Collective]:
         """Gathers of weights and reductions of their gradients over fsdp."""
-        grid, beside = self.place.grid, self.place.sparse_cores
-        # The compiler makes all-reduces of most reductions over both axes of a two-dimensional torus, but of whole experts.
+        grid, beside, gathered = self.place.grid, self.place.sparse_cores, gathers * of_layers + ends
         whole_experts = self.moe and self.m.num_experts % group == 0
-        whole = ALL_REDUCED if len(grid) == 2 and torus_axes(grid, group) == 2 and not whole_experts else 0.0
-        return [self._one("fsdp", what, group, gathers * of_layers + ends, beside),
-                self._one("fsdp", f"{what}' gradients", group, (1 - whole) * (of_layers + ends), beside),
-                self._one("fsdp", f"{what}' gradients, all-reduced", group, whole * (of_layers + ends), False, 2)]
+        # Without SparseCores the compiler runs only gathers of whole experts beside the computation: gate and up, not down.
+        hidden = 1.0 if beside else 2 / 3 if whole_experts else 0.0
+        # It makes all-reduces of most reductions over both axes of a two-dimensional torus, but of whole experts.
+        reduced = ALL_REDUCED if len(grid) == 2 and torus_axes(grid, group) == 2 and not whole_experts else 0.0
+        return [self._one("fsdp", what, group, hidden * gathered, True),
+                self._one("fsdp", what, group, (1 - hidden) * gathered, False),
+                self._one("fsdp", f"{what}' gradients", group, (1 - reduced) * (of_layers + ends), beside),
+                self._one("fsdp", f"{what}' gradients, all-reduced", group, reduced * (of_layers + ends), False, 2)]
 
     # ---- memory, bytes ----
 

@@ -122,7 +122,7 @@ def _a(kind: str) -> str:
 
 def errors(c: Calibration) -> str:
     """The fit, row by row."""
-    lines = [f"The cost model against {len(c.errors)} compiled programs (in brackets: fitted without the row and its twin)",
+    lines = [f"The cost model against {len(c.errors)} compiled programs (in brackets: fitted without the row)",
              f"  {'':<16} {'':<12} {'step s':>7}  {'predicted':>16}  {'GB':>6}  {'predicted':>16}"]
     for e in c.errors:
         step, memory = _signed(e.seconds, e.seconds_left_out), _signed(e.memory, e.memory_left_out)

@@ -39,6 +39,8 @@ VARIANTS = {
                             baseline="stdmoe_v2"),
     "free_pool_v2": Variant("emo_v2 with three documents in ten without a pool.", ("--router.pool_free=0.3", *_V2),
                             baseline="stdmoe_v2"),
+    "half_free_v2": Variant("emo_v2 with every second document without a pool.", ("--router.pool_free=0.5", *_V2),
+                            baseline="stdmoe_v2"),
     "late_off_v2": Variant("emo_v2 without pools in the last fifth of training.", ("--router.pool_off_from=0.8", *_V2),
                            baseline="stdmoe_v2"),
 }
