@@ -34,12 +34,14 @@ def _row(topology: str, overrides: str, memory: float, exposed: float, seconds: 
 
 
 ROWS: tuple[Row, ...] = (
+    _row("v5p-64", "train.remat=attention", 48.7, 41, 3.34),
     _row("v5p-128", "train.remat=projections", 43.1, 1, 1.59),
     _row("v5p-128", "train.remat=light train.batch_size=256", 22.9, 25, 0.404),
     _row("v6e-256", "train.remat=light mesh.data=2 mesh.fsdp=128", 21.0, 97, 0.397),
     _row("v6e-256", "train.remat=light", 20.1, 154, 0.484),
     _row("v5e-256", "train.remat=attention mesh.data=2 mesh.fsdp=128", 8.7, 340, 1.33),
     _row("v5e-256", "train.remat=attention mesh.data=2 mesh.fsdp=8 mesh.expert=16 kernels.dispatch=local", 9.3, 206, 1.46),
+    _row("tpu7x:4x4x4", "train.remat=attention", 15.3, 26, 0.518),
 )
 
 
