@@ -32,7 +32,8 @@ CHIPS = {
     "v6e": Chip(918e12, 31.25 * GIB, 1.6e12, 1.8e11, 1.75e9, 12.5e9),
     "tpu7x": Chip(1153.5e12, 94.75 * GIB, 3.7e12, 1.8e11, devices=2),
     "v4": Chip(275e12),
-    "B200": Chip(2250e12), "H200": Chip(989e12), "H100": Chip(989e12), "A100": Chip(312e12),
+    "B200": Chip(2250e12), "A100": Chip(312e12),
+    "H200": Chip(989e12, 141e9, 4.8e12), "H100": Chip(989e12, 80e9, 3.35e12),
 }
 WITHOUT_SPARSE_CORES = ("v5e",)  # of the TPUs with links: nothing runs collectives beside the computation
 # The first one found in `device_kind` counts, so longer names come first.

@@ -1,6 +1,9 @@
 """The compile report: reading compiled programs, and golden summaries of small ones that catch a lost sharding."""
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import jax
 import pytest
@@ -197,6 +200,12 @@ def test_topologies():
     for name in ("v5p:4x4", "h100:8", "v5p", "v6e:4x4x4"):
         with pytest.raises(InputError, match="v5p:4x4x4"):
             topology.parse(name)
+    assert topology.parse("h100:8", gpus=True) == ("h100", (1, 8)) and topology.parse("h200:4x8", gpus=True) == ("h200", (4, 8))
+    for name in ("h100:1x2x4", "v5p:4x4", "h100"):
+        with pytest.raises(InputError, match="h100:8"):
+            topology.parse(name, gpus=True)
+    with pytest.raises(InputError, match="h100:HOSTSxGPUS"):
+        topology.devices("h100:8", slices=2)
 
 
 def test_chips_by_the_names_of_devices():
@@ -243,3 +252,15 @@ def test_golden_summary(dispatch):
 def test_a_wrong_topology_is_named(capsys):
     assert cli.main(["compile", "emo_tiny", "--topology", "v5p:nine", "--json"]) == 2
     assert "v5p:4x4x4" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.skipif(not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)), reason="needs the CUDA compiler")
+@pytest.mark.parametrize("topology, gathers", [("h100:8", True), ("h200:2x4", True), ("h100:1", False)])
+def test_a_step_is_compiled_for_gpus_that_are_not_there(topology, gathers):
+    command = [sys.executable, "-m", "emo_jax", "compile", "emo_tiny", "--topology", topology, "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert report["chip"] == topology[:4].upper() and report["memory"]["fits"]
+    assert any(c["kind"] == "all-gather" and c["group"] == 8 for c in report["collectives"]) == gathers
+    assert 0.7 < report["flops"]["hardware"] / report["flops"]["model"] < 1.5  # without those of attention's kernel

@@ -10,7 +10,7 @@ from jaxprs import equations
 
 from emo_jax import sharding
 from emo_jax.errors import InputError
-from emo_jax.kernels import Kernel, attention, attention_gpu, cross_entropy, expert_mlp_tpu
+from emo_jax.kernels import Kernel, attention, attention_gpu, blocked_matmul, cross_entropy, expert_mlp_tpu
 from emo_jax.kernels import grouped_matmul as gmm
 from emo_jax.kernels.rotary import rotary_angles, rotate
 from emo_jax.model import REMAT_POLICIES
@@ -53,6 +53,18 @@ def test_experts_of_grouped_rows(kernel, groups):
     want = value_and_grads(mlp_reference, sizes, *arrays())
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, atol=2e-6)
+
+
+def test_large_blocks_give_the_numbers_of_small_ones(monkeypatch):
+    """On CPU, rows are multiplied in large blocks as far as their group fills those."""
+    rows, gate_up, *_ = arrays()
+    sizes = jnp.asarray([192, 0, 64, 0, 128], jnp.int32)
+    found = []
+    for rows_of_large in (64, 128):
+        monkeypatch.setattr(blocked_matmul, "LARGE", rows_of_large * gate_up[0].size)
+        found.append(jax.jit(functools.partial(blocked_matmul.multiply, transpose=False))(rows, gate_up, sizes))
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(found[1], gmm.reference(rows, gate_up, sizes), atol=2e-6)
 
 
 def test_rows_of_nobody_may_hold_anything():

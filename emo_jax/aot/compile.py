@@ -1,4 +1,4 @@
-"""`emo-jax compile`: the training step of a config, compiled for a TPU slice that is not there (or the devices that are),
+"""`emo-jax compile`: the training step of a config, compiled for TPUs or GPUs that are not there (or the devices that are),
 and what the compiled program says of its memory, FLOPs, collectives, and the bounds of its speed.
 
 Nothing is executed. Bytes, counts, FLOPs and memory are the program's; seconds are bounds and estimates (see
@@ -25,8 +25,8 @@ def compile_config(config: Config, topology: str | None, slices: int = 1) -> dic
     if topology is not None:
         from emo_jax.aot import topology as topologies
 
-        topologies.parse(topology)
-        topologies.without_tpu()
+        topologies.parse(topology, gpus=True)
+        topologies.without_devices()
         devices = topologies.devices(topology, slices)
     else:
         import jax
@@ -63,7 +63,7 @@ def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, A
     name = chips.chip_name(devices[0].device_kind)
     known = name is not None and chips.CHIPS[name].link is not None
     # Without known rates times mean nothing, but counts do not need them.
-    chip = chips.CHIPS[name] if known else chips.Chip(1.0, None, 1.0, 1.0)
+    chip = chips.CHIPS[name] if known else chips.Chip(1.0, chips.CHIPS[name].memory if name else None, 1.0, 1.0)
     slices = len(sharding.slices_of(devices))
     memory = compiled.memory_analysis()
     walked = schedule(Module(compiled.as_text()), chip, _grid(devices), slices, len(devices) // slices if slices > 1 else 0)
@@ -79,7 +79,7 @@ def report(config: Config, devices: Sequence[Any], compiled: Any) -> dict[str, A
         "rows_per_device": config.train.batch_size / len(devices), "microbatches": config.train.microbatches,
         "tokens_per_step": tokens, "remat": config.train.remat,
         "memory": {"arguments": arguments, "temporaries": temporaries, "outputs": memory.output_size_in_bytes,
-                   "peak": peak, "of_chip": chip.memory, "fits": peak <= chip.memory if known else None},
+                   "peak": peak, "of_chip": chip.memory, "fits": peak <= chip.memory if chip.memory else None},
         "flops": {"model": model_flops, "hardware": walked.flops},
         "moved_bytes": walked.moved_bytes,
         "collectives": [dataclasses.asdict(c) | ({} if known else {"seconds": None, "exposed_seconds": None})

@@ -55,7 +55,7 @@ def run(args: Namespace) -> Result:
     config = load_config(args.config, args.overrides)
     topologies.parse(args.topology)
     if args.verify:
-        topologies.without_tpu()  # before JAX starts
+        topologies.without_devices()  # before JAX starts
     from emo_jax.plan import scaling, search, text, verify
 
     if args.scaling:

@@ -135,9 +135,7 @@ def _losses(x, head, targets):
     """(logits [n, V], nll [n], logsumexp [n]), fp32, of one chunk."""
     logits = lax.dot_general(x, head, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), "tensor")
-    # A masked sum instead of a gather of the target's logit: its adjoint is no scatter.
-    sums = jnp.stack([jnp.sum(jnp.exp(logits - top[:, None]), axis=-1),
-                      jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)])
+    sums = jnp.stack([jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), _target_logits(logits, targets)])
     sums = lax.psum(sums, "tensor")
     lse = top + jnp.log(sums[0])
     return logits, lse - sums[1], lse
@@ -149,6 +147,21 @@ def _over_tokens(x, y):
     return lax.platform_dependent(
         x, y, cpu=lambda x, y: multiply(lax.optimization_barrier(x.T), y, (((1,), (0,)), ((), ()))),
         default=lambda x, y: multiply(x, y, (((0,), (0,)), ((), ()))))
+
+
+def _target_logits(logits, targets):
+    """[n, V] -> [n], 0 where another device of `tensor` has the target. A masked sum, whose adjoint is no scatter; CPUs would
+    write all of what is summed."""
+
+    def gather(logits, targets):
+        local = targets - lax.axis_index("tensor") * logits.shape[1]
+        here = (local >= 0) & (local < logits.shape[1])
+        return jnp.where(here, logits[jnp.arange(len(local)), jnp.where(here, local, 0)], 0.0)
+
+    def masked_sum(logits, targets):
+        return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+
+    return lax.platform_dependent(logits, targets, cpu=gather, default=masked_sum)
 
 
 def _is_target(logits, targets):
