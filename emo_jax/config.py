@@ -200,7 +200,7 @@ class KernelConfig:
     buffer_factor: float = 2.0  # all_to_all: receive buffer / balanced load; a layer that needs more takes ring. 0: no limit
     grouped_matmul: GroupedMatmul = "auto"
     attention: Attention = "auto"
-    loss_chunk_tokens: int = 4096  # tokens of one device whose logits exist at the same time
+    loss_chunk_tokens: int = 0  # tokens of one device whose logits exist at a time; 0: 4096, on CPU what caches hold, 512
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,15 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1": (lambda x: x >= 1, """
         model.vocab_size model.num_layers model.d_model model.num_heads model.num_kv_heads model.head_dim model.d_ff
         data.max_documents_per_row train.steps train.batch_size train.microbatches train.log_every train.eval_rows
-        checkpoint.every checkpoint.keep_last checkpoint.local_every kernels.loss_chunk_tokens"""),
+        checkpoint.every checkpoint.keep_last checkpoint.local_every"""),
     "at least 2": (lambda x: x >= 2, "data.sequence_length"),
     "0 or more": (lambda x: x >= 0, """
         model.num_experts model.num_shared_experts model.top_k router.pool_min router.pool_max router.pool_eval
         router.forced_experts router.load_balance_weight router.router_z_weight router.balance_shards data.workers
         optimizer.warmup_steps optimizer.weight_decay train.output_z_weight train.divergence_weight train.eval_every
-        checkpoint.keep_every checkpoint.keep_best checkpoint.min_free_gb data.max_epochs data.general_every faults.skip_sigma
-        faults.check_replicas_every faults.repeat_step_every faults.hang_seconds router.pool_eval_tokens"""),
+        checkpoint.keep_every checkpoint.keep_best checkpoint.min_free_gb data.max_epochs data.general_every
+        kernels.loss_chunk_tokens faults.skip_sigma faults.check_replicas_every faults.repeat_step_every
+        faults.hang_seconds router.pool_eval_tokens"""),
     "more than 0": (lambda x: x > 0, """
         model.rope_theta model.norm_eps model.init_std router.pool_beta optimizer.learning_rate optimizer.eps
         optimizer.clip_norm data.cache_gb"""),

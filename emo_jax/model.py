@@ -98,6 +98,7 @@ class Execution(NamedTuple):
     attention: Kernel
     grouped_matmul: Kernel
     dispatch: Dispatch
+    loss_chunk_tokens: int
     eos_id: int = -1  # for `router.eos_owner=next`
     balance_groups: int = 1  # groups of rows that experts are balanced in
 
@@ -116,7 +117,8 @@ class Execution(NamedTuple):
             gmm.choose(c.kernels.grouped_matmul, platform),
             choose_strategy(c.kernels.dispatch, mesh.shape["expert"], c.model.routed_top_k, platform,
                             has_sparse_cores(device)),
-            eos_id, shards if c.router.balance_scope == "shard" else 1)
+            c.kernels.loss_chunk_tokens or ce.chunk_tokens(platform), eos_id,
+            shards if c.router.balance_scope == "shard" else 1)
 
     @property
     def documents_per_row(self) -> int:
@@ -361,7 +363,7 @@ def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any)
 def token_losses(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"],
                  execution: Execution) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(cross entropy of every target in nats, logsumexp of its logits), fp32."""
-    return ce.cross_entropy(x_BTD, params["head"], targets_BT, execution.config.kernels.loss_chunk_tokens)
+    return ce.cross_entropy(x_BTD, params["head"], targets_BT, execution.loss_chunk_tokens)
 
 
 @jax.named_scope("loss")
@@ -371,7 +373,7 @@ def loss_sums(params: Params, x_BTD: Float[Array, "B T D"], targets_BT: Int[Arra
     `of_tokens`: weights * nll of every token too."""
     c = execution.config
     return ce.training_loss(x_BTD, params["head"], targets_BT, weights_BT, c.train.output_z_weight,
-                            c.kernels.loss_chunk_tokens, of_tokens)
+                            execution.loss_chunk_tokens, of_tokens)
 
 
 def logits(params: Params, x_BTD: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T V"]:

@@ -10,8 +10,8 @@ from emo_jax.commands import Command, Result, arguments
 def add(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=arguments.CONFIG)
     parser.add_argument("--topology", metavar="CHIP:GRID", help="a TPU slice, e.g. v5p:4x4x4, v5p-128, v6e:16x16, or "
-                        "GPUs, e.g. h100:8, h200:4x8 (four hosts); needs emo-jax[tpu] or [cuda], but no TPU or GPU (default: the "
-                        "devices of this machine)")
+                        "GPUs, e.g. h100:8, h200:4x8 (four hosts); needs emo-jax[tpu] or [cuda], but no TPU or GPU (default: "
+                        "the devices of this machine)")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of that slice, joined by a data center's "
                         "network; the config's mesh is that of one slice, its batch that of all (default: 1)")
 

@@ -30,6 +30,11 @@ class LossSums(NamedTuple):
     of_tokens: Float[Array, "B T"] | None = None  # weights * nll, where they are asked for
 
 
+def chunk_tokens(platform: str) -> int:
+    """Tokens of a device whose logits exist at the same time: on CPU, as many as its caches hold."""
+    return 512 if platform == "cpu" else 4096
+
+
 def training_loss(
     x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"],
     z_weight: float, chunk_tokens: int, of_tokens: bool = False,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from emo_jax.chips import Chip
 from emo_jax.config import Config
 from emo_jax.errors import InputError
+from emo_jax.kernels.cross_entropy import chunk_tokens
 from emo_jax.model import SAVED
 from emo_jax.moe.experts import choose_strategy
 from emo_jax.train.flops import flops_per_token
@@ -356,7 +357,7 @@ class _Step:
 
     def _loss_memory(self) -> float:
         m, t = self.m, self.mesh["tensor"]
-        chunk = min(self.n, self.config.kernels.loss_chunk_tokens)
+        chunk = min(self.n, self.config.kernels.loss_chunk_tokens or chunk_tokens("tpu"))
         return m.vocab_size / t * (m.d_model * (FP32 + BF16) + chunk * (2 * FP32 + BF16)) + 2 * BF16 * self.n * m.d_model
 
 

@@ -226,7 +226,7 @@ class Objective(NamedTuple):
             before_BTD, _ = model.forward(self.reference, general, self.execution)
             before = jax.lax.stop_gradient((before_BTD, self.reference["head"]))
             divergence = ce.divergence(*before, every_nth_row(x_BTD, c.data.general_every), params["head"],
-                                       general["loss_weights"], c.kernels.loss_chunk_tokens)
+                                       general["loss_weights"], self.execution.loss_chunk_tokens)
             total += c.train.divergence_weight * divergence / totals.general_tokens
         of_labels = None if nats_BT is None else _by_label(nats_BT, batch["labels"])
         return total, Sums(loss, output_z, stats, of_labels, divergence)
