@@ -27,8 +27,8 @@ FITTED = calibration.calibration().coefficients
 
 
 def table():
-    """The lines of aot/README.md: cells by column."""
-    lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in README.read_text().splitlines()
+    """The lines of the first table of aot/README.md: cells by column."""
+    lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in README.read_text().split("## GPUs")[0].splitlines()
              if line.startswith("|")]
     names, _, *rows = lines
     return [dict(zip(names, row)) for row in rows]
