@@ -15,15 +15,41 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 source "$(dirname "$0")/environment.sh" report
 
-echo "== 1/4 training the tiny EMO -> $out/emo" >&2
-emo-jax train emo_tiny --out "$out/emo" "${overrides[@]}"
-echo "== 2/4 training its matched standard MoE -> $out/stdmoe" >&2
 # Both models read with one tokenizer, so that their losses compare.
 tokenizer=()
 [[ " ${overrides[*]} " == *" --data.tokenizer="* ]] || tokenizer=("--data.tokenizer=$out/emo/tokenizer.json")
-emo-jax train stdmoe_tiny --out "$out/stdmoe" "${tokenizer[@]}" "${overrides[@]}"
-echo "== 3/4 choosing half, a quarter and an eighth of the experts for every kind of text" >&2
-emo-jax eval "$out/emo" --against "$out/stdmoe" --keep 16,8,4 --out "$out/report"
-echo "== 4/4 looking at what the experts of both became" >&2
-emo-jax analyze "$out/emo" "$out/stdmoe" --tokens 30000 --null-tokens 10000 --removal-tokens 2048 --out "$out/report"
+train_emo() { emo-jax train emo_tiny --out "$out/emo" "${overrides[@]}"; }
+train_stdmoe() {
+  [ ${#tokenizer[@]} -eq 0 ] || until [ -e "$out/emo/tokenizer.json" ]; do sleep 0.2; done
+  emo-jax train stdmoe_tiny --out "$out/stdmoe" "${tokenizer[@]}" "${overrides[@]}"
+}
+evaluate() { emo-jax eval "$out/emo" --against "$out/stdmoe" --keep 16,8,4 --out "$out/report"; }
+analyze() {
+  emo-jax analyze "$out/emo" "$out/stdmoe" --tokens 30000 --null-tokens 10000 --removal-tokens 2048 --out "$out/report"
+}
+
+# $1 and $2 beside each other on half of the cores each, where there are two: none of them keeps all busy. What $2 says goes to
+# the file $3, and is shown if it fails.
+beside() {
+  local halves
+  halves=$(python -c 'import os
+cores = [*map(str, sorted(os.sched_getaffinity(0)))]
+print(",".join(cores[::2]), ",".join(cores[1::2]))' 2>/dev/null) || halves=
+  if ! [[ "$halves" == *" "[0-9]* ]] || ! command -v taskset >/dev/null; then
+    "$1"
+    "$2"
+    return
+  fi
+  echo "   beside it: $2, which writes to $3" >&2
+  (taskset -cp "${halves% *}" "$BASHPID" >/dev/null && "$2") >"$3" 2>&1 &
+  trap 'kill %1 2>/dev/null; wait' EXIT
+  (taskset -cp "${halves#* }" "$BASHPID" >/dev/null && "$1")
+  wait %1 || { tail -n 20 "$3" >&2; exit 1; }
+  trap - EXIT
+}
+
+echo "== 1/2 training the tiny EMO -> $out/emo, and its matched standard MoE -> $out/stdmoe" >&2
+beside train_emo train_stdmoe "$out/stdmoe.log"
+echo "== 2/2 choosing half, a quarter and an eighth of the experts for every kind of text; looking at what they became" >&2
+beside evaluate analyze "$out/analyze.log"
 echo "Checkpoints, metrics.jsonl and TensorBoard events: $out/emo, $out/stdmoe. Open the report: file://$out/report/report.html"
