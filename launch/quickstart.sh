@@ -41,10 +41,12 @@ print(",".join(cores[::2]), ",".join(cores[1::2]))' 2>/dev/null) || halves=
     return
   fi
   echo "   beside it: $2, which writes to $3" >&2
+  set -m  # a process group of its own, so that all of it can be ended
   (taskset -cp "${halves% *}" "$BASHPID" >/dev/null && "$2") >"$3" 2>&1 &
-  trap 'kill %1 2>/dev/null; wait' EXIT
+  set +m
+  trap 'kill -- -'$!' 2>/dev/null; wait' EXIT
   (taskset -cp "${halves#* }" "$BASHPID" >/dev/null && "$1")
-  wait %1 || { tail -n 20 "$3" >&2; exit 1; }
+  wait $! || { tail -n 20 "$3" >&2; exit 1; }
   trap - EXIT
 }
 
