@@ -28,8 +28,8 @@ FITTED = calibration.calibration().coefficients
 
 def table():
     """The lines of the first table of aot/README.md: cells by column."""
-    lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in README.read_text().split("## GPUs")[0].splitlines()
-             if line.startswith("|")]
+    text_ = README.read_text().split("## GPUs")[0]
+    lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in text_.splitlines() if line.startswith("|")]
     names, _, *rows = lines
     return [dict(zip(names, row)) for row in rows]
 
