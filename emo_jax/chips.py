@@ -5,7 +5,7 @@ TPU FLOP rates: cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}. Memory sizes: 
 program have. Memory bandwidth and link rates: the
 hardware tables of jax-ml.github.io/scaling-book, whose link rates are what one-directional transfers reach (90 GB/s a
 direction on v5p and v6e, 45 on v5e), and for tpu7x its documentation. Network: the same pages of cloud.google.com (50 Gbit/s a
-chip of v5p; of a pod of 256 chips 6.4 Tbit/s for v5e, 25.6 for v6e). GPU FLOP rates: NVIDIA's product pages (SXM, dense
+chip of v5p; of a pod of 256 chips 6.4 Tbit/s for v5e, 25.6 for v6e). GPUs: NVIDIA's product pages (SXM, dense
 bf16). A JAX device is a chip; of a tpu7x it is one of two cores, with half of everything.
 """
 

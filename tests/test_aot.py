@@ -15,7 +15,7 @@ from emo_jax.aot.hlo import Module, array_bytes, group_size
 from emo_jax.aot.schedule import schedule
 from emo_jax.chips import CHIPS, Chip, chip_name, peak_flops
 from emo_jax.config import Config, DataConfig, KernelConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
-from emo_jax.errors import InputError
+from emo_jax.errors import InputError, RunError
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -252,6 +252,13 @@ def test_golden_summary(dispatch):
 def test_a_wrong_topology_is_named(capsys):
     assert cli.main(["compile", "emo_tiny", "--topology", "v5p:nine", "--json"]) == 2
     assert "v5p:4x4x4" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("name, extra", [("v5p-128", "tpu"), ("h100:8", "cuda")])
+def test_a_compiler_that_is_not_installed_is_named(name, extra, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=rf"emo-jax\[{extra}\]"):
+        topology.devices(name)
 
 
 @pytest.mark.skipif(not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)), reason="needs the CUDA compiler")

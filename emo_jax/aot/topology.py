@@ -15,7 +15,7 @@ NAMED = {"v5p-64": "v5p:2x4x4", "v5p-128": "v5p:4x4x4", "v5p-256": "v5p:4x4x8", 
          "v6e-256": "v6e:16x16"}
 _LIBTPU = {"v5p": "v5", "v5e": "v5e", "v6e": "v6e", "tpu7x": "tpu7x"}
 _AXES = {"v5p": 3, "v5e": 2, "v6e": 2, "tpu7x": 3, "h100": 2, "h200": 2}
-# NVIDIA's figures for compute capability 9.0, and for the SXM modules. XLA has no default for any of them.
+# NVIDIA's figures for compute capability 9.0, and for the SXM modules.
 _HOPPER = """
 platform_name: "CUDA" device_description_str: "{name}" dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 8 }}
@@ -42,15 +42,14 @@ def parse(name: str, gpus: bool = False) -> tuple[str, tuple[int, ...]]:
     """"v5p:4x4x4" or a name of `NAMED` -> (chip, chips along each torus axis). With `gpus` also "h100:8" or "h100:4x8" ->
     (GPU, (hosts, GPUs of each))."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", NAMED.get(name, name))
-    chip = match and match.group(1)
+    chip = match.group(1) if match else ""
     sizes = tuple(int(n) for n in match.group(2).split("x")) if match else ()
     if chip in _GPUS and len(sizes) == 1:
         sizes = (1, *sizes)
-    if len(sizes) != _AXES.get(chip or "") or (chip in _GPUS and not gpus):
+    if len(sizes) != _AXES.get(chip) or (chip in _GPUS and not gpus):
         raise InputError(f"--topology {name!r} must be a chip and its grid, such as v5p:4x4x4, v5e:16x16, v6e:16x16 or "
                          f"tpu7x:4x4x4, or one of {', '.join(NAMED)}"
                          + "; or the GPUs of a host or of several, such as h100:8 or h200:4x8" * gpus)
-    assert chip is not None
     return chip, sizes
 
 

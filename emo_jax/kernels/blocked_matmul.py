@@ -26,8 +26,8 @@ def multiply(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, tra
     out = vary_like(jnp.zeros((rows.shape[0], width), rows.dtype), rows, weights, group_sizes)
     large = min(BLOCK * ceil_div(LARGE, BLOCK * weights[0].size), rows.shape[0])
     starts, rest = jnp.cumsum(group_sizes) - group_sizes, group_sizes % large
-    out = _over_blocks(put, out, large, starts, group_sizes - rest)
-    return _over_blocks(put, out, BLOCK, starts + group_sizes - rest, rest)
+    out = _over_blocks(put, out, rows, large, starts, group_sizes - rest)
+    return _over_blocks(put, out, rows, BLOCK, starts + group_sizes - rest, rest)
 
 
 def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -37,19 +37,17 @@ def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group
         return d_weights.at[expert].add(product)
 
     zeros = vary_like(jnp.zeros(weights.shape, jnp.float32), rows, d_out, group_sizes)
-    return _over_blocks(add, zeros, BLOCK, jnp.cumsum(group_sizes) - group_sizes, group_sizes)
+    return _over_blocks(add, zeros, rows, BLOCK, jnp.cumsum(group_sizes) - group_sizes, group_sizes)
 
 
-def _over_blocks(function: Callable, total: jax.Array, size: int, starts: jax.Array, sizes: jax.Array) -> jax.Array:
+def _over_blocks(function: Callable, total: jax.Array, rows: jax.Array, size: int, starts: jax.Array,
+                 sizes: jax.Array) -> jax.Array:
     """`function(total, expert, first row, size)` for every block of `size` rows of the experts' rows, which are `sizes` from
     `starts` on."""
-    ends = jnp.cumsum(sizes // size)
-
-    def body(i, total):
-        expert = jnp.searchsorted(ends, i, side="right")
-        return function(total, expert, starts[expert] + sizes[expert] + (i - ends[expert]) * size, size)
-
-    return jax.lax.fori_loop(0, ends[-1], body, total)
+    ends, blocks = jnp.cumsum(sizes // size), jnp.arange(rows.shape[0] // size)
+    experts = jnp.searchsorted(ends, blocks, side="right")
+    first_rows = (starts + sizes - ends * size)[experts] + blocks * size
+    return jax.lax.fori_loop(0, ends[-1], lambda i, total: function(total, experts[i], first_rows[i], size), total)
 
 
 def _rows(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
